@@ -1,0 +1,78 @@
+// The plain-data contract between Python and every kernel, CPU and CUDA alike.
+// Python validates and allocates; a kernel trusts what it is given. Strides are in elements, int64;
+// the last dimension of every tensor is contiguous. Prefix sums (cu_*) are int32, [B + 1].
+#pragma once
+#include <cstdint>
+
+namespace slowfast {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// How the gate is formed:  g = act(state . weight + bias) * factor(warm_up).
+struct GateParams {
+  const void* weight;     // [C], dtype `dtype`
+  const void* bias;       // [1]
+  const void* warm_up;    // [1], or nullptr: no warm-up factor
+  DType dtype;            // of the three above; may be kFloat32 while the state is half precision
+  bool tanh_gate;         // act = tanh, else identity
+  bool tanh_warm_up;      // factor = tanh(warm_up), else warm_up itself
+};
+
+// context[i] = softmax(scale * q[text_rows[i]] K_b^T) V_b for text row i of sequence b, grouped-query heads.
+// With `state` set, the kernel goes on to  out[r] = state[r] + g * context  on r = text_rows[i].
+struct CrossAttentionParams {
+  const void* q;          // [rows, Hq, D]
+  const void* slow_kv;    // [Ns, Hkv, 2, D]: K at index 0, V at index 1 of the third dimension
+  const int32_t* cu_slow; // [B + 1]
+  const int32_t* text_rows;  // [Nt], distinct rows of q (and of state)
+  const int32_t* cu_text; // [B + 1]
+  void* context;          // [Nt, Hq, D], contiguous; may be nullptr when state is set
+  float* lse;             // [Nt, Hq] natural log, -inf where a sequence has no slow token; or nullptr
+  const void* state;      // [rows, C = Hq * D], or nullptr: attention alone
+  void* out;              // [rows, C] contiguous; rows outside text_rows are not touched by the kernel
+  GateParams gate;
+  int64_t q_row_stride, q_head_stride;
+  int64_t kv_token_stride, kv_head_stride, kv_pair_stride;
+  int64_t state_row_stride;
+  int64_t num_text, num_slow;   // Nt, Ns
+  int32_t batch, num_q_heads, num_kv_heads, head_dim;
+  int32_t num_splits;           // >= 1, over each sequence's slow tokens
+  float softmax_scale;
+  DType dtype;                  // of q, slow_kv, context, state, out
+};
+
+// out[r] = state[r] + g * context[i] for r = text_rows[i]; every other row of out is a copy of state.
+struct GatedMixParams {
+  const void* state;      // [rows, C]
+  const void* context;    // [Nt, C]
+  const int32_t* text_rows;  // [Nt], distinct
+  void* out;              // [rows, C], contiguous
+  GateParams gate;
+  int64_t rows, num_text, channels;
+  int64_t state_row_stride, context_row_stride;
+  DType dtype;
+};
+
+// One pass over the vision features. Work is the table of slowfast_kernels/pool_plan.py:
+//   items   [num_items, 8]   entry_begin, entry_count, fast_base (-1: no fast token), pool_stride,
+//                            slow_h, slow_w, fast_h, fast_w
+//   entries [num_entries, 2] frame, slow_base (-1: another item writes this frame's slow tokens)
+// An item owns the slow cells of its frames: cell (i, j) covers spatial_stride^2 slow tokens of each frame,
+// writes them (normalised if norm_eps >= 0), and, where i < fast_h and j < fast_w, their mean as one fast token.
+struct PoolParams {
+  const void* frames;     // [F, H * W, C]
+  const int32_t* items;
+  const int32_t* entries;
+  void* slow;             // [Ns, C], contiguous
+  void* fast;             // [Nf, C], contiguous
+  int64_t frame_stride, token_stride;
+  int64_t channels;
+  int32_t grid_w;         // W of the input grid: token (y, x) of a frame is row y * grid_w + x
+  int32_t spatial_stride;
+  int32_t num_items;
+  int32_t max_cells_h, max_cells_w;   // over items: ceil(slow_h / spatial_stride), likewise w
+  float norm_eps;         // < 0: slow tokens are not normalised
+  DType dtype;
+};
+
+}  // namespace slowfast

@@ -1,0 +1,23 @@
+"""slowfast-kernels: fused kernels for the Slow-Fast architecture of video multi-modal LLMs (arXiv 2504.01328)."""
+
+from ._extension import capabilities as backends
+from .ops import (
+    PooledTokens,
+    gated_residual_mix,
+    slowfast_cross_attention,
+    slowfast_pool,
+    text_cross_attention,
+    use_backend,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PooledTokens",
+    "backends",
+    "gated_residual_mix",
+    "slowfast_cross_attention",
+    "slowfast_pool",
+    "text_cross_attention",
+    "use_backend",
+]

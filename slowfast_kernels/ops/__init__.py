@@ -1,0 +1,16 @@
+"""Public ops: one file an op, each with validation, torch.library registration, autograd and dispatch."""
+
+from .attention import text_cross_attention
+from .dispatch import use_backend
+from .fused import slowfast_cross_attention
+from .gated_mix import gated_residual_mix
+from .pool import PooledTokens, slowfast_pool
+
+__all__ = [
+    "PooledTokens",
+    "gated_residual_mix",
+    "slowfast_cross_attention",
+    "slowfast_pool",
+    "text_cross_attention",
+    "use_backend",
+]

@@ -1,0 +1,84 @@
+"""Argument validation shared by the ops. A message names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def fail(name: str, got: object, want: str) -> None:
+    raise ValueError(f"{name}: got {describe(got) if isinstance(got, Tensor) else got}, want {want}")
+
+
+def check_tensor(name: str, x: Tensor, rank: int | tuple[int, ...], shape: str) -> None:
+    """``x`` is a tensor of that rank whose last dimension is contiguous."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {describe(x)}, want a tensor {shape}")
+    ranks = (rank,) if isinstance(rank, int) else rank
+    if x.dim() not in ranks:
+        fail(name, x, f"shape {shape}")
+    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: got last-dimension stride {x.stride(-1)}, want 1 (call .contiguous() on it first)")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got {x.dtype}, want float32, bfloat16 or float16 (float64 on backend='eager')")
+
+
+def check_like(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Same dtype and device as the op's main tensor: nothing is cast or moved silently."""
+    if x.dtype != reference.dtype:
+        raise TypeError(f"{name}: got {x.dtype}, want {reference.dtype} (the dtype of {reference_name})")
+    check_device(name, x, reference_name, reference)
+
+
+def check_device(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
+    if x.device != reference.device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, want {reference.device} (the device of {reference_name})")
+
+
+def check_index(name: str, x: Tensor, shape: str, reference_name: str, reference: Tensor) -> None:
+    check_tensor(name, x, 1, shape)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name}: got {x.dtype}, want int32")
+    check_device(name, x, reference_name, reference)
+
+
+def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, options))}")
+
+
+def reads_device_data(x: Tensor) -> bool:
+    """Data-dependent checks run on CPU tensors always, on a GPU (where they sync) only under SLOWFAST_DEBUG=1."""
+    return x.device.type == "cpu" or os.environ.get("SLOWFAST_DEBUG") == "1"
+
+
+def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> None:
+    values = cu.tolist()
+    if values[0] != 0 or values[-1] != total:
+        raise ValueError(f"{name}: got a range {values[0]}..{values[-1]}, want 0..{total} ({total_name})")
+    for i, (low, high) in enumerate(zip(values, values[1:], strict=False)):
+        if low > high:
+            raise ValueError(f"{name}: got {low} then {high} at index {i}, want a non-decreasing sequence")
+
+
+def check_rows(name: str, rows: Tensor, limit_name: str, limit: int) -> None:
+    if not rows.numel():
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: got row indices {low}..{high}, want 0..{limit - 1} (rows of {limit_name})")
+    if int(torch.unique(rows).numel()) != rows.numel():
+        raise ValueError(f"{name}: got a repeated row index, want distinct rows")

@@ -1,0 +1,90 @@
+"""From a call to the backend that runs it. The choice itself is ``heuristics.choose_backend``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from ..heuristics import BACKENDS, OpCall, choose_backend, unsupported_reason
+
+_requested: ContextVar[str | None] = ContextVar("slowfast_backend", default=None)
+
+_MODULES = {
+    "cuda": "slowfast_kernels.cuda",
+    "triton": "slowfast_kernels.triton",
+    "cpu": "slowfast_kernels.cpu",
+    "eager": "slowfast_kernels.eager",
+}
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op of the block on one backend ("cuda", "triton", "cpu", "eager"; None: automatic).
+
+    An op's own ``backend=`` argument wins over this, and this over the environment variable SLOWFAST_BACKEND.
+
+    Raises:
+        ValueError: an unknown name. A backend that cannot run raises when an op is called, naming the limit.
+    """
+    _check_name(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)} or None (automatic)")
+
+
+def backend_for(call: OpCall, device: torch.device, backend: str | None) -> ModuleType:
+    """The backend module that runs ``call``.
+
+    Raises:
+        ValueError: an unknown backend name.
+        NotImplementedError: the backend that was asked for cannot run this call; the message names the limit.
+    """
+    name = backend or _requested.get() or os.environ.get("SLOWFAST_BACKEND") or None
+    return _resolve(call, device, name)
+
+
+@lru_cache(maxsize=1024)
+def _resolve(call: OpCall, device: torch.device, name: str | None) -> ModuleType:
+    _check_name(name)
+    unavailable = {b: _extension.unavailable_reason(b, device) for b in BACKENDS}
+    if name is None:
+        name = choose_backend(call, unavailable).backend
+    else:
+        reason = unavailable[name] or unsupported_reason(name, call)
+        if reason is not None:
+            raise NotImplementedError(f"backend={name!r} cannot run {call.op}: {reason}")
+    return importlib.import_module(_MODULES[name])
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def needs_torch_op(*tensors: Tensor | None) -> bool:
+    """True where the call must be visible to PyTorch: autograd, torch.compile, tensor subclasses and modes.
+
+    Otherwise the backend is called directly, which spares tens of microseconds a call.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and ((grad and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter)):
+            return True
+    return False
