@@ -6,6 +6,9 @@ graph captured for a shape stays right for new data.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -30,7 +33,8 @@ class OpCall(NamedTuple):
     num_text: int = 0
     num_slow: int = 0
     batch: int = 1
-    aligned: bool = True  # 16-byte rows
+    aligned: bool = True  # 16-byte rows and base addresses
+    positive_scale: bool = True
 
 
 class BackendChoice(NamedTuple):
@@ -52,8 +56,24 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
     if backend == "triton" and attends and call.head_dim > 256:
         return f"head dimension {call.head_dim} (<= 256 only); use backend='eager'"
     if backend == "cuda" and attends:
-        return "no CUDA attention kernel in this build; use backend='triton'"
+        return _hopper_limit(call)
     return None
+
+
+def _hopper_limit(call: OpCall) -> str | None:
+    """What keeps an attention call from the Hopper kernel (TMA and wgmma, sm_90a)."""
+    limit = None
+    if call.capability != (9, 0):
+        limit = f"the CUDA attention is for compute capability 9.0 (Hopper), this GPU has {call.capability}"
+    elif call.dtype not in HALF_DTYPES:
+        limit = f"the CUDA attention takes bfloat16 and float16, not {call.dtype}"
+    elif call.head_dim not in (64, 128):
+        limit = f"the CUDA attention takes head dimensions 64 and 128, not {call.head_dim}"
+    elif not call.aligned:
+        limit = "the CUDA attention takes tensors whose rows and base addresses are multiples of 16 bytes"
+    elif not call.positive_scale:
+        limit = "the CUDA attention takes a positive softmax_scale"
+    return limit and f"{limit}; use backend='triton'"
 
 
 def choose_backend(call: OpCall, unavailable: dict[str, str | None]) -> BackendChoice:
@@ -72,3 +92,253 @@ def choose_backend(call: OpCall, unavailable: dict[str, str | None]) -> BackendC
             return BackendChoice(backend, rejected)
         rejected[backend] = reason
     raise AssertionError("eager supports every call")
+
+
+# ------------------------------------------------------------------------------- triton: attention, pool, mix
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tiles of the Triton attention kernel. Its rows are (text row, query head of the group) pairs."""
+
+    block_m: int
+    block_n: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def peel_tail(self) -> bool:
+        """Masks stay out of the loop where tensor cores are the limit; where loads are, they cost nothing."""
+        return self.block_m >= 64
+
+    def num_tiles(self, num_text: int, batch: int, group: int) -> int:
+        """Row tiles over all sequences: a bound from shapes alone, exact for one sequence."""
+        if batch == 1:
+            return -(-num_text * group // self.block_m)
+        filled = num_text * group // self.block_m + min(batch, num_text)  # and one partial tile a sequence
+        return min(filled, num_text * -(-group // self.block_m))
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """A program adds up the splits of ``block_h`` heads of one text row, ``block_s`` splits at a time."""
+
+    block_s: int
+    block_h: int
+    num_warps: int
+    dependent: bool  # programmatic dependent launch behind the attention kernel
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A program holds a row of ``block_c`` channels."""
+
+    block_c: int
+    num_warps: int
+
+
+# (bytes an element, head dimension padded to a power of 2) -> (rows a sequence up to, (block_m, block_n, num_warps,
+# num_stages)); the last entry serves everything longer. bench/tune_triton.py measures the alternatives.
+_ATTENTION_TILES: dict[tuple[int, int], tuple[tuple[float, tuple[int, int, int, int]], ...]] = {
+    (2, 64): ((16, (16, 128, 4, 3)), (32, (32, 128, 4, 3)), (512, (64, 64, 4, 3)), (inf, (128, 128, 8, 3))),
+    (2, 128): ((16, (16, 64, 4, 3)), (32, (32, 64, 4, 3)), (512, (64, 64, 4, 3)), (inf, (128, 128, 8, 2))),
+    (2, 256): ((16, (16, 32, 4, 3)), (64, (32, 32, 8, 3)), (inf, (128, 64, 8, 2))),
+    (4, 64): ((inf, (16, 32, 4, 3)),),
+    (4, 128): ((inf, (16, 32, 4, 3)),),
+    (4, 256): ((inf, (16, 16, 4, 3)),),
+}
+
+# A rough model of one GPU in nanoseconds, to rank numbers of splits; only ratios matter, so it need not be yours.
+_MAX_SPLITS = 128
+_SM_FLOPS = 3800.0  # tensor-core FLOPs an SM and nanosecond that this kernel reaches
+_SM_READ = 23.0  # bytes an SM and nanosecond from memory when all read
+_SM_L2 = 40.0  # and from L2, where several tiles share K and V
+_LONE_PROGRAM = 1.15  # cost of having nothing to overlap with: one program an SM
+_START = 1500.0  # a program's first loads and last stores
+_COMBINE = 2000.0  # the second launch
+_PARTIAL_BYTES = 3000.0  # bytes of partials the GPU writes and reads in a nanosecond
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """``tl.dot`` wants a power of 2, 16 at least."""
+    return max(16, _pow2(head_dim))
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _shared_bytes(tile: tuple[int, int, int, int], block_d: int, dtype_bytes: int) -> int:
+    block_m, block_n, _, num_stages = tile
+    buffers = num_stages if block_m >= 64 else num_stages - 1  # wgmma reads K and V while the next ones arrive
+    return (buffers * 2 * block_n + block_m) * block_d * dtype_bytes + block_m * block_n * dtype_bytes
+
+
+def _attention_tile(rows: int, block_d: int, dtype_bytes: int, shared_bytes: int) -> tuple[int, int, int, int]:
+    """The table's tile for a sequence of ``rows`` packed rows, made smaller until it fits the shared memory."""
+    classes = _ATTENTION_TILES[dtype_bytes, max(64, block_d)]
+    tile = next(tile for up_to, tile in classes if rows <= up_to)
+    while _shared_bytes(tile, block_d, dtype_bytes) > shared_bytes:
+        block_m, block_n, num_warps, num_stages = tile
+        if num_stages > 2:
+            tile = (block_m, block_n, num_warps, num_stages - 1)
+        elif block_d > 128 and block_m > 32:  # below Hopper registers are short too: q is kept in them
+            tile = (32, block_n, num_warps, num_stages)
+        elif block_n > 16:
+            tile = (block_m, block_n // 2, num_warps, num_stages)
+        else:
+            tile = (block_m // 2, block_n, 4, num_stages)
+    return tile
+
+
+def _split_cost(
+    num_splits: int, tile: tuple[int, int, int, int], programs: int, tiles: int, num_blocks: int,
+    block_d: int, dtype_bytes: int, partial_bytes: int, num_sms: int, shared_bytes: int,
+) -> float:  # fmt: skip
+    """Modelled nanoseconds of attention and combine; ``programs`` and ``partial_bytes`` are those of one split."""
+    block_m, block_n, num_warps, _ = tile
+    by_shared = (shared_bytes + 1024) // (_shared_bytes(tile, block_d, dtype_bytes) + 1024)
+    by_registers = (8 if block_m >= 64 else 16) // num_warps
+    resident = max(1, min(by_shared, by_registers))
+    read = 2 * block_n * block_d * dtype_bytes / (_SM_READ if tiles == 1 else _SM_L2)
+    block = max(4 * block_m * block_n * block_d / _SM_FLOPS, read)
+    an_sm = -(-programs * num_splits // num_sms)
+    cost = an_sm * -(-num_blocks // num_splits) * block * (_LONE_PROGRAM if min(an_sm, resident) == 1 else 1.0)
+    cost += -(-an_sm // resident) * _START
+    return cost if num_splits == 1 else cost + _COMBINE + num_splits * partial_bytes * 2 / _PARTIAL_BYTES
+
+
+@lru_cache(maxsize=4096)
+def triton_attention_config(
+    num_text: int,
+    num_slow: int,
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype_bytes: int,
+    num_sms: int,
+    num_splits: int = 0,
+    shared_bytes: int = 227 * 1024,
+) -> AttentionConfig:
+    """Tiles and splits of the Triton attention kernel for a batch of ``num_text`` rows over ``num_slow`` tokens.
+
+    Lengths of single sequences are on the device, so an even batch is assumed; ``num_splits`` 0 chooses.
+    """
+    group, block_d = num_q_heads // num_kv_heads, padded_head_dim(head_dim)
+    rows = -(-num_text // batch) * group
+    tile = _attention_tile(rows, block_d, dtype_bytes, shared_bytes)
+    block_m, block_n, num_warps, num_stages = tile
+    if num_splits == 0:
+        tiles = -(-rows // block_m)
+        num_blocks = max(1, -(-num_slow // (batch * block_n)))
+        partial_bytes = num_text * num_q_heads * head_dim * 4
+
+        def cost(splits: int) -> float:
+            programs = batch * tiles * num_kv_heads
+            return _split_cost(
+                splits, tile, programs, tiles, num_blocks, block_d, dtype_bytes, partial_bytes, num_sms, shared_bytes
+            )
+
+        num_splits = min(range(1, min(num_blocks, _MAX_SPLITS) + 1), key=cost)
+    return AttentionConfig(block_m, block_n, num_splits, num_warps, num_stages)
+
+
+@lru_cache(maxsize=4096)
+def triton_combine_config(
+    num_text: int, num_q_heads: int, head_dim: int, num_splits: int, num_sms: int, dependent: bool
+) -> CombineConfig:
+    """More heads a program save repeated gates; fewer fill the GPU where text rows are few."""
+    block_s, block_d = min(_pow2(num_splits), 64), padded_head_dim(head_dim)
+    block_h = 1
+    while block_h < 4 and num_text * -(-num_q_heads // (2 * block_h)) >= 2 * num_sms:
+        block_h *= 2
+    block_s = min(block_s, max(1, 16384 // (block_h * block_d)))
+    return CombineConfig(block_s, block_h, 4 if block_s * block_h * block_d <= 8192 else 8, dependent)
+
+
+def triton_row_config(channels: int) -> RowConfig:
+    """For the pool and the mix: a program holds whole rows, because a norm or a gate needs them."""
+    block_c = _pow2(channels)
+    return RowConfig(block_c, min(16, max(1, block_c // 512)))
+
+
+# ------------------------------------------------------------------------------------- cuda: Hopper attention
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How one launch of the Hopper attention is cut into CTAs (``SplitPlan`` in csrc/cuda/cross_attention/launch.h)."""
+
+    consumers: int  # warpgroups of 64 packed rows
+    cluster_size: int  # splits that add up through distributed shared memory
+    num_groups: int  # clusters a tile, adding up through global memory
+    max_tiles: int  # row tiles of one KV head over all sequences: a bound from shapes alone
+    half_groups: int = 0  # groups of a single sequence's last tile where it has at most half the rows; else 0
+    paired_halves: bool = False  # a cluster takes that tile of two KV heads
+    kv_evict_first: bool = False
+
+    @property
+    def num_splits(self) -> int:
+        return self.cluster_size * self.num_groups
+
+    def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
+        """Floats of partial outputs, statistics and gates, and counters, for more than one group."""
+        tiles, rows = self.max_tiles * num_kv_heads, 64 * self.consumers
+        return (
+            tiles * self.num_groups * rows * head_dim,
+            tiles * self.num_groups * rows * 2,
+            tiles * self.cluster_size * rows * 3,
+            tiles * self.cluster_size,
+        )
+
+
+# Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size.
+_HOPPER_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15, 16: 7}
+_HOPPER_L2_BYTES = 50 * 2**20
+# Microseconds: a CTA's start and end, the further reduction through shared or through global memory, and a KV block of
+# (consumers, head dimension). A tile with half its rows takes a block in less time, but more than half of it.
+_HOPPER_CTA_US, _HOPPER_CLUSTER_US, _HOPPER_GROUP_US = 5.0, 1.0, 3.0
+_HOPPER_BLOCK_US = {(2, 128): 1.9, (2, 64): 1.2, (1, 128): 0.7, (1, 64): 0.4}
+_HOPPER_HALF_TILE = 0.7
+
+
+@lru_cache(maxsize=4096)
+def hopper_attention_config(
+    num_text: int, num_slow: int, batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, num_splits: int = 0
+) -> HopperConfig:
+    """Tile and splits of a call. A fixed ``num_splits`` fixes every choice that a row's bits depend on."""
+    group = num_q_heads // num_kv_heads
+    rows = -(-num_text // batch) * group  # packed rows of a KV head, a sequence
+    consumers = 2 if num_splits or rows > 64 else 1
+    block_m, block_n = 64 * consumers, 64 if consumers == 1 else 176
+    max_tiles = -(-num_text * group // block_m) if batch == 1 else (num_text * group + batch * (block_m - 1)) // block_m
+    evict_first = rows <= block_m and num_slow * num_kv_heads * head_dim * 4 > _HOPPER_L2_BYTES
+
+    if num_splits:
+        cluster_size = next(size for size in (8, 4, 2, 1) if num_splits % size == 0)
+        return HopperConfig(consumers, cluster_size, num_splits // cluster_size, max_tiles, kv_evict_first=evict_first)
+
+    half_tile = batch == 1 and consumers == 2 and 0 < rows % block_m <= 64
+    units = (min(max_tiles, batch * -(-rows // block_m)) - half_tile) * num_kv_heads
+    blocks = max(1, -(-(num_slow // batch) // block_n))
+    block_us = _HOPPER_BLOCK_US[consumers, head_dim]
+    best, best_cost = None, inf
+    for cluster_size, slots in _HOPPER_CLUSTERS.items():
+        for groups in range(1, min(64, max(1, blocks // cluster_size)) + 1):
+            splits = cluster_size * groups
+            clusters, us = units * groups, -(-blocks // splits) * block_us
+            half_groups, paired = 0, False
+            if half_tile:
+                paired = cluster_size > 1
+                half_groups = groups if paired else max(1, round(groups * _HOPPER_HALF_TILE))
+                clusters += half_groups * (-(-num_kv_heads // 2) if paired else num_kv_heads)
+                half_splits = half_groups * (cluster_size // 2 if paired else 1)
+                us = max(us, -(-blocks // half_splits) * block_us * _HOPPER_HALF_TILE)
+            cost = -(-clusters // slots) * (_HOPPER_CTA_US + us)
+            cost += _HOPPER_CLUSTER_US * (cluster_size > 1) + _HOPPER_GROUP_US * (groups > 1)
+            if cost < best_cost:
+                best_cost = cost
+                best = HopperConfig(consumers, cluster_size, groups, max_tiles, half_groups, paired, evict_first)
+    return best

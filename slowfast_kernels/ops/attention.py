@@ -86,7 +86,10 @@ def check_attention_data(q, slow_kv, cu_slow, text_rows, cu_text) -> None:
         checks.check_rows("text_rows", text_rows, "q", q.shape[0])
 
 
-def attention_call(op: str, q: Tensor, slow_kv: Tensor, text_rows: Tensor, batch: int) -> OpCall:
+def attention_call(
+    op: str, q: Tensor, slow_kv: Tensor, text_rows: Tensor, batch: int, softmax_scale: float, *vectors: Tensor
+) -> OpCall:
+    """``vectors``: further tensors that a kernel would read 16 bytes at a time."""
     return OpCall(
         op,
         q.device.type,
@@ -98,14 +101,15 @@ def attention_call(op: str, q: Tensor, slow_kv: Tensor, text_rows: Tensor, batch
         num_text=text_rows.shape[0],
         num_slow=slow_kv.shape[0],
         batch=batch,
-        aligned=_is_aligned(q) and _is_aligned(slow_kv),
+        aligned=all(map(_is_aligned, (q, slow_kv, *vectors))),
+        positive_scale=softmax_scale > 0,
     )
 
 
 def _is_aligned(x: Tensor) -> bool:
     """16-byte rows, as TMA and vector loads need them."""
     unit = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and all(s % unit == 0 for s in x.stride()[:-1])
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
 
 
 def _run(
@@ -121,7 +125,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     scale = check_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits)
     check_attention_data(q, slow_kv, cu_slow, text_rows, cu_text)
-    call = attention_call("text_cross_attention", q, slow_kv, text_rows, cu_text.shape[0] - 1)
+    call = attention_call("text_cross_attention", q, slow_kv, text_rows, cu_text.shape[0] - 1, scale)
     module = backend_for(call, q.device, backend)
     context, lse = module.text_cross_attention(
         q, slow_kv, cu_slow, text_rows, cu_text, scale, return_lse, num_splits

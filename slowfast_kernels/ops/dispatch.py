@@ -85,6 +85,6 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
         return True
     grad = torch.is_grad_enabled()
     for x in tensors:
-        if x is not None and ((grad and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter)):
+        if isinstance(x, Tensor) and ((grad and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter)):
             return True
     return False

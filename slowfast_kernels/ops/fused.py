@@ -97,7 +97,8 @@ def _run(
     gating = (gate_weight, gate_bias, warm_up)
     scale = _check(state, *attention, *gating, softmax_scale, num_splits, gate)
     check_attention_data(*attention)
-    call = attention_call("slowfast_cross_attention", q, slow_kv, text_rows, cu_text.shape[0] - 1)
+    batch = cu_text.shape[0] - 1
+    call = attention_call("slowfast_cross_attention", q, slow_kv, text_rows, batch, scale, state, gate_weight)
     module = backend_for(call, q.device, backend)
     return module.slowfast_cross_attention(state, *attention, *gating, scale, num_splits, gate, warm_up_tanh)
 

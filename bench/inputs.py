@@ -1,0 +1,108 @@
+"""Random inputs of the attention ops, rotated for cold caches, and the float32 reference of every answer."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .shapes import AttentionShape
+from .timing import num_input_sets
+
+REFERENCE_ROWS = 64  # text rows scored at once, so that the reference fits beside the largest shape
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One input set. Every row of q and state is a text row."""
+
+    shape: AttentionShape
+    q: Tensor  # [Nt, Hq, D]
+    slow_kv: Tensor  # [Ns, Hkv, 2, D]
+    cu_slow: Tensor
+    text_rows: Tensor
+    cu_text: Tensor
+    state: Tensor  # [Nt, C]
+    gate_weight: Tensor  # [1, C]
+    gate_bias: Tensor  # [1]
+    warm_up: Tensor  # [1]
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, N, Hkv, D], a view; sequences of one length only."""
+        return self.slow_kv[:, :, 0].unflatten(0, (self.shape.batch, -1))
+
+    @property
+    def values(self) -> Tensor:
+        return self.slow_kv[:, :, 1].unflatten(0, (self.shape.batch, -1))
+
+    @property
+    def query(self) -> Tensor:
+        """[B, n, Hq, D], a view."""
+        return self.q.unflatten(0, (self.shape.batch, -1))
+
+
+def prefix_sums(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    sums = [0]
+    for length in lengths:
+        sums.append(sums[-1] + length)
+    return torch.tensor(sums, dtype=torch.int32, device=device)
+
+
+def make_inputs(shape: AttentionShape, dtype: str, device: torch.device, cache_bytes: float) -> list[AttentionInputs]:
+    """As many fresh random input sets as stream through the cache between two uses of one."""
+    torch_dtype, heads = getattr(torch, dtype), shape.heads
+    generator = torch.Generator(device).manual_seed(zlib.crc32(shape.name.encode()))
+
+    def random(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*size, dtype=torch_dtype, device=device, generator=generator) * scale
+
+    shared = {
+        "cu_slow": prefix_sums(shape.slow, device),
+        "cu_text": prefix_sums(shape.text, device),
+        "text_rows": torch.arange(shape.num_text, dtype=torch.int32, device=device),
+        "gate_weight": random(1, heads.channels, scale=0.01),
+        "gate_bias": torch.full((1,), 0.5, dtype=torch_dtype, device=device),
+        "warm_up": torch.full((1,), 0.7, dtype=torch_dtype, device=device),
+    }
+    return [
+        AttentionInputs(
+            shape=shape,
+            q=random(shape.num_text, heads.num_q, heads.dim),
+            slow_kv=random(shape.num_slow, heads.num_kv, 2, heads.dim),
+            state=random(shape.num_text, heads.channels),
+            **shared,
+        )
+        for _ in range(num_input_sets(shape.kv_bytes(dtype), cache_bytes))
+    ]
+
+
+def reference_context(inputs: AttentionInputs) -> Tensor:
+    """context [Nt, Hq, D] in float32, a few rows at a time."""
+    shape, scale = inputs.shape, inputs.shape.heads.dim**-0.5
+    group = shape.heads.num_q // shape.heads.num_kv
+    context = torch.zeros(inputs.q.shape, dtype=torch.float32, device=inputs.q.device)
+    first_row = first_token = 0
+    for rows, tokens in zip(shape.text, shape.slow, strict=True):
+        keys, values = (x.float() for x in inputs.slow_kv[first_token : first_token + tokens].permute(2, 1, 0, 3))
+        for start in range(first_row, first_row + rows, REFERENCE_ROWS):
+            stop = min(start + REFERENCE_ROWS, first_row + rows)
+            query = inputs.q[start:stop].float().unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
+            probs = (query @ keys.transpose(1, 2) * scale).softmax(-1)  # [Hkv, group * rows, tokens]
+            mine = (probs @ values).unflatten(1, (group, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+            context[start:stop] = mine
+        first_row, first_token = first_row + rows, first_token + tokens
+    return context
+
+
+def reference_gate(inputs: AttentionInputs) -> Tensor:
+    """g [Nt, 1] in float32."""
+    pre = inputs.state.float() @ inputs.gate_weight.float().reshape(-1, 1) + inputs.gate_bias.float()
+    return pre.tanh() * inputs.warm_up.float().tanh()
+
+
+def reference_mixed(inputs: AttentionInputs, context: Tensor) -> Tensor:
+    """state + g * context in float32."""
+    return inputs.state.float() + reference_gate(inputs) * context.flatten(1)

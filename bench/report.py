@@ -1,0 +1,288 @@
+"""What a run leaves behind: the table in the terminal, the JSON file, PNG plots, and the README's markdown table.
+
+``python -m bench report FILE.json`` prints the markdown; ``--plot DIR`` beside it draws the plots again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from .runner import Row, format_us
+
+OP_TITLES = {
+    "attention": "Attention over slow tokens (ours with gate and mix, peers attention alone)",
+    "layer": "Slow path of one hybrid layer",
+    "kv": "Keys and values of one hybrid layer",
+    "pool": "Slow-fast pooling with the slow tokens' norm",
+    "mix": "Gate and residual mix alone",
+    "prefill": "Model prefill, one video",
+    "decode": "Model decode, one token",
+    "host": "Host time of a call",
+    "demo": "Real video: fast backends against eager",
+}
+
+
+def save_json(path: Path, meta: dict, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"meta": meta, "rows": [asdict(row) for row in rows]}, indent=1)
+    path.write_text(text + "\n")
+
+
+def load_json(path: Path) -> tuple[dict, list[Row]]:
+    data = json.loads(path.read_text())
+    return data["meta"], [Row(**row) for row in data["rows"]]
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def best_of(rows: list[Row], kind: str) -> Row | None:
+    timed = [row for row in rows if row.kind == kind and row.ok and row.median_us]
+    return min(timed, key=lambda row: row.median_us, default=None)
+
+
+def _by_shape(rows: list[Row], op: str) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.op == op and row.shape != "all":
+            groups.setdefault((row.shape, row.dtype), []).append(row)
+    return groups
+
+
+def _status_word(row: Row) -> str:
+    return row.status.split(":")[0]
+
+
+def table(rows: list[Row], op: str) -> list[list[str]]:
+    """Header and cells of one op: microseconds for each competitor, our share of the ceiling, best peer over ours."""
+    groups = _by_shape(rows, op)
+    names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
+    compared = any(best_of(members, "peer") and best_of(members, "ours") for members in groups.values())
+    based = any(best_of(members, "base") and best_of(members, "ours") for members in groups.values())
+    floors = any(row.percent is not None for members in groups.values() for row in members)
+    header = ["shape", "dtype", *(f"{name} us" for name in names)]
+    header += ["floor us", "% of ceiling"] * floors + ["added to base"] * based + ["best peer / ours"] * compared
+    cells = [header]
+    for (shape, dtype), members in groups.items():
+        of = {row.who: row for row in members}
+        line = [shape, dtype]
+        line += [(format_us(of[n].median_us) if of[n].ok else _status_word(of[n])) if n in of else "" for n in names]
+        ours, peer = best_of(members, "ours"), best_of(members, "peer")
+        if floors:
+            line += (
+                [format_us(ours.floor_us), f"{ours.percent:.0f}%"] if ours and ours.percent is not None else ["", ""]
+            )
+        if based:
+            base = best_of(members, "base")
+            line.append(f"{100 * (ours.median_us / base.median_us - 1):+.1f}%" if ours and base else "")
+        if compared:
+            line.append(f"{peer.median_us / ours.median_us:.2f}x" if ours and peer else "")
+        cells.append(line)
+    return cells
+
+
+def demo_table(rows: list[Row]) -> list[list[str]]:
+    """What the real video showed: each backend against eager."""
+    cells = [["video", "dtype", "backend", "largest difference of logits", "equal greedy ids", "us a token"]]
+    for row in rows:
+        if row.op == "demo" and "ids" in row.extra:
+            ids = f"{row.extra['equal_ids']} of {row.extra['ids']}"
+            difference = f"{row.extra['max_difference']:.2g}"
+            cells.append([row.shape, row.dtype, row.who, difference, ids, format_us(row.median_us)])
+    return cells
+
+
+def _plain(cells: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    )
+
+
+def _markdown(cells: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(cells[0]))) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _not_measured(rows: list[Row]) -> list[str]:
+    """One line for each reason that something has no number."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if not row.ok:
+            where = row.op if row.shape == "all" else f"{row.op} {row.shape}"
+            reasons.setdefault((row.who, row.status), []).append(where)
+    lines = []
+    for (who, status), places in reasons.items():
+        places = list(dict.fromkeys(places))
+        where = ", ".join(places) if len(places) <= 4 else f"{', '.join(places[:3])} and {len(places) - 3} more"
+        lines.append(f"{who} {status} ({where})")
+    return lines
+
+
+def _headline(meta: dict) -> list[str]:
+    ceilings = meta["ceilings"]
+    versions = ", ".join(f"{name} {meta[name]}" for name in ("torch", "triton", "cuda", "driver", "commit"))
+    gemm = ", ".join(f"GEMM {dtype} {value:.4g} TFLOP/s" for dtype, value in ceilings["gemm_tflops"].items())
+    bandwidth = f"read {ceilings['read_gbps']:.0f} GB/s, copy {ceilings['copy_gbps']:.0f} GB/s"
+    return [
+        f"{meta['device']}, {versions}, {meta['date']}",
+        f"Ceilings measured in this run: {bandwidth}, {gemm}",
+        *([f"`{meta['command']}`"] if "command" in meta else []),
+    ]
+
+
+def _render(meta: dict, rows: list[Row], heading: str, draw: Callable[[list[list[str]]], str], bullet: str) -> str:
+    parts = ["\n".join(_headline(meta))]
+    for op, title in OP_TITLES.items():
+        if _by_shape(rows, op):
+            cells = demo_table(rows) if op == "demo" else table(rows, op)
+            parts.append(f"{heading}{title}\n\n{draw(cells)}")
+    missing = _not_measured(rows)
+    if missing:
+        parts.append(f"{heading}Not measured\n\n" + "\n".join(bullet + line for line in missing))
+    return "\n\n".join(parts)
+
+
+def terminal(meta: dict, rows: list[Row]) -> str:
+    return _render(meta, rows, "== ", _plain, "  ")
+
+
+def markdown(meta: dict, rows: list[Row]) -> str:
+    return _render(meta, rows, "### ", _markdown, "- ")
+
+
+# ----------------------------------------------------------------------------------------------- plots
+
+
+def plot(directory: Path, meta: dict, rows: list[Row]) -> list[Path]:
+    """Draw what the rows allow; returns the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in (("attention", _plot_attention), ("pool_mix", _plot_share), ("model", _plot_model)):
+        figure = draw(plt, rows)
+        if figure is None:
+            continue
+        figure.suptitle(
+            f"{meta['device']}   torch {meta['torch']}   {meta['commit']}   {meta['date']}", fontsize=8, color="0.4"
+        )
+        path = directory / f"{name}.png"
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+_COLOURS = {"cuda": "#2a7f2a", "triton": "#1f5fb4", "cpu": "#c03a2b", "eager": "#8a8a8a", "slow-fast": "#2a7f2a"}
+_COLOURS |= {"torch": "#e08214", "torch-compile": "#8073ac"}
+
+
+def _style(row: Row) -> dict:
+    """Ours thick, peers thin and dashed; a colour for each name that has one, else matplotlib's cycle."""
+    if row.kind == "ours":
+        return {"linewidth": 2.2, "marker": "o", "markersize": 4, "color": _COLOURS.get(row.who)}
+    return {"linewidth": 1.1, "marker": ".", "linestyle": "--", "color": _COLOURS.get(row.who)}
+
+
+def _finish_axis(axis, xlabel: str, ylabel: str, title: str) -> None:
+    """Log-log with plain numbers, and a tick at each measured x."""
+    xs = sorted({float(x) for line in axis.get_lines() for x in line.get_xdata()})
+    axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    axis.set_xticks(xs, [f"{x:g}" for x in xs], rotation=45, fontsize=7)
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3, linewidth=0.5)
+    axis.legend(fontsize=7)
+
+
+def _first_dtype(rows: list[Row], op: str) -> str | None:
+    return next((row.dtype for row in rows if row.op == op and row.ok), None)
+
+
+def _plot_attention(plt, rows: list[Row]):
+    """Time against slow tokens, one panel for each number of text rows; the measured roofline below the curves."""
+    dtype = _first_dtype(rows, "attention")
+    points: dict[tuple[int, str], dict[str, list]] = {}
+    for row in rows:
+        match = re.fullmatch(r"1x(\d+)x(\d+)@(\d+/\d+/\d+)", row.shape)
+        if row.op == "attention" and row.ok and row.dtype == dtype and match:
+            panel = points.setdefault((int(match[1]), match[3]), {})
+            panel.setdefault(row.who, []).append((int(match[2]), row))
+    panels = sorted(key for key, who in points.items() if max(map(len, who.values())) > 1)
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained")
+    for axis, key in zip(axes[0], panels, strict=True):
+        floors = {}
+        for who, values in points[key].items():
+            values.sort(key=lambda value: value[0])
+            axis.plot([n for n, _ in values], [row.median_us for _, row in values], label=who, **_style(values[0][1]))
+            floors |= {n: row.floor_us for n, row in values if row.kind == "ours"}
+        if floors:
+            axis.plot(
+                *zip(*sorted(floors.items()), strict=True), color="black", linewidth=1.2, label="measured roofline"
+            )
+            axis.fill_between(*zip(*sorted(floors.items()), strict=True), color="0.9")
+        title = f"{key[0]} text row{'s' * (key[0] > 1)}, {key[1]} heads, {dtype}"
+        _finish_axis(axis, "slow tokens", "microseconds", title)
+    return figure
+
+
+def _plot_share(plt, rows: list[Row]):
+    """Pooling and mix: share of the measured ceiling that each competitor reaches."""
+    panels = [op for op in ("pool", "mix") if any(row.op == op and row.percent for row in rows)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False, layout="constrained")
+    for axis, op in zip(axes[0], panels, strict=True):
+        groups = _by_shape(rows, op)
+        names = sorted({row.who for row in rows if row.op == op and row.percent}, key=list(_COLOURS).index)
+        height = 0.8 / len(names)
+        for i, name in enumerate(names):
+            shares = [next((r.percent or 0 for r in members if r.who == name), 0) for members in groups.values()]
+            axis.barh(
+                [y + i * height for y in range(len(groups))], shares, height, label=name, color=_COLOURS.get(name)
+            )
+        axis.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], [f"{s} {d}" for s, d in groups], fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(100, color="black", linewidth=1)
+        axis.set(xlabel="% of the ceiling measured in this run")
+        axis.set_title(op, fontsize=10)
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _plot_model(plt, rows: list[Row]):
+    """Prefill and decode against frames: slow-fast, all tokens in self-attention, the base LLM without a slow path."""
+    panels = [op for op in ("prefill", "decode") if any(row.op == op and row.ok for row in rows)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained")
+    for axis, op in zip(axes[0], panels, strict=True):
+        lines: dict[str, list] = {}
+        for row in rows:
+            if row.op == op and row.ok:
+                lines.setdefault(row.who, []).append((int(row.shape.split()[0]), row))
+        for who, values in lines.items():
+            values.sort(key=lambda value: value[0])
+            axis.plot([n for n, _ in values], [r.median_us / 1e3 for _, r in values], label=who, **_style(values[0][1]))
+        floors = sorted(
+            (int(r.shape.split()[0]), r.floor_us / 1e3)
+            for r in rows
+            if r.op == op and r.ok and r.kind == "ours" and r.floor_us
+        )
+        if floors:
+            axis.plot(*zip(*floors, strict=True), color="black", linewidth=1.2, label="measured roofline (slow-fast)")
+        _finish_axis(axis, "frames", "milliseconds", OP_TITLES[op])
+    return figure

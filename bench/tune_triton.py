@@ -1,0 +1,163 @@
+"""Sweep tiles and splits of the Triton attention, gate and mix included, over the attention table's shapes.
+
+    python -m bench.tune_triton [--out FILE] [--shapes 1x64x10368 ...] [--budget SECONDS]
+
+For each shape: what ``heuristics`` chooses, the best found, and that one without dependent launch and without
+prefetch. Every configuration must give the heuristic's answer first, and that one is checked against float32. Tables
+and constants in heuristics.py come from this. A minute on one GPU; kernels compile in parallel before any is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+
+from slowfast_kernels import heuristics
+from slowfast_kernels.heuristics import AttentionConfig
+from slowfast_kernels.triton import attention
+from slowfast_kernels.triton._common import describe
+
+from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
+from .shapes import AttentionShape, parse_attention
+from .timing import time_calls
+
+TABLE = [
+    "1x1x5184", "1x1x10368", "1x1x98304", "16x1x10368", "1x64x5184", "1x64x10368", "1x256x10368", "8x64x10368",
+    "1x64x98304", "1x256x98304", "1x1024x98304",
+]  # fmt: skip
+
+# (block_m, block_n, num_warps, num_stages) worth a try, by packed rows of a sequence
+FEW_ROWS = [
+    (16, 32, 4, 4), (16, 64, 2, 3), (16, 64, 4, 3), (16, 64, 4, 4), (16, 64, 4, 5), (16, 128, 4, 3), (16, 128, 8, 3),
+    (32, 64, 4, 3), (64, 64, 4, 3),
+]  # fmt: skip
+MANY_ROWS = [
+    (64, 32, 4, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3), (128, 32, 8, 4),
+    (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+]  # fmt: skip
+
+
+def fused(config: AttentionConfig, inputs: AttentionInputs) -> torch.Tensor:
+    gated = (inputs.state, inputs.text_rows, inputs.gate_weight, inputs.gate_bias, inputs.warm_up, "tanh", True)
+    sequences = (inputs.cu_slow, inputs.text_rows, inputs.cu_text)
+    scale = inputs.shape.heads.dim**-0.5
+    return attention.attend_and_mix(inputs.q, inputs.slow_kv, *sequences, scale, gated, config)
+
+
+def own_config(shape: AttentionShape, device: torch.device) -> AttentionConfig:
+    heads, facts = shape.heads, describe(device)
+    return heuristics.triton_attention_config(
+        shape.num_text, shape.num_slow, shape.batch, heads.num_q, heads.num_kv, heads.dim, 2,
+        facts.num_sms, 0, facts.shared_bytes,
+    )  # fmt: skip
+
+
+def candidates(shape: AttentionShape, device: torch.device) -> list[AttentionConfig]:
+    """The heuristic's choice first; then every tile with the splits that give an SM one to eight programs."""
+    own, facts, heads = own_config(shape, device), describe(device), shape.heads
+    group = heads.num_q // heads.num_kv
+    configs = {own: None}
+    for tile in FEW_ROWS if max(shape.text) * group <= 32 else MANY_ROWS:
+        if heuristics._shared_bytes(tile, heuristics.padded_head_dim(heads.dim), 2) > facts.shared_bytes:
+            continue
+        config = AttentionConfig(tile[0], tile[1], 1, *tile[2:])
+        programs = config.num_tiles(shape.num_text, shape.batch, group) * heads.num_kv
+        most = max(shape.slow) // config.block_n
+        for per_sm in (0.5, 1, 1.5, 2, 3, 4, 6, 8):
+            splits = int(per_sm * facts.num_sms / programs)
+            if splits <= most:
+                configs[replace(config, num_splits=max(1, splits))] = None
+    return list(configs)
+
+
+def compile_in_parallel(shapes: list[AttentionShape], device: torch.device) -> None:
+    """Short sequences run the same kernels: slow tokens are no part of a kernel's key, nor are splits beyond 64."""
+
+    def key(shape: AttentionShape, config: AttentionConfig) -> tuple[AttentionShape, AttentionConfig]:
+        splits = min(64, 1 << (config.num_splits - 1).bit_length())
+        return replace(shape, slow=(64,) * shape.batch), replace(config, num_splits=splits)
+
+    def run(shape: AttentionShape, config: AttentionConfig) -> None:
+        fused(config, make_inputs(shape, "bfloat16", device, cache_bytes=0)[0])
+
+    keys = {key(shape, config) for shape in shapes for config in candidates(shape, device)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for future in [pool.submit(run, *each) for each in keys]:
+            future.result()
+    torch.cuda.synchronize()
+
+
+def tune(shape: AttentionShape, device: torch.device, cache_bytes: int, budget_s: float) -> dict:
+    sets = make_inputs(shape, "bfloat16", device, cache_bytes)
+    own, *others = candidates(shape, device)
+    answer = fused(own, sets[0]).float()
+    expected = reference_mixed(sets[0], reference_context(sets[0]))
+    tolerance = 2 * float((expected.bfloat16().float() - expected).abs().max())  # two roundings of the largest value
+    error = float((answer - expected).abs().max())
+    if not error <= tolerance:
+        raise AssertionError(f"{shape.name}: {own} is wrong by {error:.3g}, allowed is {tolerance:.3g}")
+    del expected
+
+    def time(config: AttentionConfig) -> float:
+        difference = float((fused(config, sets[0]).float() - answer).abs().max())
+        if not difference <= 2 * tolerance:
+            raise AssertionError(f"{shape.name}: {config} differs from {own} by {difference:.3g}")
+        return time_calls([partial(fused, config, s) for s in sets], device, budget_s).median_us
+
+    rows = sorted(((time(config), config) for config in (own, *others)), key=lambda row: row[0])
+    chosen = next(us for us, config in rows if config == own)
+    without = {}
+    for feature in ("dependent_launch", "prefetch"):
+        with patch.object(attention, "describe", lambda d, off=feature: replace(describe(d), **{off: False})):
+            without[feature] = time(rows[0][1])
+    return {
+        "shape": shape.name,
+        "heuristic": {"us": chosen, **asdict(own)},
+        "best": {"us": rows[0][0], **asdict(rows[0][1])},
+        "best_without_us": without,
+        "all": [{"us": us, **asdict(config)} for us, config in rows],
+    }
+
+
+def show(entry: dict) -> str:
+    text = "{us:7.1f} us  m{block_m} n{block_n} w{num_warps} s{num_stages} splits {num_splits}"
+    lines = [f"  heuristic {text.format(**entry['heuristic'])}", f"  best      {text.format(**entry['best'])}"]
+    lines += [f"            {us:7.1f} us  without {feature}" for feature, us in entry["best_without_us"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write every measurement to this JSON file")
+    parser.add_argument("--shapes", nargs="+", default=TABLE, help="BATCHxTEXTxSLOW[@HQ/HKV/D]")
+    parser.add_argument("--budget", type=float, default=0.02, help="seconds of measurement a configuration")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    shapes = [parse_attention(text) for text in arguments.shapes]
+    if None in shapes:
+        parser.error(f"--shapes: got {arguments.shapes}, want BATCHxTEXTxSLOW[@HQ/HKV/D]")
+    device = torch.device("cuda", torch.cuda.current_device())
+    facts = torch.cuda.get_device_properties(device)
+    compile_in_parallel(shapes, device)
+    entries = []
+    for shape in shapes:
+        print(shape.name, flush=True)
+        entries.append(tune(shape, device, facts.L2_cache_size, arguments.budget))
+        print(show(entries[-1]), flush=True)
+        if arguments.out:
+            report = {"gpu": facts.name, "triton": triton.__version__, "torch": torch.__version__, "shapes": entries}
+            arguments.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

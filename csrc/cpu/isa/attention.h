@@ -1,0 +1,263 @@
+// One unit of text cross-attention: a tile of query rows against a run of slow tokens, online softmax.
+//
+// Roofline: at decode (7 rows a KV head) a K or V element is used 7 times, so the kernel must stream near memory speed
+// and still issue one FMA a cycle; with many rows it is a GEMM and must keep the FMA units full. Both come from one
+// micro-kernel in which lanes are query rows: a vector holds kLanes / W rows x W neighbouring elements of D, and K (or
+// V) enters as a broadcast of W elements, straight from a row. Softmax is then vertical, nothing is transposed, and W
+// is what fills the vector when rows are few: 7 rows take W = 2, one row takes W = kLanes, many take W = 1.
+// With AVX512-BF16 a lane holds a bf16 pair and dot_pairs doubles the rate: pairs along D for Q K^T, along tokens for P V.
+#pragma once
+#include "../kernels.h"
+#include "simd.h"
+
+namespace slowfast::cpu {
+namespace {
+
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+// Broadcast operands a micro-kernel call; a divisor of kTokenTile.
+constexpr int kBlock = 8;
+
+struct FloatOps {
+  static constexpr int kPack = 1;   // elements a lane
+  static SLOWFAST_INLINE Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+#if defined(__AVX512BF16__)
+struct PairOps {
+  static constexpr int kPack = 2;
+  static SLOWFAST_INLINE Vec dot(Vec a, Vec b, Vec c) { return dot_pairs(a, b, c); }
+};
+#endif
+
+// acc[i][j] += sum over k of a[k][j] * broadcast_W(b + i * stride_i + k * stride_k);  a is [count][R] vectors.
+template <class Ops, int N, int R, int W>
+SLOWFAST_INLINE void multiply(const float* a, const float* b, int64_t stride_i, int64_t stride_k, int64_t count,
+                              Vec (&acc)[N][R]) {
+  for (int64_t k = 0; k < count; ++k) {
+    Vec rows[R];
+    for (int j = 0; j < R; ++j) rows[j] = load(a + (k * R + j) * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vec element = repeat<W>(b + i * stride_i + k * stride_k);
+#pragma GCC unroll 4
+      for (int j = 0; j < R; ++j) acc[i][j] = Ops::dot(rows[j], element, acc[i][j]);
+    }
+  }
+}
+
+// Sizes in floats of what one tile of R vectors of rows needs. kPack elements of D or two tokens share a lane.
+template <class Ops, int R, int W>
+struct Layout {
+  int64_t head_dim, qk_chunks, pv_chunks, k_stride, v_stride;
+  explicit Layout(int64_t d)
+      : head_dim(d),
+        qk_chunks(div_up(d, Ops::kPack * W)),
+        pv_chunks(round_up(div_up(d, W), kBlock)),
+        k_stride(qk_chunks * W),
+        v_stride(pv_chunks * W) {}
+  int64_t state() const { return (qk_chunks + pv_chunks + 2) * R * kLanes; }   // Q, O, running max and sum of a KV head
+  int64_t tiles() const { return kTokenTile * (k_stride + v_stride / Ops::kPack + R * kLanes * 2); }
+};
+
+template <class T>
+SLOWFAST_INLINE void widen_row(const T* from, int64_t count, float* to, int64_t padded) {
+  int64_t d = 0;
+  for (; d + kLanes <= count; d += kLanes) store(to + d, load(from + d));
+  for (; d < count; ++d) to[d] = to_float(from[d]);
+  for (; d < padded; ++d) to[d] = 0.f;
+}
+
+template <class Ops, class T>
+SLOWFAST_INLINE void pack_key(const T* from, int64_t head_dim, float* to, int64_t stride) {
+  if constexpr (Ops::kPack == 1) {
+    widen_row(from, head_dim, to, stride);
+  } else {
+    std::memcpy(to, from, head_dim * sizeof(T));
+    std::memset(reinterpret_cast<T*>(to) + head_dim, 0, (2 * stride - head_dim) * sizeof(T));
+  }
+}
+
+// Values of a tile: [tokens][stride], or with pairs [tokens / 2][stride], the two tokens of a pair in one lane.
+// Tokens from `count` on are zero: their P is zero, and zero times what lies behind a sequence could be NaN.
+template <class Ops, class T>
+SLOWFAST_INLINE void pack_values(const T* from, int64_t token_stride, int64_t count, int64_t padded, int64_t head_dim,
+                                 float* to, int64_t stride) {
+  if constexpr (Ops::kPack == 1) {
+    for (int64_t t = 0; t < count; ++t) widen_row(from + t * token_stride, head_dim, to + t * stride, stride);
+    std::memset(to + count * stride, 0, (padded - count) * stride * sizeof(float));
+  } else {
+#if defined(__AVX512BF16__)
+    for (int64_t t = 0; t < padded; t += 2, to += stride) {
+      const T* low = from + t * token_stride;
+      const T* high = low + token_stride;
+      int64_t d = 0;
+      if (t + 1 < count) {
+        for (; d + kLanes <= head_dim; d += kLanes) zip_pairs(low + d, high + d, to + d);
+      }
+      for (; d < stride; ++d) {
+        const uint32_t a = d < head_dim && t < count ? low[d].bits : 0;
+        const uint32_t b = d < head_dim && t + 1 < count ? high[d].bits : 0;
+        to[d] = from_bits(a | b << 16);
+      }
+    }
+#endif
+  }
+}
+
+template <class Ops, class T, int R, int W>
+struct AttentionTile {
+  static constexpr int kRowsPerVec = kLanes / W;
+  static constexpr int kWidth = R * kLanes;   // floats of one row-tile vector
+  static constexpr int kDots = R == 1 || kManyRegisters ? kBlock : kBlock / 2;   // accumulators that registers hold
+
+  const CrossAttentionParams& p;
+  const AttentionUnit& unit;
+  const Layout<Ops, R, W> layout;
+  const int64_t group;
+
+  AttentionTile(const CrossAttentionParams& params, const AttentionUnit& u)
+      : p(params), unit(u), layout(params.head_dim), group(params.num_q_heads / params.num_kv_heads) {}
+
+  struct State { float *q, *out, *row_max, *row_sum; };
+
+  State state_of(float* scratch, int head) const {
+    float* q = scratch + (head - unit.kv_head_begin) * layout.state();
+    float* out = q + layout.qk_chunks * kWidth;
+    float* row_max = out + layout.pv_chunks * kWidth;
+    return {q, out, row_max, row_max + kWidth};
+  }
+
+  // Lane of element d of row r in chunk d / (kPack * W): the W chunk elements of a row are neighbours.
+  void begin(const State& s, int head) const {
+    std::memset(s.q, 0, layout.qk_chunks * kWidth * sizeof(float));
+    std::memset(s.out, 0, layout.pv_chunks * kWidth * sizeof(float));
+    std::memset(s.row_sum, 0, kWidth * sizeof(float));
+    for (int lane = 0; lane < kWidth; ++lane) s.row_max[lane] = -__FLT_MAX__;   // finite: -inf minus -inf is NaN
+    for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
+      const int64_t text = unit.text_begin + r / group, q_head = head * group + r % group;
+      const T* from = static_cast<const T*>(p.q) + p.text_rows[text] * p.q_row_stride + q_head * p.q_head_stride;
+      float* to = s.q + (r - unit.row_begin) * W;
+      for (int64_t d = 0; d < layout.head_dim; ++d) {
+        const int64_t lane = d / Ops::kPack;
+        float* at = to + lane / W * kWidth + lane % W;
+        if constexpr (Ops::kPack == 1) *at = to_float(from[d]);
+        else reinterpret_cast<T*>(at)[d % 2] = from[d];
+      }
+    }
+  }
+
+  // K and V rows of `count` tokens from `token` on, into L2: rows of one head lie too far apart for the hardware.
+  void prefetch(const T* key, int64_t count) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t t = 0; t < count; ++t, key += p.kv_token_stride) {
+      for (int64_t d = 0; d < layout.head_dim; d += kLine) {
+        __builtin_prefetch(key + d, 0, 2);
+        __builtin_prefetch(key + p.kv_pair_stride + d, 0, 2);
+      }
+    }
+  }
+
+  // scores[t] = log2(e) * scale * q . k_t for a tile; lanes of one row agree.
+  void scores_of(const float* q, const float* keys, int64_t padded, float* scores, const T* next, int64_t next_count) const {
+    const Vec scale = splat(p.softmax_scale * 1.44269504088896f);
+    for (int64_t t = 0; t < padded; t += kDots) {
+      if (t < next_count) prefetch(next + t * p.kv_token_stride, next_count - t < kDots ? next_count - t : kDots);
+      Vec acc[kDots][R];
+      for (auto& row : acc) for (auto& x : row) x = zero();
+      multiply<Ops, kDots, R, W>(q, keys + t * layout.k_stride, layout.k_stride, W, layout.qk_chunks, acc);
+      for (int i = 0; i < kDots; ++i) {
+        for (int j = 0; j < R; ++j) store(scores + (t + i) * kWidth + j * kLanes, group_sum<W>(acc[i][j]) * scale);
+      }
+    }
+  }
+
+  // Scores to probabilities (in `probs`, as the next product wants them); returns what to rescale the context by.
+  void softmax(const State& s, const float* scores, int64_t count, int64_t padded, float* probs, Vec (&rescale)[R]) const {
+    for (int j = 0; j < R; ++j) {
+      const float* at = scores + j * kLanes;
+      const Vec old_max = load(s.row_max + j * kLanes);
+      Vec top = old_max;
+      for (int64_t t = 0; t < count; ++t) top = max(top, load(at + t * kWidth));
+      rescale[j] = exp2(old_max - top);
+      Vec total = load(s.row_sum + j * kLanes) * rescale[j];
+      if constexpr (Ops::kPack == 1) {
+        for (int64_t t = 0; t < count; ++t) {
+          const Vec prob = exp2(load(at + t * kWidth) - top);
+          total = total + prob;
+          store(probs + t * kWidth + j * kLanes, prob);
+        }
+        for (int64_t t = count; t < padded; ++t) store(probs + t * kWidth + j * kLanes, zero());
+      } else {
+#if defined(__AVX512BF16__)
+        for (int64_t t = 0; t < padded; t += 2) {
+          const Vec low = t < count ? exp2(load(at + t * kWidth) - top) : zero();
+          const Vec high = t + 1 < count ? exp2(load(at + (t + 1) * kWidth) - top) : zero();
+          const Vec pairs = to_pairs(low, high);
+          total = total + (low_of(pairs) + high_of(pairs));   // as rounded, so that the weights still sum to one
+          store(probs + t / 2 * kWidth + j * kLanes, pairs);
+        }
+#endif
+      }
+      store(s.row_max + j * kLanes, top);
+      store(s.row_sum + j * kLanes, total);
+    }
+  }
+
+  // out = out * rescale + probs^T values
+  void accumulate(float* out, const float* probs, const float* values, int64_t padded, const Vec (&rescale)[R]) const {
+    for (int64_t chunk = 0; chunk < layout.pv_chunks; chunk += kDots) {
+      Vec acc[kDots][R];
+      for (int i = 0; i < kDots; ++i) {
+        for (int j = 0; j < R; ++j) acc[i][j] = load(out + (chunk + i) * kWidth + j * kLanes) * rescale[j];
+      }
+      multiply<Ops, kDots, R, W>(probs, values + chunk * W, W, layout.v_stride, padded / Ops::kPack, acc);
+      for (int i = 0; i < kDots; ++i) {
+        for (int j = 0; j < R; ++j) store(out + (chunk + i) * kWidth + j * kLanes, acc[i][j]);
+      }
+    }
+  }
+
+  void end(const State& s, int head) const {
+    for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
+      const int64_t text = unit.text_begin + r / group, q_head = head * group + r % group;
+      const int64_t lane = (r - unit.row_begin) * W;
+      const float total = s.row_sum[lane], inverse = 1.f / total;
+      float* to = unit.context + (text * p.num_q_heads + q_head) * layout.head_dim;
+      for (int64_t d = 0; d < layout.head_dim; ++d) to[d] = s.out[d / W * kWidth + lane + d % W] * inverse;
+      unit.lse2[text * p.num_q_heads + q_head] = s.row_max[lane] + __builtin_log2f(total);
+    }
+  }
+
+  void run(float* scratch) const {
+    float* keys = scratch + (unit.kv_head_end - unit.kv_head_begin) * layout.state();
+    float* values = keys + kTokenTile * layout.k_stride;
+    float* scores = values + kTokenTile * layout.v_stride / Ops::kPack;
+    float* probs = scores + kTokenTile * kWidth;
+    for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) begin(state_of(scratch, head), head);
+    for (int64_t token = unit.token_begin; token < unit.token_end; token += kTokenTile) {
+      const int64_t left = unit.token_end - token, count = left < kTokenTile ? left : kTokenTile;
+      const int64_t padded = round_up(count, kBlock);
+      for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) {
+        const State s = state_of(scratch, head);
+        const T* key = static_cast<const T*>(p.slow_kv) + token * p.kv_token_stride + head * p.kv_head_stride;
+        for (int64_t t = 0; t < count; ++t) {
+          pack_key<Ops>(key + t * p.kv_token_stride, layout.head_dim, keys + t * layout.k_stride, layout.k_stride);
+        }
+        std::memset(keys + count * layout.k_stride, 0, (padded - count) * layout.k_stride * sizeof(float));
+        const bool last_head = head + 1 == unit.kv_head_end;
+        const T* next = last_head ? key + kTokenTile * p.kv_token_stride - (head - unit.kv_head_begin) * p.kv_head_stride : key + p.kv_head_stride;
+        const int64_t next_count = last_head ? (left - kTokenTile < kTokenTile ? left - kTokenTile : kTokenTile) : count;
+        scores_of(s.q, keys, padded, scores, next, next_count);
+        Vec rescale[R];
+        softmax(s, scores, count, padded, probs, rescale);
+        pack_values<Ops>(key + p.kv_pair_stride, p.kv_token_stride, count, padded, layout.head_dim, values, layout.v_stride);
+        accumulate(s.out, probs, values, padded, rescale);
+      }
+    }
+    for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) end(state_of(scratch, head), head);
+  }
+};
+
+}  // namespace
+}  // namespace slowfast::cpu

@@ -1,0 +1,244 @@
+// Text-to-slow-token cross-attention for Hopper, with gate and mix: one launch.
+//
+//   out[r] = state[r] + g(state[r]) * softmax(scale q[r] K^T) V      for every text row r of every sequence
+//
+// Roofline: 4 Nt Hq D Ns FLOP over 4 Ns Hkv D bytes of K and V, so Nt Hq / Hkv FLOP a byte: decode (7) is bytes, 64 text
+// rows (448) and more are tensor cores. Packing the query heads of a KV head into the rows of one tile is what makes
+// either limit reachable, K and V being read once a tile.
+//
+// A CTA is a producer warpgroup (one thread issues TMA for the KV blocks, three warps form the gates) and one or two
+// consumer warpgroups of 64 rows. K and V tiles come straight from [Ns, Hkv, 2, D]. The slow tokens of a tile are split
+// over the CTAs of a cluster and over groups of clusters (launch.h); epilogue.cuh adds them up in fixed order.
+#pragma once
+#include "../common/memory.cuh"
+#include "epilogue.cuh"
+
+namespace slowfast::cuda {
+
+// Which rows a tile index means. Sequences are scanned a warp at a time: every warp does so, no shared memory.
+template <typename Traits>
+__device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int tile_index, int lane, Tile& tile) {
+  const int heads = p.num_q_heads / p.num_kv_heads;
+  int batch = 0, num_text = static_cast<int>(p.num_text);
+  tile = {0, tile_index * Traits::kBlockM, 0, 0, static_cast<int>(p.num_slow)};
+  if (p.batch > 1) {  // one sequence owns everything: nothing to read, and the first TMA can go
+    int passed = 0, found = -1, tiles_before = 0;
+    for (int first = 0; first < p.batch && found < 0; first += 32) {
+      const int b = first + lane;
+      const int count = b < p.batch ? p.cu_text[b + 1] - p.cu_text[b] : 0;
+      const int tiles = (count * heads + Traits::kBlockM - 1) / Traits::kBlockM;
+      int inclusive = tiles;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, inclusive, offset);
+        if (lane >= offset) inclusive += other;
+      }
+      const unsigned past = __ballot_sync(0xffffffffu, passed + inclusive > tile_index);
+      if (past != 0) {
+        const int source = __ffs(past) - 1;
+        found = first + source;
+        tiles_before = passed + __shfl_sync(0xffffffffu, inclusive - tiles, source);
+      }
+      passed += __shfl_sync(0xffffffffu, inclusive, 31);
+    }
+    if (found < 0) return false;
+    batch = found;
+    tile.row_begin = (tile_index - tiles_before) * Traits::kBlockM;
+    tile.text_begin = p.cu_text[batch];
+    num_text = p.cu_text[batch + 1] - tile.text_begin;
+    tile.slow_begin = p.cu_slow[batch];
+    tile.num_slow = p.cu_slow[batch + 1] - tile.slow_begin;
+  }
+  tile.num_rows = min(Traits::kBlockM, num_text * heads - tile.row_begin);
+  return tile.num_rows > 0;
+}
+
+// Issues the KV blocks of a split, from the last to the first, so that the one block with a mask is peeled off the
+// consumers' loop.
+template <typename Traits>
+struct Producer {
+  using T = typename Traits::Element;
+  const CUtensorMap& kv_map;
+  typename Traits::SharedStorage& shared;
+  const int kv_head, first_token, num_blocks;  // token of the split's first block
+  const uint64_t policy;
+  Ring<Traits::kNumStages> k_ring = {}, v_ring = {};
+
+  __device__ __forceinline__ void load(int pair, int i, T* dst, uint64_t* full) const {
+    ptx::mbarrier_expect_tx(full, Traits::kBlockN * Traits::kHeadDim * sizeof(T));
+#pragma unroll
+    for (int span = 0; span < Traits::kSpans; ++span) {
+      ptx::tma_load_4d(&kv_map, full, dst + span * Traits::kBlockN * Traits::kSpan, span * Traits::kSpan, pair, kv_head,
+                       first_token + (num_blocks - 1 - i) * Traits::kBlockN, policy);
+    }
+  }
+  __device__ __forceinline__ void load_k(int i) {
+    ptx::mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.phase ^ 1);
+    load(0, i, shared.kv.k[k_ring.stage], &shared.k_full[k_ring.stage]);
+    k_ring.advance();
+  }
+  __device__ __forceinline__ void load_v(int i) {
+    ptx::mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.phase ^ 1);
+    load(1, i, shared.kv.v[v_ring.stage], &shared.v_full[v_ring.stage]);
+    v_ring.advance();
+  }
+
+  // One block ahead of the loads of Q, which would wait for microseconds behind a full stream.
+  __device__ __forceinline__ void start() {
+    if (num_blocks > 0) load_k(0);
+  }
+  __device__ __forceinline__ void finish() {
+    for (int i = 0; i < num_blocks; ++i) {
+      // Two consumers: the K of the next block before this V, as they are needed. One, which waits for memory: K and V
+      // of a token and head are neighbours, and memory likes them fetched together.
+      if (Traits::kConsumers == 2 && i + 1 < num_blocks) load_k(i + 1);
+      if (Traits::kConsumers == 1 && i > 0) load_k(i);
+      load_v(i);
+    }
+  }
+};
+
+// Rows of Q by index, first into registers, then into the swizzled tile: 16-byte vector v of row r of a column block
+// lies at v ^ (r % 8). The loads are issued before the KV stream starts, behind which they would wait for microseconds.
+template <typename Traits>
+struct QueryRows {
+  using T = typename Traits::Element;
+  static constexpr int kVectors = Traits::kHeadDim / 8, kLoads = 64 * kVectors / 128;
+  uint4 loaded[kLoads];
+
+  __device__ __forceinline__ void load(const CrossAttentionParams& p, const Tile& tile, int kv_head, int first_row,
+                                       int thread) {
+    const int heads = p.num_q_heads / p.num_kv_heads, vector = thread % kVectors;
+    int text_row[kLoads], head[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int packed = tile.row_begin + min(first_row + (thread + i * 128) / kVectors, tile.num_rows - 1);
+      text_row[i] = p.text_rows[tile.text_begin + packed / heads];
+      head[i] = kv_head * heads + packed % heads;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const T* row = static_cast<const T*>(p.q) + text_row[i] * p.q_row_stride + head[i] * p.q_head_stride;
+      loaded[i] = make_uint4(0, 0, 0, 0);
+      if (first_row + (thread + i * 128) / kVectors < tile.num_rows) loaded[i] = load_once(row + vector * 8);
+    }
+  }
+
+  __device__ __forceinline__ void store(T* q, int thread) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = (thread + i * 128) / kVectors, vector = (thread + i * 128) % kVectors;
+      T* span = q + (vector / 8) * 64 * Traits::kSpan;
+      *reinterpret_cast<uint4*>(span + row * Traits::kSpan + ((vector % 8) ^ (row % 8)) * 8) = loaded[i];
+    }
+    ptx::fence_proxy_async();
+  }
+};
+
+// Grid: CTA of the cluster, tile, KV head, group, the first fastest: tiles that share K and V run side by side. The units
+// of a last tile with half its rows (plan.half_groups > 0) come after all others, with paired halves two KV heads to a
+// cluster. False: this CTA has nothing to do.
+__device__ __forceinline__ bool find_unit(const CrossAttentionParams& p, const SplitPlan& plan, Unit& unit, int& tile) {
+  const int cluster_rank = blockIdx.x % plan.cluster_size;
+  int cluster = blockIdx.x / plan.cluster_size;
+  const int full_tiles = plan.max_tiles - (plan.half_groups > 0), full_units = full_tiles * p.num_kv_heads;
+  unit.first_rank = 0;
+  unit.size = plan.cluster_size;
+  if (cluster < full_units * plan.num_groups) {
+    unit.num_groups = plan.num_groups;
+    unit.group = cluster / full_units;
+    cluster %= full_units;
+    tile = cluster % full_tiles;
+    unit.kv_head = cluster / full_tiles;
+  } else {
+    cluster -= full_units * plan.num_groups;
+    tile = full_tiles;
+    unit.num_groups = plan.half_groups;
+    if (plan.paired_halves) {
+      const int pairs = (p.num_kv_heads + 1) / 2, half = cluster_rank / (unit.size / 2);
+      unit.size /= 2;
+      unit.first_rank = half * unit.size;
+      unit.group = cluster / pairs;
+      unit.kv_head = cluster % pairs * 2 + half;
+    } else {
+      unit.group = cluster / p.num_kv_heads;
+      unit.kv_head = cluster % p.num_kv_heads;
+    }
+  }
+  unit.rank = cluster_rank - unit.first_rank;
+  unit.index = static_cast<int64_t>(tile) * p.num_kv_heads + unit.kv_head;
+  return unit.kv_head < p.num_kv_heads;
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    cross_attention_kernel(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ CrossAttentionParams p,
+                           const __grid_constant__ SplitPlan plan) {
+  extern __shared__ char raw[];
+  using Shared = typename Traits::SharedStorage;
+  Shared& shared = *reinterpret_cast<Shared*>(raw + ((1024 - (ptx::smem_address(raw) & 1023)) & 1023));
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+
+  if (threadIdx.x == 0) ptx::prefetch_tensor_map(&kv_map);
+  ptx::wait_for_previous_kernel();
+  Unit unit;
+  Tile tile;
+  int tile_number;
+  bool works = find_unit(p, plan, unit, tile_number);
+  works = works && find_tile<Traits>(p, tile_number, lane, tile);
+  if (!works) return;  // all CTAs of a unit alike; no other CTA of the cluster reads this one's memory
+  const bool both = Traits::kConsumers == 2, alternate = both && tile.num_rows <= 64;
+  unit.parts_per_cta = alternate ? 2 : 1;
+
+  const int total_blocks = (tile.num_slow + Traits::kBlockN - 1) / Traits::kBlockN;
+  const int64_t splits = unit.size * unit.num_groups, split = unit.group * unit.size + unit.rank;
+  const int first_block = static_cast<int>(total_blocks * split / splits);
+  const int end_block = static_cast<int>(total_blocks * (split + 1) / splits);
+  const int num_blocks = end_block - first_block;
+  const int last_valid = min(Traits::kBlockN, tile.num_slow - (end_block - 1) * Traits::kBlockN);
+
+  const Epilogue<Traits> epilogue = Epilogue<Traits>::make(p, plan, shared, tile, unit);
+  Producer<Traits> producer = {kv_map, shared, unit.kv_head, tile.slow_begin + first_block * Traits::kBlockN, num_blocks,
+                               plan.kv_evict_first ? ptx::kEvictFirst : ptx::kEvictNormal};
+  const int consumer = warpgroup - 1;
+  QueryRows<Traits> query;
+  if (warpgroup > 0) {
+    query.load(p, tile, unit.kv_head, alternate ? 0 : consumer * 64, thread);
+  } else if (thread >= 32 && p.state != nullptr) {
+    epilogue.prefetch_gate_inputs(thread / 32 - 1, lane);
+  } else if (thread == 0) {
+    for (int i = 0; i < Traits::kNumStages; ++i) {
+      const int readers = both && !alternate ? 2 : 1;
+      ptx::mbarrier_init(&shared.k_full[i], 1);
+      ptx::mbarrier_init(&shared.v_full[i], 1);
+      ptx::mbarrier_init(&shared.k_empty[i], readers);
+      ptx::mbarrier_init(&shared.v_empty[i], readers);
+    }
+    ptx::mbarrier_init(&shared.gate_full, Traits::kGateWarps);
+    ptx::mbarrier_init_fence();
+    producer.start();
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    if constexpr (Traits::kConsumers == 2) ptx::register_dealloc<Traits::kProducerRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+    if (warp > 0) {
+      epilogue.prepare_rows(warp - 1, lane);
+    } else if (lane == 0) {
+      producer.finish();
+      ptx::let_next_kernel_start();
+    }
+  } else {
+    if constexpr (Traits::kConsumers == 2) ptx::register_alloc<Traits::kConsumerRegisters>();
+    const float scale_log2 = p.softmax_scale * 1.4426950408889634f;
+    RowState<Traits> rows;
+    query.store(shared.q + consumer * 64 * Traits::kHeadDim, thread);
+    ptx::named_barrier_sync(1 + consumer, 128);
+    Mainloop<Traits>::run(shared, rows, consumer, thread, num_blocks, last_valid, both, alternate, scale_log2);
+    epilogue.run(rows, consumer, thread, scale_log2);
+  }
+}
+
+}  // namespace slowfast::cuda

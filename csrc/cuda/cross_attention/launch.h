@@ -1,0 +1,26 @@
+// Host entry point of the Hopper attention and how a call is cut into CTAs; free of CUDA headers.
+#pragma once
+#include "../../params.h"
+
+namespace slowfast::cuda {
+
+// A unit is a tile of kBlockM packed rows (text row, head of the group) of one KV head. Its slow tokens are split over
+// cluster_size * num_groups CTAs: a cluster adds up through distributed shared memory, groups through `partial`.
+struct SplitPlan {
+  int32_t consumers;     // 1 or 2 warpgroups of 64 rows
+  int32_t cluster_size;  // 1 to 16
+  int32_t num_groups;    // 1 to 64
+  int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
+  int32_t half_groups;   // one sequence, whose last tile has at most half the rows: its groups; else 0
+  bool paired_halves;    // a cluster takes that tile of two KV heads
+  bool kv_evict_first;   // each KV byte is read once
+  float* partial_out;    // [max_tiles * Hkv, num_groups, kBlockM * D]; unused if num_groups == 1, as are these:
+  float* partial_stats;  // [max_tiles * Hkv, num_groups, kBlockM, 2]
+  float* partial_gates;  // [max_tiles * Hkv, cluster_size, kBlockM, 3]
+  int32_t* counters;     // [max_tiles * Hkv * cluster_size], zero before and after a launch
+};
+
+void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
+void cross_attention_sm90_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
+
+}  // namespace slowfast::cuda

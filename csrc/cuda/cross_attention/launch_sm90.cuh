@@ -1,0 +1,89 @@
+// Host side of the Hopper kernel: the tensor map over the slow KV cache, and a launch with cluster and programmatic
+// dependence on the kernel before.
+#pragma once
+#include <cudaTypedefs.h>
+
+#include "../common/check.h"
+#include "kernel_sm90.cuh"
+
+namespace slowfast::cuda {
+
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPoint");
+#endif
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return encode;
+}
+
+// [Ns, Hkv, 2, D] as dimensions (D, pair, head, token); a box is 64 columns of kBlockN tokens of K or of V of one head.
+template <typename Traits>
+CUtensorMap make_kv_map(const CrossAttentionParams& p) {
+  constexpr bool kIsBFloat16 = std::is_same_v<typename Traits::Element, __nv_bfloat16>;
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), 2, static_cast<cuuint64_t>(p.num_kv_heads),
+                               static_cast<cuuint64_t>(p.num_slow > 0 ? p.num_slow : 1)};
+  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(p.kv_pair_stride) * 2,
+                                 static_cast<cuuint64_t>(p.kv_head_stride) * 2,
+                                 static_cast<cuuint64_t>(p.kv_token_stride) * 2};
+  const cuuint32_t box[4] = {Traits::kSpan, 1, 1, Traits::kBlockN};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = tensor_map_encoder()(
+      &map, kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      const_cast<void*>(p.slow_kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled refused the slow KV cache: CUDA error " + std::to_string(result));
+  }
+  return map;
+}
+
+template <typename Traits>
+void launch(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
+  auto* kernel = cross_attention_kernel<Traits>;
+  // Per device, hence on every launch: the call is a table look-up.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes),
+        "cudaFuncSetAttribute");
+  if (plan.cluster_size > 8) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+  }
+  const int full_units = (plan.max_tiles - (plan.half_groups > 0)) * p.num_kv_heads;
+  const int half_units = plan.paired_halves ? (p.num_kv_heads + 1) / 2 : p.num_kv_heads;
+  const int clusters = full_units * plan.num_groups + half_units * plan.half_groups;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.cluster_size), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(plan.cluster_size) * clusters);
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = Traits::kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check(cudaLaunchKernelEx(&config, kernel, make_kv_map<Traits>(p), p, plan), "cross_attention_sm90");
+}
+
+template <int kHeadDim>
+void launch_head_dim(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  if (plan.consumers == 1) {
+    bf16 ? launch<Traits<__nv_bfloat16, kHeadDim, 1>>(p, plan, stream) : launch<Traits<__half, kHeadDim, 1>>(p, plan, stream);
+  } else {
+    bf16 ? launch<Traits<__nv_bfloat16, kHeadDim, 2>>(p, plan, stream) : launch<Traits<__half, kHeadDim, 2>>(p, plan, stream);
+  }
+}
+
+}  // namespace slowfast::cuda

@@ -1,0 +1,66 @@
+// Tile shapes of the Hopper kernel and its shared memory, one specialisation a (dtype, head dimension, consumers).
+#pragma once
+#include <cstdint>
+
+#include "../common/gate.cuh"
+
+namespace slowfast::cuda {
+
+constexpr int kMaxGroups = 64;  // of clusters a tile
+
+// kConsumers = 2: 128 packed rows, for prefill: the softmax of one warpgroup runs under the products of the other.
+// kConsumers = 1: 64 packed rows and small KV blocks, for decode: bytes in flight and a short tail matter there.
+template <typename T, int kHeadDim_, int kConsumers_>
+struct Traits {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr int kBlockN = kConsumers == 1 ? 64 : 176;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kNumStages = kConsumers == 1 ? (kHeadDim == 128 ? 6 : 10) : (kHeadDim == 128 ? 2 : 4);
+  // 64 columns of a row are the 128 bytes of one swizzle span; a tile is kHeadDim / 64 such column blocks.
+  static constexpr int kSpan = 64;
+  static constexpr int kSpans = kHeadDim / kSpan;
+  // Two warpgroups of 128 threads hold S, P and O (88 + 44 + 64 registers); the producer's threads give theirs up.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kGateWarps = 3;
+  // Rows that a CTA of the epilogue receives: its share of the tile from every part of the unit.
+  static constexpr int kReceivedRows = kBlockM + 32;
+  static constexpr int kOutStride = kHeadDim + 8;  // floats; 8 of padding spread a column of rows over the banks
+
+  struct KVStages {
+    T k[kNumStages][kBlockN * kHeadDim];
+    T v[kNumStages][kBlockN * kHeadDim];
+  };
+  // What the epilogue lays over the KV stages once every CTA of the cluster is done with them.
+  struct Received {
+    float out[kReceivedRows][kOutStride];  // [part][row of the share]: unnormalised rows of O
+    float2 stats[kReceivedRows];           // their maximum (log2 units) and sum
+    float weights[kBlockM][kMaxGroups];    // of the groups' rows, for the last group to arrive
+  };
+  // Where a packed row of this CTA's share goes.
+  struct RowPlace {
+    int64_t state, out, context;  // element offsets
+    int64_t lse;
+    int gate;                     // text row in the tile
+  };
+  struct SharedStorage {
+    alignas(1024) T q[kBlockM * kHeadDim];
+    union {
+      alignas(1024) KVStages kv;
+      Received received;
+    };
+    RowPlace place[kBlockM];
+    float gate_parts[kBlockM][kGateWarps];
+    float gate[kBlockM];  // a text row of this tile each
+    Gate gate_function;   // read by the gate warps while the consumers attend
+    uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
+    uint64_t gate_full;
+    int is_last;
+  };
+  static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // the base is aligned to 1024 by hand
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+}  // namespace slowfast::cuda

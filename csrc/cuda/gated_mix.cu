@@ -1,0 +1,251 @@
+// out[r] = state[r] + g * context[i] on the text rows r = text_rows[i], a copy of state on the others: one launch.
+//
+// Roofline: memory. 8192 text rows of 3584 bf16 move 176 MB, 58 us at the 3018 GB/s that a copy reaches on an H100;
+// 64 rows move 1.4 MB, less than a launch takes, so there only the chain of latencies counts. A block holds a row in
+// registers between the dot product and the mix, so state is read once, and loads its next row before it reduces the
+// current one. The gate's weight stays in registers for all rows of the block.
+// Which rows are text rows is device data: each block looks for its own rows in text_rows (a few KB from L2) and keeps
+// what it finds in shared memory, so every row is written once, by one block, with no order among blocks.
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/dtype.cuh"
+#include "common/gate.cuh"
+#include "common/launchers.h"
+#include "common/memory.cuh"
+#include "common/reduce.cuh"
+
+namespace slowfast::cuda {
+namespace {
+
+constexpr int kMaxThreads = 512;
+constexpr int kMaxTasks = 2048;  // rows of a block, bounded by their shared memory
+
+// The rows of this block, numbered by k. If every row is a text row the block takes text rows blockIdx.x,
+// blockIdx.x + gridDim.x, ...; otherwise rows of the state with that step, so that text and copied rows, whose costs
+// differ, are spread over all blocks.
+class RowTasks {
+ public:
+  __device__ RowTasks(const GatedMixParams& p, int32_t* text_of) : p_(p), text_of_(text_of) {
+    count_ = (static_cast<unsigned>(p.rows) - blockIdx.x + gridDim.x - 1) / gridDim.x;
+    if (all_text()) return;
+    for (int k = threadIdx.x; k < count_; k += blockDim.x) text_of[k] = -1;
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.num_text; i += blockDim.x) {
+      const unsigned row = __ldg(p.text_rows + i);
+      if (row % gridDim.x == blockIdx.x) text_of[row / gridDim.x] = i;
+    }
+    __syncthreads();
+  }
+
+  __device__ int count() const { return count_; }
+  // Index into text_rows and context; -1: the row is copied.
+  __device__ int text(int k) const { return all_text() ? index(k) : text_of_[k]; }
+  __device__ int row(int k) const { return all_text() ? __ldg(p_.text_rows + index(k)) : index(k); }
+
+ private:
+  __device__ bool all_text() const { return p_.num_text == p_.rows; }
+  __device__ int index(int k) const { return blockIdx.x + k * gridDim.x; }
+
+  const GatedMixParams& p_;
+  const int32_t* text_of_;
+  int count_;
+};
+
+template <typename T, int kVectors>
+struct Row {
+  int row, text;
+  uint4 state[kVectors], context[kVectors];
+};
+
+template <typename T>
+__device__ __forceinline__ int64_t channel_of(int v) {
+  return static_cast<int64_t>(v * blockDim.x + threadIdx.x) * kVectorSize<T>;
+}
+
+// `row` comes in, not from `tasks`, so that its own load can run a row ahead of those that need it.
+template <typename T, int kVectors>
+__device__ __forceinline__ Row<T, kVectors> load_row(const GatedMixParams& p, int row, int text) {
+  Row<T, kVectors> r{row, text, {}, {}};
+  const T* state = static_cast<const T*>(p.state) + row * p.state_row_stride;
+  const T* context = static_cast<const T*>(p.context) + text * p.context_row_stride;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t channel = channel_of<T>(v);
+    if (channel < p.channels && text >= 0) r.context[v] = load_once(context + channel);
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t channel = channel_of<T>(v);
+    if (channel < p.channels) r.state[v] = load_once(state + channel);
+  }
+  return r;
+}
+
+// The gate's weight for this thread's channels, of type W = T or float, kept as it lies in memory.
+template <typename T, typename W, int kVectors>
+class Weight {
+ public:
+  __device__ __forceinline__ explicit Weight(const GatedMixParams& p) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t channel = channel_of<T>(v);
+      const uint4* bits = reinterpret_cast<const uint4*>(static_cast<const W*>(p.gate.weight) + channel);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        bits_[v][part] = channel < p.channels ? __ldg(bits + part) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float dot(const Row<T, kVectors>& r) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float state[kVectorSize<T>];
+      unpack<T>(r.state[v], state);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        float weight[kVectorSize<W>];
+        unpack<W>(bits_[v][part], weight);
+#pragma unroll
+        for (int i = 0; i < kVectorSize<W>; ++i) sum += state[part * kVectorSize<W> + i] * weight[i];
+      }
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr int kParts = sizeof(W) / sizeof(T);
+  uint4 bits_[kVectors][kParts];
+};
+
+template <typename T, int kVectors>
+__device__ __forceinline__ void mix(Row<T, kVectors>& r, float g) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    float state[kVectorSize<T>], context[kVectorSize<T>];
+    unpack<T>(r.state[v], state);
+    unpack<T>(r.context[v], context);
+#pragma unroll
+    for (int i = 0; i < kVectorSize<T>; ++i) state[i] += g * context[i];
+    r.state[v] = pack<T>(state);
+  }
+}
+
+constexpr int min_blocks(int channels_per_thread) { return channels_per_thread <= 8 ? 2 : 1; }
+
+template <typename T, typename W, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize<T>))
+    gated_mix_rows(const __grid_constant__ GatedMixParams p) {
+  __shared__ int32_t text_of[kMaxTasks];
+  __shared__ BlockSum::Partials partials;
+  BlockSum block_sum(partials);
+  const GateScalars scalars(p.gate);
+  const Weight<T, W, kVectors> weight(p);
+  const RowTasks tasks(p, text_of);
+
+  // Two buffers, named by the unrolled step: moving a row from one to the other would wait for its loads.
+  Row<T, kVectors> buffers[2];
+  buffers[0] = load_row<T, kVectors>(p, tasks.row(0), tasks.text(0));
+  int row_after = tasks.count() > 1 ? tasks.row(1) : 0;
+  const Gate gate(p.gate, scalars);
+
+  for (int base = 0; base < tasks.count(); base += 2) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const int k = base + step;
+      if (k >= tasks.count()) break;
+      if (k + 1 < tasks.count()) buffers[step ^ 1] = load_row<T, kVectors>(p, row_after, tasks.text(k + 1));
+      if (k + 2 < tasks.count()) row_after = tasks.row(k + 2);
+      Row<T, kVectors>& r = buffers[step];
+      if (r.text >= 0) {
+        mix<T, kVectors>(r, gate(block_sum(weight.dot(r))));
+      }
+      T* out = static_cast<T*>(p.out) + r.row * p.channels;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t channel = channel_of<T>(v);
+        if (channel < p.channels) *reinterpret_cast<uint4*>(out + channel) = r.state[v];
+      }
+    }
+  }
+}
+
+// Any channel count and alignment, one channel at a time; state is read twice.
+template <typename T>
+__global__ void __launch_bounds__(256) gated_mix_scalar(const __grid_constant__ GatedMixParams p) {
+  __shared__ int32_t text_of[kMaxTasks];
+  __shared__ BlockSum::Partials partials;
+  BlockSum block_sum(partials);
+  const RowTasks tasks(p, text_of);
+  const Gate gate(p.gate, GateScalars(p.gate));
+  for (int k = 0; k < tasks.count(); ++k) {
+    const int row = tasks.row(k);
+    const int text = tasks.text(k);
+    const T* state = static_cast<const T*>(p.state) + row * p.state_row_stride;
+    const T* context = static_cast<const T*>(p.context) + text * p.context_row_stride;
+    T* out = static_cast<T*>(p.out) + row * p.channels;
+    if (text < 0) {
+      for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) out[c] = state[c];
+      continue;
+    }
+    float dot = 0.0f;
+    for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
+      dot += to_float(state[c]) * decode(load_bits(p.gate.weight, p.gate.dtype, c), p.gate.dtype);
+    }
+    const float g = gate(block_sum(dot));
+    for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
+      out[c] = from_float<T>(to_float(state[c]) + g * to_float(context[c]));
+    }
+  }
+}
+
+// Blocks that fill the GPU, and no more rows a block than RowTasks has room for.
+template <typename Kernel>
+void launch_tasks(Kernel* kernel, const GatedMixParams& p, int threads, cudaStream_t stream) {
+  int64_t blocks = p.rows;
+  if (p.rows > device_attribute(cudaDevAttrMultiProcessorCount)) {
+    const int64_t least = (p.rows + kMaxTasks - 1) / kMaxTasks;
+    blocks = std::min(p.rows, std::max<int64_t>(least, resident_blocks(kernel, threads, 0)));
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p);
+  check_launch("gated_mix");
+}
+
+template <typename T, int kVectors>
+void launch_rows(const GatedMixParams& p, cudaStream_t stream) {
+  constexpr int kChannels = kVectors * kVectorSize<T> * 32;  // of a warp
+  const int threads = static_cast<int>((p.channels + kChannels - 1) / kChannels) * 32;
+  if (p.gate.dtype == p.dtype) {
+    launch_tasks(gated_mix_rows<T, T, kVectors>, p, threads, stream);
+  } else {
+    launch_tasks(gated_mix_rows<T, float, kVectors>, p, threads, stream);
+  }
+}
+
+template <typename T>
+void launch(const GatedMixParams& p, cudaStream_t stream) {
+  constexpr int kSize = kVectorSize<T>;
+  const bool vectors = is_aligned(p.state) && is_aligned(p.context) && is_aligned(p.out) && is_aligned(p.gate.weight) &&
+                       p.channels % kSize == 0 && p.state_row_stride % kSize == 0 && p.context_row_stride % kSize == 0;
+  if (vectors && p.channels <= 8 * kMaxThreads) {
+    launch_rows<T, 8 / kSize>(p, stream);
+  } else if (vectors && p.channels <= 16 * kMaxThreads) {
+    launch_rows<T, 16 / kSize>(p, stream);
+  } else {
+    launch_tasks(gated_mix_scalar<T>, p, 256, stream);
+  }
+}
+
+}  // namespace
+
+void gated_mix(const GatedMixParams& p, void* stream) {
+  if (p.rows == 0 || p.channels == 0) return;
+  if (p.rows > INT32_MAX) throw std::runtime_error("gated_mix: more than 2^31 rows in one call; split the batch");
+  dispatch_dtype(p.dtype, [&](auto tag) {
+    launch<typename decltype(tag)::type>(p, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace slowfast::cuda

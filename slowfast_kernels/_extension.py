@@ -1,0 +1,239 @@
+"""Lazy load of the compiled module ``slowfast_kernels._C``, and the report of what this machine can run.
+
+Nothing here fails for want of a GPU, nvcc, Triton or the extension: each lack becomes a sentence that says what is
+missing and how to get it. torch is imported before ``_C``, so that both share torch's OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+MIN_CUDA_CAPABILITY = (8, 0)
+
+_NEEDS = {
+    "cuda": "the extension built with nvcc, a CUDA build of torch, and a GPU of compute capability 8.0 or newer",
+    "triton": "triton and a GPU that it supports (on CPU tensors: TRITON_INTERPRET=1, slow, for testing)",
+    "cpu": "the extension (a C++17 compiler at install time)",
+    "eager": "PyTorch",
+}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Whether one backend can run here. True or false as a bool; ``str()`` gives the one-line explanation."""
+
+    backend: str
+    available: bool
+    needs: str
+    detail: str  # what it runs on, or why it can't run and how to get it
+
+    def __bool__(self) -> bool:
+        return self.available
+
+    def __str__(self) -> str:
+        return f"{'available' if self.available else 'unavailable'}: {self.detail}"
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("slowfast_kernels._C"), ""
+    except ImportError as error:
+        how = "build it with `pip install .` in the checkout (it needs a C++17 compiler)"
+        return None, f"the extension slowfast_kernels._C does not import ({error}); {how}"
+
+
+def extension() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        ImportError: it is not built or does not load; the message says how to build it.
+    """
+    module, reason = _load()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+@lru_cache(maxsize=1)
+def _triton_import_error() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not import ({error}); install it with `pip install triton`"
+    return ""
+
+
+def _cuda_build_reason() -> str | None:
+    """Why the extension has no CUDA kernels, whatever GPU is here."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    if not module.build_info["has_cuda"]:
+        return "the extension was built without nvcc; install the CUDA toolkit and reinstall with SLOWFAST_CUDA=1"
+    return None
+
+
+def _no_gpu_reason() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    if torch.version.hip is None and torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    return "torch finds no usable GPU (torch.cuda.is_available() is false); check the driver and CUDA_VISIBLE_DEVICES"
+
+
+def _runs_on(module: ModuleType, major: int, minor: int) -> bool:
+    """Whether one of the built code objects can run on compute capability ``major.minor``."""
+    for arch in module.build_info["cuda_archs"]:  # "sm_80", "sm_90a", "compute_80"
+        kind, _, number = arch.partition("_")
+        capability = int(number.rstrip("af"))
+        if number[-1] in "af":
+            runs = capability == 10 * major + minor
+        elif kind == "sm":
+            runs = capability // 10 == major and capability % 10 <= minor
+        else:
+            runs = capability <= 10 * major + minor
+        if runs:
+            return True
+    return False
+
+
+def _cuda_device_reason(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "the CUDA kernels do not run on AMD GPUs; use backend='triton'"
+    major, minor = torch.cuda.get_device_capability(index)
+    name = f"GPU {index} ({torch.cuda.get_device_name(index)}, sm_{major}{minor})"
+    if (major, minor) < MIN_CUDA_CAPABILITY:
+        return f"{name} is too old, want sm_80 or newer; use backend='triton' or 'eager'"
+    module = extension()
+    if not _runs_on(module, major, minor):
+        built = ", ".join(module.build_info["cuda_archs"])
+        return f"{name} is not among the built architectures ({built}); reinstall with SLOWFAST_CUDA_ARCHS={major}{minor}"
+    driver, runtime = torch._C._cuda_getDriverVersion(), module.build_info["cuda_runtime"]
+    if driver // 1000 < runtime // 1000:
+        have, want = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+        return f"the driver supports CUDA {have}, the extension was built with {want}; update the driver or rebuild"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _reason(backend: str, device_type: str, index: int, interpret: bool) -> str | None:
+    if backend == "eager":
+        return None
+    if backend == "cpu":
+        if device_type != "cpu":
+            return f"it takes CPU tensors, got {device_type} tensors"
+        return _load()[1] or None
+    if backend == "triton":
+        if missing := _triton_import_error():
+            return missing
+        if device_type == "cpu" and not interpret:
+            return "it takes GPU tensors, got CPU tensors; TRITON_INTERPRET=1 runs its interpreter on them (slow)"
+        if device_type not in ("cpu", "cuda"):
+            return f"it takes CUDA tensors, got {device_type} tensors"
+        return None
+    if device_type != "cuda":
+        return _cuda_build_reason() or f"it takes CUDA tensors, got {device_type} tensors"
+    return _cuda_build_reason() or _no_gpu_reason() or _cuda_device_reason(index)
+
+
+def unavailable_reason(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run on tensors of ``device``, as the end of a sentence; None if it can.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, want one of {', '.join(map(repr, BACKENDS))}")
+    index = -1
+    if device.type == "cuda" and torch.cuda.is_available():
+        index = torch.cuda.current_device() if device.index is None else device.index
+    return _reason(backend, device.type, index, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _detail(backend: str) -> tuple[bool, str]:
+    cpu = torch.device("cpu")
+    if backend == "eager":
+        return True, f"torch {torch.__version__}, any device"
+    if backend == "cpu":
+        reason = unavailable_reason("cpu", cpu)
+        return reason is None, reason or f"{extension().cpu_isa()}, {torch.get_num_threads()} threads"
+    device = torch.device("cuda")
+    if backend == "triton" and (torch.cuda.is_available() or _triton_import_error()):
+        reason = unavailable_reason("triton", device)
+        return reason is None, reason or f"triton {_version_of('triton')} on {torch.cuda.get_device_name()}"
+    if backend == "triton":
+        reason = unavailable_reason("triton", cpu) and _no_gpu_reason()
+        hint = "; TRITON_INTERPRET=1 runs its interpreter on CPU tensors (slow)"
+        return reason is None, f"{reason}{hint}" if reason else f"triton {_version_of('triton')}, interpreter on CPU tensors"
+    reason = unavailable_reason("cuda", device)
+    return reason is None, reason or f"{torch.cuda.get_device_name()}, built for {', '.join(cuda_archs())}"
+
+
+def capabilities() -> dict[str, Capability]:
+    """What this machine can run: backend name -> ``Capability``, fastest backend first."""
+    return {name: Capability(name, *_with_needs(name)) for name in BACKENDS}
+
+
+def _with_needs(backend: str) -> tuple[bool, str, str]:
+    available, detail = _detail(backend)
+    return available, _NEEDS[backend], detail
+
+
+def cuda_archs() -> list[str]:
+    """Architectures in the extension, such as ``["sm_80", "sm_90a", "compute_80"]``; empty without CUDA kernels."""
+    module, _ = _load()
+    return list(module.build_info["cuda_archs"]) if module else []
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.import_module(package).__version__
+    except ImportError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Versions and hardware that a bug report or a benchmark row needs."""
+    module, _ = _load()
+    info = module.build_info if module else {}
+    report = {
+        "slowfast_kernels": info.get("version", "extension not built"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version_of("triton"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "compiler at build": info.get("compiler", "none"),
+        "nvcc at build": info.get("nvcc") or "none",
+        "CUDA archs built": ", ".join(cuda_archs()) or "none",
+        "CPU": f"{module.cpu_isa()}, {torch.get_num_threads()} threads" if module else "unknown",
+    }
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(gpus):
+        major, minor = torch.cuda.get_device_capability(i)
+        memory = torch.cuda.get_device_properties(i).total_memory / 2**30
+        report[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}, {memory:.0f} GiB"
+    if not gpus:
+        report["GPU"] = "none"
+    return report
+
+
+def report() -> str:
+    """The capability report that ``python -m slowfast_kernels`` prints."""
+    lines = ["Backends"]
+    for name, capability in capabilities().items():
+        lines.append(f"  {name:<8}{capability}")
+        lines.append(f"  {'':<8}needs {capability.needs}")
+    lines.append("Versions")
+    lines += [f"  {key:<20}{value}" for key, value in versions().items()]
+    return "\n".join(lines)
+
+

@@ -1,0 +1,68 @@
+"""What the Triton ops share: the gate's arithmetic, and the facts about a device that configurations depend on."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Device:
+    """What ``heuristics`` needs to know of a GPU. The interpreter, with no GPU, gets a small one."""
+
+    num_sms: int
+    shared_bytes: int  # that one program may use
+    dependent_launch: bool  # programmatic dependent launch: NVIDIA, sm_90 and newer
+    prefetch: bool  # PTX has an instruction that asks L2 for a line: NVIDIA
+
+
+@functools.lru_cache(maxsize=64)
+def describe(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(num_sms=2, shared_bytes=99 * 1024, dependent_launch=False, prefetch=False)
+    facts = torch.cuda.get_device_properties(device)
+    shared = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
+    nvidia = torch.version.hip is None
+    return Device(facts.multi_processor_count, shared, dependent_launch=nvidia and facts.major >= 9, prefetch=nvidia)
+
+
+def on_device_of(op):
+    """Launch on the device (and its current stream) of the op's first tensor, whatever device is current."""
+
+    @functools.wraps(op)
+    def guarded(first, *args):
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return op(first, *args)
+        return op(first, *args)
+
+    return guarded
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@triton.jit
+def tanh(x):
+    """Accurate in relative terms near 0 too (warm-up gates start there), exactly 0 at 0."""
+    square = x * x
+    series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    return tl.where(tl.abs(x) < 0.2, series, 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def gate_of(state, weight, bias, warm_up, cols, C: tl.constexpr, TANH_GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr):
+    """act(state . weight + bias) * factor(warm_up) as a float32 scalar; ``state`` is one float32 row, 0 past C."""
+    w = tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)
+    g = tl.sum(state * w, 0) + tl.load(bias).to(tl.float32)
+    if TANH_GATE:
+        g = tanh(g)
+    if warm_up is not None:
+        factor = tl.load(warm_up).to(tl.float32)
+        g = g * (tanh(factor) if TANH_WARM_UP else factor)
+    return g

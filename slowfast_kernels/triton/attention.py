@@ -1,0 +1,375 @@
+"""Text rows attend to slow tokens: packed grouped-query attention, split over the slow tokens, in Triton.
+
+Roofline: a decoded token reads K and V once (Ns * Hkv * 2 * D elements at memory speed); from about 64 text rows on,
+4 * Nt * Hq * Ns * D tensor-core FLOPs rule. Built so:
+  * A tile's rows are (text row, query head of the group) pairs, so that K and V are read once a group and not once a
+    head; they are read in place from [Ns, Hkv, 2, D], and q by text row index.
+  * The grid comes from shapes alone (the prefix sums stay on the device): a tile finds its own sequence.
+  * ``num_splits`` programs share one tile's slow tokens. Each writes a normalised float32 partial and its base-2
+    log-sum-exp; ``_combine`` adds them in a fixed order and, for the fused op, forms the gate and mixes, so that a
+    whole layer's slow path is two launches.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..heuristics import (
+    AttentionConfig,
+    CombineConfig,
+    padded_head_dim,
+    triton_attention_config,
+    triton_combine_config,
+)
+from ._common import describe, gate_of, next_power_of_2, on_device_of
+from .gated_mix import copied_or_empty, launch_mix
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _sequence_of(tile, cu_text, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+    """(sequence, tile within it) of a grid tile; sequence == BLOCK_B for the tiles that the upper bound adds."""
+    b = tl.arange(0, BLOCK_B)
+    begin = tl.load(cu_text + b, mask=b < batch, other=0)
+    end = tl.load(cu_text + b + 1, mask=b < batch, other=0)
+    tiles = tl.cdiv((end - begin) * GROUP, BLOCK_M)
+    before = tl.cumsum(tiles, 0) <= tile
+    return tl.sum(before.to(tl.int32), 0), tile - tl.sum(tl.where(before, tiles, 0), 0)
+
+
+@triton.jit
+def _load_tile(ptrs, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
+    """Rows and columns that are off are never read (a neighbour's rows may hold NaN) and give 0."""
+    if MASK_ROWS and MASK_COLS:
+        return tl.load(ptrs, mask=rows[:, None] & cols[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(ptrs, mask=rows[:, None], other=0.0)
+    elif MASK_COLS:
+        return tl.load(ptrs, mask=cols[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _prefetch(tile, tokens_left, STRIDE: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
+    """Ask L2 for the first rows of ``tile`` [tokens_left, D], a 128-byte line each time."""
+    LINE: tl.constexpr = 1024 // tile.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
+    token = tl.minimum(tl.arange(0, TOKENS), tokens_left - 1).to(tl.int64)
+    lines = tile + token[:, None] * STRIDE + tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _attend_block(
+    acc, total, top, q, keys, values, kv_tile, tokens_left, cols, scale,
+    BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One online-softmax step over BLOCK_N slow tokens; ``scale`` > 0 takes scores to base 2."""
+    live = tl.arange(0, BLOCK_N) < tokens_left
+    k = _load_tile(keys + kv_tile, live, cols, MASK_ROWS, MASK_COLS)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASK_ROWS:
+        scores = tl.where(live[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    v = _load_tile(values + kv_tile, live, cols, MASK_ROWS, MASK_COLS)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["num_text", "batch", "num_splits"])
+def _attention(
+    q, slow_kv, cu_slow, text_rows, cu_text,
+    out,  # SPLIT: float32 workspace, partials [num_splits, Nt, Hq, D] then lse [num_splits, Nt, Hq]; else context
+    lse,  # [Nt, Hq] or None
+    num_text, batch, num_splits,
+    q_row_stride, q_head_stride, kv_head_stride, kv_pair_stride, softmax_scale,
+    KV_STRIDE: tl.constexpr,  # elements a token: a constant turns the loop's addresses into immediates
+    NEGATIVE: tl.constexpr,  # softmax_scale < 0
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):  # fmt: skip
+    # Tiles that read the same K and V are neighbours in the grid: the first brings them to L2, the rest hit.
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    num_q_heads = tl.num_programs(1) * GROUP
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+    if BLOCK_B == 1:
+        sequence, first_text, num_rows = 0, 0, num_text * GROUP
+    else:
+        sequence, tile = _sequence_of(tile, cu_text, batch, GROUP, BLOCK_M, BLOCK_B)
+        if sequence >= batch:
+            return
+        first_text = tl.load(cu_text + sequence)
+        num_rows = (tl.load(cu_text + sequence + 1) - first_text) * GROUP
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = packed < num_rows
+    text = first_text + packed // GROUP
+    head = kv_head * GROUP + packed % GROUP
+    row = tl.load(text_rows + text, mask=is_row, other=0).to(tl.int64)
+
+    first_slow = tl.load(cu_slow + sequence)
+    num_slow = tl.load(cu_slow + sequence + 1) - first_slow
+    # Blocks are dealt out evenly; the masked block is always the last one of the last split.
+    num_blocks = tl.cdiv(num_slow, BLOCK_N)
+    share, extra = num_blocks // num_splits, num_blocks % num_splits
+    lo = (split * share + tl.minimum(split, extra)) * BLOCK_N
+    hi = tl.minimum(lo + (share + (split < extra).to(tl.int32)) * BLOCK_N, num_slow)
+    keys = slow_kv + (first_slow + lo).to(tl.int64) * KV_STRIDE + kv_head.to(tl.int64) * kv_head_stride
+    values = keys + kv_pair_stride
+    if PREFETCH and lo < hi:  # the loop's first loads wait until q is here, two dependent reads from now
+        _prefetch(keys, hi - lo, KV_STRIDE, D, 2 * BLOCK_N)
+        _prefetch(values, hi - lo, KV_STRIDE, D, 2 * BLOCK_N)
+    token = tl.arange(0, BLOCK_N)
+    if KV_STRIDE * BLOCK_N >= 2**31:
+        token = token.to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    kv_tile = token[:, None] * KV_STRIDE + cols[None, :]
+    step: tl.constexpr = KV_STRIDE * BLOCK_N
+
+    is_col = cols < D
+    q_ptrs = q + (row * q_row_stride + head.to(tl.int64) * q_head_stride)[:, None] + cols[None, :]
+    query = tl.load(q_ptrs, mask=is_row[:, None] & is_col[None, :], other=0.0)
+    # The running maximum is taken before scaling, which needs a positive scale (and -inf * 0 is NaN).
+    if NEGATIVE:
+        query = -query
+    scale = tl.maximum(tl.abs(softmax_scale) * _LOG2E, 1e-30)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    MASK_COLS: tl.constexpr = D != BLOCK_D
+    if PEEL:
+        # Tensor cores are the limit: keep masks out of the loop.
+        full = lo + (hi - lo) // BLOCK_N * BLOCK_N
+        for _ in tl.range(lo, full, BLOCK_N):
+            acc, total, top = _attend_block(
+                acc, total, top, query, keys, values, kv_tile, BLOCK_N, is_col, scale, BLOCK_N, False, MASK_COLS
+            )
+            keys += step
+            values += step
+        for _ in tl.range(full, hi, BLOCK_N):
+            acc, total, top = _attend_block(
+                acc, total, top, query, keys, values, kv_tile, hi - full, is_col, scale, BLOCK_N, True, MASK_COLS
+            )
+    else:
+        # Loads are the limit: masks are free, and a tail outside the pipelined loop would wait for memory alone.
+        for start in tl.range(lo, hi, BLOCK_N):
+            acc, total, top = _attend_block(
+                acc, total, top, query, keys, values, kv_tile, hi - start, is_col, scale, BLOCK_N, True, MASK_COLS
+            )
+            keys += step
+            values += step
+
+    # total == 0 only where no slow token was seen; a NaN must stay one.
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
+    lse2 = tl.where(empty, float("-inf"), top + tl.log2(total))
+    out_row = text.to(tl.int64) * num_q_heads + head
+    if SPLIT:
+        out_row += split.to(tl.int64) * num_text * num_q_heads
+        tl.store(out + num_splits.to(tl.int64) * num_text * num_q_heads * D + out_row, lse2, mask=is_row)
+    elif lse is not None:
+        tl.store(lse + out_row, lse2 * _LN2, mask=is_row)
+    out_ptrs = out + out_row[:, None] * D + cols[None, :]
+    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
+
+
+@triton.jit(do_not_specialize=["num_text", "num_splits"])
+def _combine(
+    partials,  # what _attention wrote with SPLIT
+    out,  # context [Nt, Hq, D]; with ``state``: the mixed state [rows, C]
+    lse,  # [Nt, Hq] or None
+    state, text_rows, weight, bias, warm_up,  # None: combine only
+    num_text, num_splits, state_row_stride,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr, TANH_GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    text = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    cols = tl.arange(0, BLOCK_D)
+    is_head = head < HQ
+    inside = is_head[:, None] & (cols < D)[None, :]
+    element = head[:, None] * D + cols[None, :]
+    if state is not None:
+        # Nothing here comes from the launch before, so a dependent launch does it while that one still runs.
+        row = tl.load(text_rows + text).to(tl.int64)
+        c = tl.arange(0, BLOCK_C)
+        state_row = state + row * state_row_stride
+        x = tl.load(state_row + c, mask=c < HQ * D, other=0.0).to(tl.float32)
+        g = gate_of(x, weight, bias, warm_up, c, HQ * D, TANH_GATE, TANH_WARM_UP)
+        residual = tl.load(state_row + element, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    stride = num_text.to(tl.int64) * HQ  # heads a split
+    lse_partials = partials + num_splits * stride * D
+    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    for first in tl.range(0, num_splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        is_split = split < num_splits
+        slot = split.to(tl.int64)[:, None] * stride + text * HQ + head[None, :]
+        part_lse = tl.load(lse_partials + slot, mask=is_split[:, None] & is_head[None, :], other=float("-inf"))
+        ptrs = partials + slot[:, :, None] * D + cols[None, None, :]
+        part = tl.load(ptrs, mask=is_split[:, None, None] & inside[None, :, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, 0))
+        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+        w = tl.exp2(part_lse - origin[None, :])
+        shrink = tl.exp2(top - origin)
+        total = total * shrink + tl.sum(w, 0)
+        acc = acc * shrink[:, None] + tl.sum(w[:, :, None] * part, 0)
+        top = new_top
+
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    context = acc / total[:, None]
+    if lse is not None:
+        lse_row = tl.where(empty, float("-inf"), (top + tl.log2(total)) * _LN2)
+        tl.store(lse + text * HQ + head, lse_row, mask=is_head)
+    if state is not None:
+        tl.store(out + row * (HQ * D) + element, (residual + g * context).to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + text * (HQ * D) + element, context.to(out.dtype.element_ty), mask=inside)
+
+
+def _configure(q: Tensor, slow_kv: Tensor, text_rows: Tensor, cu_text: Tensor, num_splits: int) -> AttentionConfig:
+    device = describe(q.device)
+    _, num_q_heads, head_dim = q.shape
+    return triton_attention_config(
+        text_rows.shape[0], slow_kv.shape[0], cu_text.shape[0] - 1, num_q_heads, slow_kv.shape[1], head_dim,
+        q.element_size(), device.num_sms, num_splits, device.shared_bytes,
+    )  # fmt: skip
+
+
+def _launch_attention(
+    q: Tensor, slow_kv: Tensor, cu_slow: Tensor, text_rows: Tensor, cu_text: Tensor, softmax_scale: float,
+    out: Tensor, lse: Tensor | None, config: AttentionConfig, dependent: bool,
+) -> None:  # fmt: skip
+    """``dependent``: the launch after this one may start early (it waits for this one's results by itself)."""
+    num_text, batch = text_rows.shape[0], cu_text.shape[0] - 1
+    _, num_q_heads, head_dim = q.shape
+    kv_stride, kv_heads = slow_kv.stride(), slow_kv.shape[1]
+    group = num_q_heads // kv_heads
+    _attention[(config.num_tiles(num_text, batch, group), kv_heads, config.num_splits)](
+        q, slow_kv, cu_slow, text_rows, cu_text, out, lse, num_text, batch, config.num_splits,
+        q.stride(0), q.stride(1), kv_stride[1], kv_stride[2], softmax_scale,
+        KV_STRIDE=kv_stride[0], NEGATIVE=softmax_scale < 0, GROUP=group, D=head_dim, BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_B=next_power_of_2(batch), SPLIT=config.num_splits > 1,
+        PEEL=config.peel_tail, PDL=dependent, PREFETCH=describe(q.device).prefetch and not config.peel_tail,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _launch_combine(
+    partials: Tensor, out: Tensor, lse: Tensor | None, gated: tuple | None, context_shape: tuple[int, int, int],
+    num_splits: int, config: CombineConfig,
+) -> None:  # fmt: skip
+    """``gated``: None, or (state, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh)."""
+    num_text, num_q_heads, head_dim = context_shape
+    state, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh = gated or (None,) * 7
+    options = {"launch_pdl": True} if config.dependent else {}
+    _combine[(num_text, -(-num_q_heads // config.block_h))](
+        partials, out, lse, state, text_rows, gate_weight, gate_bias, warm_up, num_text, num_splits,
+        None if state is None else state.stride(0),
+        HQ=num_q_heads, D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_S=config.block_s, BLOCK_H=config.block_h,
+        BLOCK_C=next_power_of_2(num_q_heads * head_dim), TANH_GATE=gate == "tanh", TANH_WARM_UP=bool(warm_up_tanh),
+        PDL=config.dependent, num_warps=config.num_warps, enable_fp_fusion=True, **options,
+    )  # fmt: skip
+
+
+def _attend_split(
+    q: Tensor, slow_kv: Tensor, cu_slow: Tensor, text_rows: Tensor, cu_text: Tensor, softmax_scale: float,
+    out: Tensor, lse: Tensor | None, gated: tuple | None, config: AttentionConfig,
+) -> None:  # fmt: skip
+    num_text, num_heads, head_dim = text_rows.shape[0], q.shape[1], q.shape[2]
+    device, splits = describe(q.device), config.num_splits
+    partials = torch.empty(splits * num_text * num_heads * (head_dim + 1), dtype=torch.float32, device=q.device)
+    combine = triton_combine_config(num_text, num_heads, head_dim, splits, device.num_sms, device.dependent_launch)
+    _launch_attention(
+        q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, partials, None, config, combine.dependent
+    )  # fmt: skip
+    _launch_combine(partials, out, lse, gated, (num_text, num_heads, head_dim), splits, combine)
+
+
+@on_device_of
+def text_cross_attention(
+    q: Tensor,
+    slow_kv: Tensor,
+    cu_slow: Tensor,
+    text_rows: Tensor,
+    cu_text: Tensor,
+    softmax_scale: float,
+    return_lse: bool,
+    num_splits: int,
+) -> tuple[Tensor, Tensor | None]:
+    """context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
+    shape = (text_rows.shape[0], *q.shape[1:])
+    context = torch.empty(shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    if shape[0] == 0:
+        return context, lse
+    config = _configure(q, slow_kv, text_rows, cu_text, num_splits)
+    if config.num_splits == 1:
+        _launch_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, context, lse, config, False)
+    else:
+        _attend_split(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, context, lse, None, config)
+    return context, lse
+
+
+@on_device_of
+def slowfast_cross_attention(
+    state: Tensor,
+    q: Tensor,
+    slow_kv: Tensor,
+    cu_slow: Tensor,
+    text_rows: Tensor,
+    cu_text: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    warm_up: Tensor | None,
+    softmax_scale: float,
+    num_splits: int,
+    gate: str,
+    warm_up_tanh: bool,
+) -> Tensor:
+    """Attention, gate and mix in two launches (three where rows that are no text rows must be copied)."""
+    if text_rows.shape[0] == 0:
+        return copied_or_empty(state, 0)
+    config = _configure(q, slow_kv, text_rows, cu_text, num_splits)
+    gated = (state, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh)
+    return attend_and_mix(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, gated, config)
+
+
+def attend_and_mix(
+    q: Tensor, slow_kv: Tensor, cu_slow: Tensor, text_rows: Tensor, cu_text: Tensor, softmax_scale: float,
+    gated: tuple, config: AttentionConfig,
+) -> Tensor:  # fmt: skip
+    """``slowfast_cross_attention`` with a given configuration; ``gated`` as for ``_launch_combine``."""
+    state, _, *gating = gated
+    num_text = text_rows.shape[0]
+    out = copied_or_empty(state, num_text)
+    if config.num_splits > 1:
+        _attend_split(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, out, None, gated, config)
+        return out
+    context = torch.empty((num_text, *q.shape[1:]), dtype=q.dtype, device=q.device)
+    dependent = describe(q.device).dependent_launch
+    _launch_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, context, None, config, dependent)
+    launch_mix(out, state, context.flatten(1), text_rows, *gating, dependent)
+    return out

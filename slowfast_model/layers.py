@@ -1,0 +1,63 @@
+"""The parts of a Qwen2 decoder layer that know nothing of slow tokens: RMSNorm, rotary embedding, MLP."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+Rope = tuple[Tensor, Tensor]  # cos and signed sin, [..., 1, D]: the 1 broadcasts over heads
+
+
+@lru_cache(maxsize=8)
+def _inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """On the CPU, whatever the default device: a GPU's pow differs in the last bits, which large positions magnify."""
+    exponent = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
+    return 1.0 / theta**exponent
+
+
+def rope_at(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+    """Rotation by ``positions`` [...]; angles in float32. The first half of sin is negated for ``apply_rope``."""
+    angles = positions[..., None, None].float() * _inverse_frequencies(head_dim, theta).to(positions.device)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """x [B, L, H, D]; rotating the halves by a roll takes three launches instead of five."""
+    cos, sin = rope
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """What a linear layer returns: the autocast type where autocast is on, else the parameter's."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype

@@ -1,0 +1,207 @@
+"""SlowFastForCausalLM: a Qwen2 decoder whose hybrid layers attend uncompressed slow tokens (arXiv 2504.01328).
+
+Module names are the released checkpoint's, so state dicts load by their own keys. Nothing of a call is kept on layers:
+what they attend travels as an argument. Inference normalises the slow tokens once, while pooling, for all hybrid
+layers; training keeps norm and projection apart, for their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slowfast_kernels.heuristics import BACKENDS
+
+from . import checkpoint as checkpoints
+from .attention import DecoderLayer
+from .cache import SelfKVCache, SlowContext
+from .config import SlowFastConfig
+from .generate import generate
+from .layers import RMSNorm, Rope, compute_dtype, rope_at
+from .tokens import IGNORE_INDEX, Layout, splice
+from .vision import build_projector, check_features, slow_and_fast_tokens
+
+
+@dataclass
+class SlowFastOutput:
+    """logits [B, L', V] and, on the same expanded, right-padded rows, what they belong to."""
+
+    logits: Tensor
+    loss: Tensor | None
+    attention_mask: Tensor  # [B, L'] bool
+    token_types: Tensor  # [B, L'] 1 prompt, 2 response, 3 visual, 4 padding
+    labels: Tensor | None  # [B, L']
+
+
+class Decoder(nn.Module):
+    """Embedding, decoder layers, final norm, and the projector, under the official name ``model``."""
+
+    def __init__(self, config: SlowFastConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.mm_hidden_size is not None:
+            self.mm_projector = build_projector(config)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        slow: SlowContext | None,
+        cache: SelfKVCache | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """x [B, L, C] embeddings -> hidden states after the final norm."""
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        for layer in self.layers:
+            arguments = (x, rope, slow, cache, backend)
+            x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+        return self.norm(x)
+
+
+class SlowFastForCausalLM(nn.Module):
+    """The whole model. ``backend`` names the kernels of every layer ("eager": plain PyTorch), None chooses per call."""
+
+    def __init__(self, config: SlowFastConfig, *, backend: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialise)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def backend(self) -> str | None:
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)} or None (automatic)")
+        self._backend = name
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute every layer in the backward pass (in training mode) instead of keeping its activations."""
+        self.model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.gradient_checkpointing = False
+
+    # -------------------------------------------------------------------------------------- inputs
+
+    def prepare(
+        self,
+        input_ids: Tensor,
+        frame_features: Sequence[Tensor] | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Layout, SlowContext | None]:
+        """Embeddings [B, L', C] with fast tokens spliced in, the layout, and the slow tokens (None: none attended)."""
+        inference = not torch.is_grad_enabled()
+        videos = [] if frame_features is None else frame_features
+        slow, fast, counts = self._pool(videos, self.config.rms_norm_eps if inference else None)
+        layout = splice(
+            input_ids,
+            attention_mask,
+            labels,
+            counts,
+            vocab_size=self.config.vocab_size,
+            every_row=self.config.updates_every_row,
+            mask_system=self.config.masks_system_text,
+        )
+        text = self.model.embed_tokens(layout.text_ids)
+        zero = text.new_zeros(1, text.shape[1])
+        rows = torch.cat([text, zero] if fast is None else [text, fast, zero])
+        context = None
+        if self.config.hybrid_layers and slow is not None:
+            context = SlowContext(
+                layout.cu_slow, layout.text_rows, layout.cu_text, tokens=slow, tokens_are_normalised=inference
+            )
+        return F.embedding(layout.source, rows), layout, context
+
+    def _pool(self, frame_features: Sequence[Tensor], norm_eps: float | None):
+        weight = self.model.embed_tokens.weight
+        any_float = compute_dtype(weight) != weight.dtype  # autocast
+        check_features(frame_features, self.config.mm_hidden_size, weight, any_float=any_float)
+        if not frame_features:
+            return None, None, []
+        sizes = [len(x) * x.shape[1] for x in frame_features]
+        flat = [x.flatten(0, 1) for x in frame_features]
+        projected = self.model.mm_projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
+        videos = [y.view(len(x), x.shape[1], -1) for x, y in zip(frame_features, projected, strict=True)]
+        return slow_and_fast_tokens(videos, self.config, norm_eps, self.backend)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """Rotary tables at ``positions``, in the type that the layers compute in."""
+        return rope_at(positions, self.config.head_dim, self.config.rope_theta, compute_dtype(self.lm_head.weight))
+
+    # -------------------------------------------------------------------------------------- calls
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        frame_features: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SlowFastOutput:
+        """Logits and loss of a batch of prompts.
+
+        Args:
+            input_ids: [B, L]; -200 stands for a video (or an image: a video of one frame).
+            frame_features: vision features before the projector, [T, H*W, mm_hidden] of each video, in reading order
+                over the batch; grids may differ between videos. None or []: text alone.
+            attention_mask: [B, L], 0 on padding, on either side.
+            labels: [B, L] token ids, -100 where there is no target.
+
+        Returns:
+            SlowFastOutput; rows are the expanded prompts, right-padded. ``loss`` is the mean cross-entropy of the next
+            token over the targets (0 if there is none), None without labels.
+
+        Raises:
+            ValueError, TypeError: as ``tokens.splice`` and ``vision.check_features`` say.
+        """
+        x, layout, slow = self.prepare(input_ids, frame_features, attention_mask, labels)
+        positions = torch.arange(x.shape[1], device=x.device)
+        logits = self.lm_head(self.model(x, self.rope(positions), slow, backend=self.backend))
+        loss = None if labels is None else self._loss(logits, layout.labels)
+        return SlowFastOutput(logits, loss, layout.attention_mask, layout.token_types, layout.labels)
+
+    @staticmethod
+    def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+        targets = labels[:, 1:].flatten()
+        predictions = logits[:, :-1].flatten(0, 1).float()
+        total = F.cross_entropy(predictions, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+    generate = generate
+
+    # -------------------------------------------------------------------------------------- weights
+
+    def load_official_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a released checkpoint by its own keys; strict. See ``checkpoint.load_official_state_dict``."""
+        checkpoints.load_official_state_dict(self, state_dict)
+
+    def load_qwen2_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a Qwen2 language model into the base layers. See ``checkpoint.load_qwen2_state_dict``."""
+        checkpoints.load_qwen2_state_dict(self, state_dict)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike, **options) -> SlowFastForCausalLM:
+        """A model from a directory with config.json and safetensors. See ``checkpoint.from_pretrained``."""
+        return checkpoints.from_pretrained(cls, directory, **options)

@@ -1,0 +1,167 @@
+"""From a batch of prompts to the expanded, right-padded layout that the decoder runs on, in Python and index tensors.
+
+Every -200 in a prompt gives way to its video's fast tokens. The layout says where each row's embedding comes from, what
+kind of token it is, and which rows attend the slow tokens. Padding of the input, on either side, is dropped here, so
+that the decoder needs no padding mask: with padding on the right, causality hides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IMAGE_TOKEN_INDEX = -200
+IGNORE_INDEX = -100
+PROMPT, RESPONSE, VISUAL, PADDING = 1, 2, 3, 4  # the released code's token types
+
+
+@dataclass(frozen=True)
+class Layout:
+    """B samples of L' rows. Index tensors are on the device of the input ids."""
+
+    text_ids: Tensor  # [n] ids of all text tokens, sample by sample
+    source: Tensor  # [B, L'] row of cat(text embeddings, fast tokens, one zero row)
+    token_types: Tensor  # [B, L'] PROMPT, RESPONSE, VISUAL or PADDING
+    labels: Tensor | None  # [B, L'] IGNORE_INDEX on visual and padding rows
+    lengths: list[int]  # valid rows of each sample
+    slow_lengths: list[int]  # slow tokens of each sample
+    cu_slow: Tensor  # [B + 1] int32
+    text_rows: Tensor  # [Nt] int32: rows of the flattened layout that attend slow tokens
+    cu_text: Tensor  # [B + 1] int32
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, L'] bool, True on valid rows."""
+        return self.token_types != PADDING
+
+
+def _selected(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[list, list]:
+    """Ids and labels of each sample without padding, on the CPU (the one sync of a prefill)."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, want [B, L]")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids: got {input_ids.dtype}, want int64 or int32")
+    for name, x in (("attention_mask", attention_mask), ("labels", labels)):
+        if x is not None and x.shape != input_ids.shape:
+            raise ValueError(
+                f"{name}: got shape {list(x.shape)}, want {list(input_ids.shape)} (the shape of input_ids)"
+            )
+    ids = input_ids.cpu().long()
+    keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.cpu().long()
+    for b, row in enumerate(keep):
+        if not row.any():
+            raise ValueError(f"attention_mask: got no selected token in row {b}, want at least one")
+    return [row[k] for row, k in zip(ids, keep, strict=True)], [row[k] for row, k in zip(targets, keep, strict=True)]
+
+
+def _check_ids(samples: list[Tensor], vocab_size: int, num_videos: int) -> None:
+    flat = torch.cat(samples)
+    markers = int((flat == IMAGE_TOKEN_INDEX).sum())
+    if markers != num_videos:
+        raise ValueError(
+            f"frame_features: got {num_videos} videos, want {markers} (one for each {IMAGE_TOKEN_INDEX} in input_ids)"
+        )
+    wrong = flat[((flat < 0) | (flat >= vocab_size)) & (flat != IMAGE_TOKEN_INDEX)]
+    if len(wrong):
+        raise ValueError(f"input_ids: got {int(wrong[0])}, want 0..{vocab_size - 1} or {IMAGE_TOKEN_INDEX} for a video")
+
+
+def _prefix_sums(counts: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int().to(device)
+
+
+def attending_rows(token_types: Tensor, *, every_row: bool = False, mask_system: bool = False) -> Tensor:
+    """Rows of one sample, token types [n], that attend its slow tokens; none if it has no visual token."""
+    visual = token_types == VISUAL
+    if not visual.any():
+        return torch.empty(0, dtype=torch.int64)
+    attends = token_types != PADDING
+    if not every_row:
+        attends = attends & ~visual
+        if mask_system:
+            attends = attends & (visual.cumsum(0) > 0)
+    return attends.nonzero().flatten()
+
+
+def splice(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    videos: Sequence[tuple[int, int]],
+    *,
+    vocab_size: int,
+    every_row: bool = False,
+    mask_system: bool = False,
+) -> Layout:
+    """Lay out a batch.
+
+    Args:
+        input_ids: [B, L]; -200 stands for a video or an image. Any number of them a sample, or none.
+        attention_mask: [B, L], 0 on padding, wherever it is. None: no padding.
+        labels: [B, L], -100 where there is no target. None: no targets, every text token is a prompt token.
+        videos: (fast tokens, slow tokens) of each video, in reading order over the batch.
+        every_row: all-to-media; visual rows attend slow tokens too.
+        mask_system: text before a sample's first visual token attends nothing.
+
+    Raises:
+        ValueError: shapes that differ, a sample with no token, an id outside the vocabulary, a number of videos that is
+            not the number of -200.
+        TypeError: ids that are not integers.
+    """
+    samples, targets = _selected(input_ids, attention_mask, labels)
+    _check_ids(samples, vocab_size, len(videos))
+    device = input_ids.device
+
+    num_text = sum(int((ids != IMAGE_TOKEN_INDEX).sum()) for ids in samples)
+    next_text, next_fast, next_video = 0, num_text, 0
+    sources, types, new_labels, slow_lengths, attending = [], [], [], [], []
+    for ids, target in zip(samples, targets, strict=True):
+        markers = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        source, kind, label = [], [], []
+        slow, start = 0, 0
+        for end in [*markers, len(ids)]:
+            text = target[start:end]
+            source.append(torch.arange(next_text, next_text + len(text)))
+            kind.append(torch.where(text == IGNORE_INDEX, PROMPT, RESPONSE))
+            label.append(text)
+            next_text, start = next_text + len(text), end + 1
+            if end < len(ids):
+                num_fast, num_slow = videos[next_video]
+                source.append(torch.arange(next_fast, next_fast + num_fast))
+                kind.append(torch.full((num_fast,), VISUAL))
+                label.append(torch.full((num_fast,), IGNORE_INDEX))
+                next_fast, next_video, slow = next_fast + num_fast, next_video + 1, slow + num_slow
+        kind = torch.cat(kind)
+        sources.append(torch.cat(source))
+        types.append(kind)
+        new_labels.append(torch.cat(label))
+        slow_lengths.append(slow)
+        attending.append(attending_rows(kind, every_row=every_row, mask_system=mask_system))
+
+    width = max(map(len, types))
+    padded_labels = pad_sequence(new_labels, batch_first=True, padding_value=IGNORE_INDEX)
+    rows = torch.cat([rows + b * width for b, rows in enumerate(attending)])
+    text_ids = torch.cat([ids[ids != IMAGE_TOKEN_INDEX] for ids in samples])
+    return Layout(
+        text_ids=text_ids.to(device),
+        source=pad_sequence(sources, batch_first=True, padding_value=next_fast).to(device),
+        token_types=pad_sequence(types, batch_first=True, padding_value=PADDING).to(device),
+        labels=None if labels is None else padded_labels.to(device),
+        lengths=[len(kind) for kind in types],
+        slow_lengths=slow_lengths,
+        cu_slow=_prefix_sums(slow_lengths, device),
+        text_rows=rows.int().to(device),
+        cu_text=_prefix_sums([len(rows) for rows in attending], device),
+    )
+
+
+def decode_rows(slow_lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """text_rows and cu_text of a decode step: one row a sample, which attends if the sample has slow tokens."""
+    attends = [int(count > 0) for count in slow_lengths]
+    rows = torch.tensor([b for b, yes in enumerate(attends) if yes], dtype=torch.int32, device=device)
+    return rows, _prefix_sums(attends, device)

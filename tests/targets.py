@@ -1,0 +1,67 @@
+"""Backends x dtypes that this machine tests. One test body serves all of them, on a CPU and on a GPU.
+
+A backend that cannot run here is one skipped test with the reason of ``sk.backends()``. The cpu backend is never
+skipped: without the extension its tests fail and say how to build it. SLOWFAST_TEST_BACKENDS="triton" or "eager,cpu"
+narrows the list; ``test_ops_triton_interpreter.py`` sets it for its child process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import slowfast_kernels as sk
+
+HAS_GPU = torch.cuda.is_available()
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if HAS_GPU and not INTERPRETER else "cpu")
+REPEATS = 100 if DEVICE.type == "cuda" else 1 if INTERPRETER else 5  # of a call that must give the same bits
+HALF = (torch.bfloat16, torch.float16)
+_WANTED = os.environ.get("SLOWFAST_TEST_BACKENDS", "eager,cpu,triton,cuda").split(",")
+
+
+@dataclass(frozen=True)
+class Target:
+    backend: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+
+    def run(self, op, *args, **options):
+        """``op`` on this backend; skips where the cuda backend names a limit of its own (others have none)."""
+        try:
+            return op(*args, **options, backend=self.backend)
+        except NotImplementedError as limit:
+            if self.backend == "cuda":
+                pytest.skip(str(limit))
+            raise
+
+
+def _targets(backends: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list:
+    params = []
+    for backend in backends:
+        if backend not in _WANTED:
+            continue
+        device = torch.device("cpu") if backend == "cpu" else DEVICE
+        capability = sk.backends()[backend]
+        if not capability and backend != "cpu":
+            why = f"{backend} is {capability}"
+            params.append(pytest.param(None, id=backend, marks=pytest.mark.skip(reason=why)))
+            continue
+        for dtype in dtypes:
+            exact_only = backend == "eager" or (backend == "triton" and device.type == "cpu")  # bf16 is wrong there
+            if dtype == torch.float32 or not exact_only:
+                target = Target(backend, dtype, device)
+                params.append(pytest.param(target, id=str(target)))
+    return params
+
+
+_DTYPES = (torch.float32, *HALF)
+ALL = _targets(("eager", "cpu", "triton", "cuda"), _DTYPES)
+KERNELS = _targets(("cpu", "triton", "cuda"), _DTYPES)
+FLOAT32 = _targets(("eager", "cpu", "triton", "cuda"), (torch.float32,))

@@ -1,0 +1,275 @@
+"""Generation: caches change nothing, batches are their samples, and options do what they say."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import golden_data
+import pytest
+import torch
+from model_cases import (  # noqa: F401
+    MODEL_TARGETS,
+    PROMPT_VIDEOS,
+    PROMPTS,
+    VIDEO,
+    GoldenModel,
+    features,
+    one_thread,
+    padded,
+    tiny_model,
+)
+
+from slowfast_model import DecodeSession
+from slowfast_model.generate import sample
+
+every_target = pytest.mark.parametrize("target", MODEL_TARGETS)
+
+
+def batch(device="cpu", side="right"):
+    ids, mask = (x.to(device) for x in padded(PROMPTS, side))
+    return ids, features(*PROMPT_VIDEOS, device=device), mask
+
+
+# ------------------------------------------------------------------------------------------ the released ids
+
+
+@every_target
+@pytest.mark.parametrize("name", golden_data.names("model_"))
+@pytest.mark.parametrize("mode", ["attending", "official"])
+def test_greedy_ids_are_the_released_ones_in_both_decode_modes(name, mode, target):
+    golden = GoldenModel.load(name, target.backend, target.device)
+    expected = golden[f"gen.{mode}_ids"]
+    ids = golden.model.generate(
+        golden["gen.input_ids"],
+        golden.features,
+        golden["gen.attention_mask"],
+        max_new_tokens=expected.shape[1],
+        slow_tokens_in_decode=mode == "attending",
+    )
+    assert torch.equal(ids, expected)
+
+
+# ------------------------------------------------------------------------------------------ caches
+
+
+@every_target
+@torch.no_grad()
+def test_cached_logits_equal_a_run_of_the_whole_sequence(target):
+    model = tiny_model(target.backend, target.device)
+    ids, videos, mask = batch(target.device)
+    session = DecodeSession(model, ids, videos, mask, max_new_tokens=5)
+    prompts, logits = [list(prompt) for prompt in PROMPTS], session.logits
+    for _ in range(5):
+        again, again_mask = (x.to(target.device) for x in padded(prompts))
+        out = model(again, videos, again_mask)
+        last = out.logits[torch.arange(3), out.attention_mask.sum(1) - 1]
+        torch.testing.assert_close(logits, last, atol=1e-4, rtol=1e-4)
+        token = logits.argmax(-1)
+        for prompt, new in zip(prompts, token.tolist(), strict=True):
+            prompt.append(new)
+        logits = session.step(token)
+
+
+@every_target
+@torch.no_grad()
+def test_a_batch_generates_what_its_samples_generate_one_by_one(target):
+    model = tiny_model(target.backend, target.device)
+    ids, videos, mask = batch(target.device)
+    together = model.generate(ids, videos, mask, max_new_tokens=8)
+    for b, (prompt, mine) in enumerate(zip(PROMPTS, (videos[:2], None, videos[2:]), strict=True)):
+        alone = model.generate(torch.tensor([prompt], device=target.device), mine, max_new_tokens=8)
+        assert together[b].tolist() == alone[0].tolist()
+
+
+@every_target
+@torch.no_grad()
+def test_prompts_padded_on_the_left_generate_the_same(target):
+    model = tiny_model(target.backend, target.device)
+    right, left = (model.generate(*batch(target.device, side), max_new_tokens=6) for side in ("right", "left"))
+    assert torch.equal(right, left)
+
+
+@torch.no_grad()
+def test_slow_tokens_are_read_from_the_cache_while_decoding():
+    """The same prefill, but other slow values afterwards: later logits must change."""
+    model = tiny_model()
+    session = DecodeSession(model, torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=2)
+    for kv in session.slow.kv.values():
+        kv[:, :, 1] += 1
+    changed = session.step(torch.tensor([3])).clone()
+    fresh = DecodeSession(model, torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=2)
+    assert (changed - fresh.step(torch.tensor([3]))).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_slow_cache_is_written_once_in_the_checkpoints_interleaved_layout():
+    model = tiny_model()
+    session = DecodeSession(model, torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=3)
+    assert sorted(session.slow.kv) == list(model.config.hybrid_layers)
+    before = {layer: (kv.data_ptr(), kv.clone()) for layer, kv in session.slow.kv.items()}
+    session.step(torch.tensor([3]))
+    for layer, (pointer, kv) in before.items():
+        assert session.slow.kv[layer].data_ptr() == pointer
+        assert torch.equal(session.slow.kv[layer], kv)
+        assert kv.shape == (16, 2, 2, 8)  # [Ns, Hkv, 2, D]
+    assert session.slow.tokens is None
+
+
+@torch.no_grad()
+def test_without_slow_tokens_in_decode_the_session_keeps_none():
+    options = {"max_new_tokens": 3, "slow_tokens_in_decode": False}
+    session = DecodeSession(tiny_model(), torch.tensor([[1, VIDEO, 2]]), features((4, 4)), **options)
+    assert session.slow is None
+
+
+@torch.no_grad()
+def test_a_session_refuses_more_steps_than_its_caches_hold():
+    session = DecodeSession(tiny_model(), torch.tensor([[1, 2]]), max_new_tokens=1)
+    session.step(torch.tensor([3]))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        session.step(torch.tensor([3]))
+
+
+@torch.no_grad()
+def test_a_finished_session_frees_its_caches_at_once():
+    session = DecodeSession(tiny_model(), torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=3)
+    session.step(torch.tensor([3]))
+    caches = [weakref.ref(kv) for kv in (*session.cache.kv, *session.slow.kv.values())]
+    gc.disable()  # no cycle may keep them until the next collection
+    try:
+        del session
+        assert not [kv for kv in caches if kv() is not None]
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_generation_works_in_inference_mode_and_in_training_mode():
+    model = tiny_model().train()
+    ids, videos, mask = batch()
+    expected = model.generate(ids, videos, mask, max_new_tokens=4)
+    with torch.inference_mode():
+        assert torch.equal(model.eval().generate(ids, videos, mask, max_new_tokens=4), expected)
+
+
+# ------------------------------------------------------------------------------------------ the step as a graph
+
+
+@every_target
+@torch.no_grad()
+def test_the_decode_step_is_one_graph_without_a_break_or_a_second_compilation(target):
+    model = tiny_model(target.backend, target.device)
+    sessions = [DecodeSession(model, *batch(target.device), max_new_tokens=4) for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(sessions[1]._compute, fullgraph=True, dynamic=False, backend="eager")
+    sessions[1]._compute = compiled
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            token = sessions[0].logits.argmax(-1)
+            expected = sessions[0].step(token)
+            torch.testing.assert_close(sessions[1].step(token), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_capture_needs_a_gpu_and_kernels():
+    session = DecodeSession(tiny_model(), torch.tensor([[1, 2]]), max_new_tokens=1)
+    with pytest.raises(ValueError, match="CUDA"):
+        session.capture()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_captured_step_gives_the_same_logits(dtype):
+    model = tiny_model(None, "cuda").to(dtype)
+    ids, videos, mask = batch("cuda")
+    videos = [x.to(dtype) for x in videos]
+    plain, captured = (DecodeSession(model, ids, videos, mask, max_new_tokens=8) for _ in range(2))
+    captured.capture()
+    token = plain.logits.argmax(-1)
+    for _ in range(8):
+        expected = plain.step(token).clone()
+        assert torch.equal(captured.step(token), expected)
+        token = expected.argmax(-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@torch.no_grad()
+def test_generation_by_graph_gives_the_same_ids():
+    model = tiny_model(None, "cuda")
+    prompt = batch("cuda")
+    plain, graph = (model.generate(*prompt, max_new_tokens=20, cuda_graph=choice) for choice in (False, True))
+    assert torch.equal(plain, graph)
+
+
+# ------------------------------------------------------------------------------------------ ending and sampling
+
+
+@torch.no_grad()
+def test_a_sample_that_ends_repeats_its_end_and_the_rest_go_on():
+    model = tiny_model()
+    ids, videos, mask = batch()
+    free = model.generate(ids, videos, mask, max_new_tokens=8)
+    end = int(free[1, 2])
+    ended = model.generate(ids, videos, mask, max_new_tokens=8, eos_token_id=end)
+    for row, full in zip(ended.tolist(), free.tolist(), strict=True):
+        stop = full.index(end) if end in full else len(full)
+        assert row[:stop] == full[:stop][: len(row)]
+        assert set(row[stop:]) <= {end}
+
+
+@torch.no_grad()
+def test_generation_stops_when_every_sample_has_ended():
+    model = tiny_model()
+    prompt = torch.tensor([[1, 2, 3]])
+    free = model.generate(prompt, max_new_tokens=6)[0].tolist()
+    ended = model.generate(prompt, max_new_tokens=6, eos_token_id=[60, free[1]])[0].tolist()
+    assert ended == free[: free.index(free[1]) + 1]
+
+
+@torch.no_grad()
+def test_sampling_follows_the_generator(seed):
+    model = tiny_model()
+    ids, videos, mask = batch()
+
+    def draw(number):
+        generator = torch.Generator().manual_seed(number)
+        return model.generate(
+            ids, videos, mask, max_new_tokens=12, do_sample=True, temperature=5.0, generator=generator
+        )
+
+    assert torch.equal(draw(seed), draw(seed))
+    assert not torch.equal(draw(seed), draw(seed + 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("option", [{"temperature": 1e-4}, {"top_p": 1e-6}])
+def test_cold_or_narrow_sampling_is_greedy(option):
+    model = tiny_model()
+    ids, videos, mask = batch()
+    greedy = model.generate(ids, videos, mask, max_new_tokens=6)
+    assert torch.equal(model.generate(ids, videos, mask, max_new_tokens=6, do_sample=True, **option), greedy)
+
+
+def test_top_p_draws_from_the_fewest_tokens_that_reach_it(rng):
+    probs = torch.tensor([0.4, 0.05, 0.3, 0.25])
+    draws = sample(probs.log().expand(4000, -1), 1.0, 0.65, rng())
+    share = draws.bincount(minlength=4) / 4000
+    torch.testing.assert_close(share, torch.tensor([4 / 7, 0, 3 / 7, 0]), atol=0.05, rtol=0)
+
+
+def test_temperature_sharpens_the_distribution(rng):
+    draws = sample(torch.tensor([1.0, 0.0]).expand(4000, -1), 0.5, 1.0, rng())
+    assert abs(draws.float().mean().item() - 1 / (1 + torch.tensor(2.0).exp().item())) < 0.05
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"max_new_tokens": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}],
+    ids=lambda option: "-".join(map(str, *option.items())),
+)
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        tiny_model().generate(torch.tensor([[1, 2]]), **{"max_new_tokens": 2, "do_sample": True} | option)

@@ -1,0 +1,26 @@
+"""The Triton backend on a machine without a GPU: the same tests under Triton's interpreter.
+
+The interpreter is chosen when triton is imported, hence the child process. It is right in float32 and silently wrong in
+bfloat16, so float32 it is; races and shared memory it does not know, and those wait for a GPU.
+"""
+
+import pytest
+from child import run_tests
+from targets import HAS_GPU, INTERPRETER
+
+pytest.importorskip("triton", reason="triton is not installed")
+PARTS = {  # what runs, and at least how many tests that must be
+    "golden": (["test_golden_ops.py"], 80),
+    "attention": (["test_ops_attention.py"], 45),
+    "fused": (["test_ops_fused.py", "test_ops_fuzz.py"], 45),
+    "rest": (["test_ops_pool.py", "test_ops_gated_mix.py", "test_ops_backward.py", "test_torch_integration.py"], 100),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_GPU, reason="Triton is tested on the GPU itself")
+@pytest.mark.skipif(INTERPRETER, reason="this is the child process")
+@pytest.mark.parametrize("part", PARTS)
+def test_the_suite_passes_under_the_interpreter(part):
+    files, at_least = PARTS[part]
+    run_tests(files, at_least, "triton", TRITON_INTERPRET="1", SLOWFAST_EXAMPLES="5", SLOWFAST_FUZZ="4")

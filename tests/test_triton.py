@@ -1,0 +1,423 @@
+"""What is Triton's own: configurations, ahead-of-time compilation for GPUs that are not here, and the interpreter.
+
+That the ops are right is the matter of test_ops_*.py. The recorder below runs the backend on meta tensors, keeps each
+launch, and compiles exactly what a GPU would: so a kernel that breaks on sm_100 fails in a test run without a GPU.
+Interpreter tests run in a child process, because TRITON_INTERPRET must be set before triton is imported.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import reference
+import torch
+from cases import Shape, make_inputs
+
+from slowfast_kernels import eager, heuristics
+from slowfast_kernels.pool_plan import make_pool_plan
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreter_agrees_with_eager")
+
+HALF = torch.bfloat16
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program may use
+NUM_SMS = {80: 108, 90: 132, 100: 148}
+
+
+# ---------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("shared_bytes", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+@pytest.mark.parametrize("head_dim", [1, 64, 80, 96, 128, 256])
+def test_a_tile_fits_the_shared_memory(shared_bytes, dtype_bytes, head_dim):
+    for num_text in (1, 4, 16, 64, 1024):
+        config = heuristics.triton_attention_config(
+            num_text, 10368, 1, 28, 4, head_dim, dtype_bytes, 132, shared_bytes=shared_bytes
+        )
+        tile = (config.block_m, config.block_n, config.num_warps, config.num_stages)
+        assert heuristics._shared_bytes(tile, heuristics.padded_head_dim(head_dim), dtype_bytes) <= shared_bytes
+        assert min(config.block_m, config.block_n) >= 16, "tl.dot wants 16"
+
+
+def test_a_decoded_row_is_split_over_the_whole_gpu():
+    config = heuristics.triton_attention_config(1, 10368, 1, 28, 4, 128, 2, 132)
+    assert config.num_splits * 4 >= 132
+
+
+def test_enough_rows_are_not_split():
+    assert heuristics.triton_attention_config(4096, 32 * 1296, 32, 28, 4, 128, 2, 132).num_splits == 1
+
+
+def test_splits_that_were_asked_for_are_kept():
+    assert heuristics.triton_attention_config(1, 10368, 1, 28, 4, 128, 2, 132, num_splits=5).num_splits == 5
+
+
+def test_no_more_splits_than_blocks_are_chosen():
+    assert heuristics.triton_attention_config(1, 0, 1, 28, 4, 128, 2, 132).num_splits == 1
+    assert heuristics.triton_attention_config(1, 65, 1, 28, 4, 128, 2, 132).num_splits <= 5
+
+
+def test_the_grid_has_a_tile_for_every_row_of_any_ragged_batch():
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = [rng.choice((0, 1, 1, 2, 30)) for _ in range(rng.randint(1, 20))]
+        group, block_m = rng.randint(1, 16), rng.choice((16, 32, 64, 128))
+        config = heuristics.AttentionConfig(block_m, 64, 1, 4, 2)
+        needed = sum(-(-n * group // block_m) for n in texts)
+        assert config.num_tiles(sum(texts), len(texts), group) >= needed
+
+
+def test_decode_launches_no_idle_tile():
+    config = heuristics.triton_attention_config(16, 16 * 10368, 16, 28, 4, 128, 2, 132)
+    assert config.num_tiles(16, 16, 7) == 16
+
+
+# ------------------------------------------------------------------------------ ahead-of-time compilation
+
+
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+class Launch:
+    """One recorded ``kernel[grid](*args, **kwargs)``, specialised as Triton's launcher specialises it."""
+
+    def __init__(self, kernel, args, kwargs):
+        names = kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        self.kernel, self.options = kernel, {k: v for k, v in kwargs.items() if k not in names}
+        self.signature, self.constants, self.attributes = {}, {}, {}
+        for i, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+                self.signature[name], self.constants[name] = "constexpr", value
+                continue
+            is_tensor = isinstance(value, torch.Tensor)
+            self.signature[name] = TYPES[value.dtype] if is_tensor else "i32" if type(value) is int else "fp32"
+            if is_tensor or (special and type(value) is int and value % 16 == 0):
+                self.attributes[(i,)] = [["tt.divisibility", 16]]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def compile(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def index(n: int) -> torch.Tensor:
+    return meta(n, dtype=torch.int32)
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """record(arch) -> the list that launches of the Triton backend are then kept in instead of being run."""
+    import slowfast_kernels.triton.attention as attention
+    from slowfast_kernels.triton._common import Device
+
+    launches = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        assert all(extent >= 1 for extent in grid)
+        launches.append(Launch(kernel, args, kwargs))
+
+    def start(arch: int) -> list[Launch]:
+        device = Device(NUM_SMS[arch], SHARED_BYTES[arch], dependent_launch=arch >= 90, prefetch=True)
+        monkeypatch.setattr(attention, "describe", lambda _: device)
+        monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+        return launches
+
+    return start
+
+
+def fused(num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype=HALF, rows=None, gate_dtype=None, warm=True):
+    from slowfast_kernels.triton import slowfast_cross_attention
+
+    gate_dtype, channels, rows = gate_dtype or dtype, heads[0] * dim, rows or num_text
+    slowfast_cross_attention(
+        meta(rows, channels, dtype=dtype), meta(rows, heads[0], dim, dtype=dtype),
+        meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1), index(num_text), index(batch + 1),
+        meta(1, channels, dtype=gate_dtype), meta(1, dtype=gate_dtype), meta(1, dtype=gate_dtype) if warm else None,
+        dim**-0.5, 0, "tanh" if warm else "linear", True,
+    )  # fmt: skip
+
+
+def plain(num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype=HALF, num_splits=0):
+    from slowfast_kernels.triton import text_cross_attention
+
+    text_cross_attention(
+        meta(num_text, heads[0], dim, dtype=dtype), meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1),
+        index(num_text), index(batch + 1), dim**-0.5, True, num_splits,
+    )  # fmt: skip
+
+
+def pooled(norm_eps=1e-6, dtype=HALF, channels=3584, frame_counts=(8,)):
+    from slowfast_kernels.triton import pool
+
+    plan = make_pool_plan(frame_counts, (18, 18), 2, 1, 4, 1, 1)
+    pool(meta(sum(frame_counts), 324, channels, dtype=dtype), plan, norm_eps)
+
+
+def mixed(rows=64, dtype=HALF, channels=3584):
+    from slowfast_kernels.triton import gated_residual_mix
+
+    state, bias = meta(rows, channels, dtype=dtype), meta(1, dtype=dtype)
+    gated_residual_mix(state, state, index(rows), meta(channels, dtype=dtype), bias, bias, "tanh", True)
+
+
+DECODE, BATCHED_DECODE, QUESTION, LONG_CHAT = (1, 10368), (16, 16 * 10368, 16), (64, 10368), (1024, 98304)
+
+
+def compile_all(launches: list[Launch], arch: int):
+    """Every distinct launch, compiled down to SASS, within the limits of its GPU."""
+    for launch in launches:
+        kernel = launch.compile(arch)
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED_BYTES[arch]
+        yield launch, kernel
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_compiles_ahead_of_time(record, arch):
+    launches = record(arch)
+    fused(*DECODE)
+    fused(*QUESTION, rows=1360)
+    plain(*BATCHED_DECODE)
+    plain(*LONG_CHAT, num_splits=1)
+    fused(8, 5184, dtype=torch.float32, gate_dtype=torch.float32)
+    mixed()
+    pooled()
+    pooled(frame_counts=(7, 1))  # an image beside a video: two pool strides
+    names = {launch.name for launch, _ in compile_all(launches, arch)}
+    assert names == {"_attention", "_combine", "_gated_mix", "_pool"}
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 96, 256])
+def test_every_head_dimension_and_dtype_compiles(record, dim, dtype):
+    launches = record(90)
+    fused(1, 5184, heads=(14, 2), dim=dim, dtype=dtype, gate_dtype=torch.float32, warm=False)
+    if dtype == torch.float16:
+        plain(1024, 5184, heads=(14, 2), dim=dim, dtype=dtype, num_splits=1)
+    else:
+        pooled(None, dtype, channels=dim * 14)
+        mixed(4, dtype, channels=dim * 14)
+    assert len(list(compile_all(launches, 90))) >= 3
+
+
+@compiled
+@pytest.mark.parametrize("case", [DECODE, QUESTION, LONG_CHAT], ids=["decode", "question", "long_chat"])
+def test_the_hopper_loop_is_asynchronous(record, case, tmp_path):
+    """K and V arrive by cp.async while tensor cores work (wgmma from 64 rows on); few registers are spilled."""
+    launches = record(90)
+    plain(*case)
+    kernel = launches[0].compile(90)
+    ptx = kernel.asm["ptx"]
+    tile = launches[0].constants
+    assert tile["KV_STRIDE"] == 4 * 2 * 128
+    chunks = tile["BLOCK_N"] * 128 * 2 // (16 * 32 * launches[0].options["num_warps"])  # 16-byte copies a thread
+    assert ptx.count("cp.async.cg.shared.global") >= 4 * chunks, "prologue and loop, K and V"
+    assert ("wgmma.mma_async" in ptx) == (tile["BLOCK_M"] >= 64)
+    assert local_bytes(kernel, tmp_path) <= 256
+
+
+def local_bytes(kernel, folder: Path) -> int:
+    """Bytes of local memory a thread: registers that were spilled."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"triton {triton.__version__} ships no cuobjdump")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+@compiled
+def test_a_new_length_is_no_new_kernel(record):
+    launches = record(90)
+    for num_slow in (10368, 10369, 10384):
+        fused(1, num_slow)
+    keys = {
+        (x.name, *x.signature.items(), *x.constants.items(), *map(str, x.attributes.items()), *x.options.items())
+        for x in launches
+    }
+    assert len(keys) == 2, "attention and combine"
+
+
+@compiled
+def test_a_layer_at_decode_is_two_launches_and_three_with_other_rows(record):
+    launches = record(90)
+    fused(*DECODE)
+    assert [launch.name for launch in launches] == ["_attention", "_combine"]
+    assert [launch.options.get("launch_pdl", False) for launch in launches] == [False, True]
+
+
+# ------------------------------------------------------------------------------------------- interpreter
+
+
+@compiled
+@pytest.mark.slow
+def test_the_interpreter_agrees_with_eager():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if "only 0-dimensional arrays can be converted" in child.stdout:
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not work with numpy {numpy.__version__}")
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert re.search(r"\d+ passed", child.stdout)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+RAGGED_DECODE = Shape(((1, 130), (1, 64), (1, 0)), (14, 2), 64)  # a tile a sequence
+CASES = [
+    RAGGED_DECODE,
+    Shape(((2, 70), (0, 20), (3, 40)), (14, 2), 16),  # tiles partly filled
+    Shape(((2, 40),), (3, 1), 80),
+    Shape(((2, 17),), (2, 2), 256),
+]
+LONG_CASES = [
+    Shape(((33, 130), (2, 65)), (2, 1), 32),  # 64 rows a tile: the masked tail is outside the loop
+    Shape(((129, 129),), (4, 1), 16),  # 128 rows a tile
+]
+
+
+@interpreted
+@DTYPES
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_attention(shape, num_splits, dtype, rng):
+    check_attention(shape, num_splits, dtype, rng)
+
+
+@interpreted
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("shape", LONG_CASES, ids=str)
+def test_attention_of_many_rows(shape, num_splits, rng):
+    check_attention(shape, num_splits, torch.float16, rng)
+
+
+def check_attention(shape, num_splits, dtype, rng):
+    from slowfast_kernels.triton import text_cross_attention
+
+    inputs = make_inputs(shape, dtype, "cpu", rng())
+    scale = shape.dim**-0.5
+    context, lse = text_cross_attention(*inputs.attention, scale, True, num_splits)
+    expected = eager.text_cross_attention(*inputs.attention, scale, True, 0)
+    exact = reference.attention(*inputs.attention, scale)
+    reference.assert_accurate(context, expected[0], exact.context, exact.noise)
+    reference.assert_lse_accurate(lse, expected[1], exact.lse)
+
+
+@interpreted
+def test_the_same_input_gives_the_same_bits(rng):
+    from slowfast_kernels.triton import text_cross_attention
+
+    inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng())
+    first, second = (text_cross_attention(*inputs.attention, 0.125, False, 3)[0] for _ in range(2))
+    assert reference.same_bits(first, second)
+
+
+@interpreted
+@DTYPES
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_neighbour_full_of_nan_and_infinity_does_not_leak(num_splits, dtype, rng):
+    from slowfast_kernels.triton import text_cross_attention
+
+    inputs = make_inputs(Shape(((2, 70), (0, 50), (40, 33)), (2, 1), 32), dtype, "cpu", rng())
+    clean, _ = text_cross_attention(*inputs.attention, 0.2, False, num_splits)
+    inputs.slow_kv[70:120] = torch.tensor([float("nan"), float("inf")]).to(dtype).repeat(16)
+    assert reference.same_bits(clean, text_cross_attention(*inputs.attention, 0.2, False, num_splits)[0])
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("gate", "warm_up_tanh", "warm"), [("tanh", True, 0.3), ("linear", False, 0.02), ("tanh", True, None)]
+)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_gate_and_mix(num_splits, gate, warm_up_tanh, warm, rng):
+    from slowfast_kernels.triton import gated_residual_mix, slowfast_cross_attention
+
+    inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng(), gate_dtype=torch.float32)
+    inputs.warm_up = None if warm is None else torch.tensor([warm])
+    context, _ = eager.text_cross_attention(*inputs.attention, 0.125, False, 0)
+    exact_context = reference.attention(*inputs.attention, 0.125).context
+    options = (gate, warm_up_tanh)
+    text, other = inputs.text_rows.long(), inputs.other_rows
+    for got, expected, given in (
+        (
+            slowfast_cross_attention(*inputs.fused, 0.125, num_splits, *options),
+            eager.slowfast_cross_attention(*inputs.fused, 0.125, 0, *options),
+            exact_context,
+        ),
+        (
+            gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, *inputs.gating, *options),
+            eager.gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, *inputs.gating, *options),
+            context,
+        ),
+    ):
+        exact = reference.gated_mix(inputs.state, given, inputs.text_rows, *inputs.gating, *options)
+        reference.assert_accurate(got[text], expected[text], exact[text])
+        assert reference.same_bits(got[other], inputs.state[other])
+
+
+@interpreted
+def test_warm_up_zero_gives_the_state_back_bitwise(rng):
+    from slowfast_kernels.triton import slowfast_cross_attention
+
+    inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng())
+    inputs.warm_up = torch.zeros(1, dtype=torch.float16)
+    for num_splits in (1, 2):
+        out = slowfast_cross_attention(*inputs.fused, 0.1, num_splits, "tanh", True)
+        assert reference.same_bits(out, inputs.state)
+
+
+@interpreted
+@DTYPES
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+def test_pool(norm_eps, dtype, rng):
+    from slowfast_kernels.triton import pool
+
+    for counts, grid, strides in (
+        ((5, 1), (6, 6), (2, 2, 2, 2, 2)),
+        ((4, 3), (7, 7), (3, 1, 2, 2, 3)),
+        ((1,), (4, 6), (3, 1, 1, 3, 1)),
+    ):
+        plan = make_pool_plan(counts, grid, *strides)
+        frames = torch.randn(sum(counts), grid[0] * grid[1], 40, generator=rng()).to(dtype)
+        got, expected = pool(frames, plan, norm_eps), eager.pool(frames, plan, norm_eps)
+        exact = reference.pool(frames, counts, grid, *strides, norm_eps=norm_eps)
+        for i in (0, 2):
+            reference.assert_accurate(got[i], expected[i], exact[i])
+            assert torch.equal(got[i + 1], expected[i + 1])
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [0.0, 1e-6, -0.01, 0.199, 0.201, -1.0, 9.0, -99.0])
+def test_tanh_is_accurate_near_zero_and_far_from_it(bias):
+    from slowfast_kernels.triton import gated_residual_mix
+
+    zero, one, row = torch.zeros(1, 8), torch.ones(1, 8), torch.zeros(1, dtype=torch.int32)
+    out = gated_residual_mix(zero, one, row, zero[0], torch.tensor([bias]), None, "tanh", True)
+    expected = torch.full_like(out, bias).double().tanh()
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=0)
