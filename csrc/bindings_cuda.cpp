@@ -111,7 +111,9 @@ void cross_attention(Address q, Address slow_kv, Address cu_slow, Address text_r
                                 pointer<float>(partial_out),
                                 pointer<float>(partial_stats),
                                 pointer<float>(partial_gates),
-                                pointer<int32_t>(counters)};
+                                pointer<int32_t>(counters),
+                                0,
+                                0};
   (head_dim == 64 ? cuda::cross_attention_sm90_d64 : cuda::cross_attention_sm90_d128)(p, plan, pointer(stream));
 }
 #endif

@@ -342,3 +342,18 @@ def hopper_attention_config(
                 best_cost = cost
                 best = HopperConfig(consumers, cluster_size, groups, max_tiles, half_groups, paired, evict_first)
     return best
+
+
+# ------------------------------------------------------------------------------------------------- cpu: attention
+
+CPU_UNITS_PER_THREAD = 4  # the cores are shared with other work: spare units even out what each thread gets done
+CPU_MIN_TOKENS = 192  # of a split; below, packing queries and combining cost more than the split gains
+
+
+def cpu_num_splits(batch: int, num_text: int, num_slow: int, num_q_heads: int, num_kv_heads: int, threads: int) -> int:
+    """Parts of each sequence's slow tokens, so that every thread has ``CPU_UNITS_PER_THREAD`` units of work."""
+    sequences = max(batch, 1)
+    rows = num_text * (num_q_heads // num_kv_heads) // sequences  # of a sequence and KV head
+    units = sequences if rows <= 16 else sequences * num_kv_heads * -(-rows // 48)  # a few rows take all heads at once
+    wanted = -(-CPU_UNITS_PER_THREAD * threads // units)
+    return max(1, min(wanted, num_slow // sequences // CPU_MIN_TOKENS))

@@ -1,8 +1,10 @@
 // From the parts' unnormalised rows to the result. Every CTA of a unit owns an equal share of the tile's rows: each part
 // sends its rows to their owners (stores to distributed shared memory, which nobody waits for), and after one cluster
 // barrier the owner adds them up, always in the same order. Groups of clusters go on through global memory, where the
-// last to arrive adds. Then gate, mix and store.
+// last to arrive adds. Then gate, mix and store. All of it runs once a CTA, from a cold instruction cache: loops are kept
+// rolled, and latency is hidden by asking early rather than by unrolling.
 #pragma once
+#include "../common/memory.cuh"
 #include "launch.h"
 #include "mainloop.cuh"
 
@@ -23,12 +25,13 @@ struct Unit {
   int parts_per_cta;           // 2 where both warpgroups hold the same rows and share out the KV blocks
 };
 
-__device__ __forceinline__ float weight_of(float max_log2, float merged_log2) {
-  return max_log2 == -INFINITY ? 0.0f : exp2_approx(max_log2 - merged_log2);
+// The text row of a packed row, without a division.
+__device__ __forceinline__ int text_of(const SplitPlan& plan, int packed) {
+  return plan.heads == 1 ? packed : __umulhi(packed, plan.heads_reciprocal);
 }
 
-__device__ __forceinline__ void add_scaled(float4& total, const float4& x, float w) {
-  total = make_float4(fmaf(x.x, w, total.x), fmaf(x.y, w, total.y), fmaf(x.z, w, total.z), fmaf(x.w, w, total.w));
+__device__ __forceinline__ float weight_of(float max_log2, float merged_log2) {
+  return max_log2 == -INFINITY ? 0.0f : exp2_approx(max_log2 - merged_log2);
 }
 
 template <typename Traits>
@@ -39,14 +42,12 @@ struct Epilogue {
   static constexpr int kConsumerBarrier = 3;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVectors = kHeadDim / 4;  // a thread's unit of work is four neighbouring columns of a row
-  static constexpr int kBatch = 4;               // of them whose loads are in flight together
 
   const CrossAttentionParams& p;
   const SplitPlan& plan;
   Shared& shared;
   const Tile& tile;
   const Unit& unit;
-  const int heads;              // query heads of a KV head
   const int share;              // rows of the tile that a CTA of the unit owns; this one's are:
   const int first_row, num_rows;
 
@@ -54,8 +55,7 @@ struct Epilogue {
                                                   const Tile& tile, const Unit& unit) {
     const int share = (tile.num_rows + unit.size - 1) / unit.size;
     const int first_row = min(tile.num_rows, unit.rank * share);
-    return {p, plan, shared, tile, unit, p.num_q_heads / p.num_kv_heads, share, first_row,
-            min(share, tile.num_rows - first_row)};
+    return {p, plan, shared, tile, unit, share, first_row, min(share, tile.num_rows - first_row)};
   }
 
   __device__ __forceinline__ void sync_consumers() const {
@@ -73,10 +73,10 @@ struct Epilogue {
   // ---- places and gates of this CTA's rows, by three warps that have nothing else to do
 
   // Text rows are counted from the tile's first; those of this CTA's rows are text_begin() .. text_end().
-  __device__ __forceinline__ int tile_text() const { return tile.row_begin / heads; }
-  __device__ __forceinline__ int text_begin() const { return (tile.row_begin + first_row) / heads - tile_text(); }
+  __device__ __forceinline__ int tile_text() const { return text_of(plan, tile.row_begin); }
+  __device__ __forceinline__ int text_begin() const { return text_of(plan, tile.row_begin + first_row) - tile_text(); }
   __device__ __forceinline__ int text_end() const {
-    return num_rows > 0 ? (tile.row_begin + first_row + num_rows - 1) / heads + 1 - tile_text() : text_begin();
+    return num_rows > 0 ? text_of(plan, tile.row_begin + first_row + num_rows - 1) + 1 - tile_text() : text_begin();
   }
   __device__ __forceinline__ const T* state_row(int text) const {
     const int64_t row = p.text_rows[tile.text_begin + tile_text() + text];
@@ -102,8 +102,8 @@ struct Epilogue {
   __device__ void prepare_rows(int warp, int lane) const {
     if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate));
     for (int i = warp * 32 + lane; i < num_rows; i += 32 * Traits::kGateWarps) {
-      const int packed = tile.row_begin + first_row + i, text = packed / heads;
-      const int64_t text_index = tile.text_begin + text, head = unit.kv_head * heads + packed % heads;
+      const int packed = tile.row_begin + first_row + i, text = text_of(plan, packed);
+      const int64_t text_index = tile.text_begin + text, head = unit.kv_head * plan.heads + packed - text * plan.heads;
       const int64_t row = p.text_rows[text_index], channels = static_cast<int64_t>(p.num_q_heads) * kHeadDim;
       shared.place[i] = {row * p.state_row_stride + head * kHeadDim, row * channels + head * kHeadDim,
                          text_index * channels + head * kHeadDim, text_index * p.num_q_heads + head,
@@ -168,7 +168,7 @@ struct Epilogue {
   // ---- parts
 
   // Called by all consumer threads; thread is the index in the warpgroup.
-  __device__ void run(RowState<Traits>& rows, int warpgroup, int thread, float scale_log2) const {
+  __device__ __forceinline__ void run(RowState<Traits>& rows, int warpgroup, int thread, float scale_log2) const {
     const int consumer = warpgroup * 128 + thread;
     ptx::mbarrier_wait(&shared.gate_full, 0);
     if (unit.num_groups == 1 && p.state != nullptr) finish_gates(shared.gate_parts[0], consumer);
@@ -177,21 +177,34 @@ struct Epilogue {
       rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], 1);
       rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], 2);
     }
-    sync_cluster();  // nobody reads the KV stages any more
+    sync_cluster();  // nobody reads the KV stages and Q any more
+    if (p.state != nullptr) fetch_state(consumer);
     send(rows, warpgroup, thread, scale_log2);
-    uint2 state[kBatch];
-    if (unit.num_groups == 1) load_state(consumer, state);  // under the barrier
+    cp_async_wait<0>();
     sync_cluster();
 
-    for (int first = consumer; first < num_rows * kVectors; first += kConsumerThreads * kBatch) {
-      if (unit.num_groups == 1 && first != consumer) load_state(first, state);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int index = first + i * kConsumerThreads;
-        if (index < num_rows * kVectors) add_parts(index, state[i]);
-      }
+    if (unit.num_groups == 1) {
+      add<false>(consumer, unit.size * unit.parts_per_cta);
+    } else {
+      leave_partial(consumer);
+      if (!arrive_last(consumer)) return;
+      if (p.state != nullptr) finish_gates(gate_workspace(), consumer);
+      sync_consumers();
+      add<true>(consumer, unit.num_groups);
     }
-    if (unit.num_groups > 1 && arrive_last(consumer)) add_groups(consumer);
+  }
+
+  // The columns of state that the mix needs, into the memory of Q.
+  __device__ __forceinline__ void fetch_state(int consumer) const {
+    constexpr int kChunks = kHeadDim / 8;
+    const uint64_t policy = evict_first_policy();
+    const uint32_t target = ptx::smem_address(shared.q);
+#pragma unroll 1
+    for (int i = consumer; i < num_rows * kChunks; i += kConsumerThreads) {
+      const T* source = static_cast<const T*>(p.state) + shared.place[i / kChunks].state + i % kChunks * 8;
+      cp_async_16(target + i * 16, source, policy);
+    }
+    cp_async_commit();
   }
 
   __device__ __forceinline__ void send(const RowState<Traits>& rows, int warpgroup, int thread, float scale_log2) const {
@@ -214,34 +227,66 @@ struct Epilogue {
     }
   }
 
-  // The sum over parts of four columns of an own row: the result, or this group's share of it.
-  __device__ __forceinline__ void add_parts(int index, const uint2& state) const {
-    const int row = index / kVectors, column = index % kVectors * 4;
-    const int count = unit.size * unit.parts_per_cta;
-    float2 merged = make_float2(-INFINITY, 0.0f);
-    for (int part = 0; part < count; ++part) {
-      merged.x = fmaxf(merged.x, shared.received.stats[part * share + row].x);
+  struct Sum {
+    float4 total;   // unnormalised
+    float2 merged;  // maximum (log2 units) and sum
+  };
+
+  // Four columns of an own row over the unit's parts (shared memory) or over its groups (global memory), in order.
+  template <bool kOverGroups>
+  __device__ __forceinline__ Sum sum_over(int row, int column, int count) const {
+    const auto stats = [&](int i) {
+      return kOverGroups ? __ldcg(partial_stats(i) + row) : shared.received.stats[i * share + row];
+    };
+    const auto values = [&](int i) {
+      return kOverGroups ? __ldcg(partial_out(i) + row * kVectors + column / 4)
+                         : *reinterpret_cast<const float4*>(&shared.received.out[i * share + row][column]);
+    };
+    Sum sum = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float2(-INFINITY, 0.0f)};
+    constexpr int kLoads = kOverGroups ? 8 : 1;  // in flight together
+#pragma unroll 1
+    for (int first = 0; first < count; first += kLoads) {
+      float2 s[kLoads];
+      float4 x[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int i = min(first + j, count - 1);
+        s[j] = stats(i);
+        x[j] = values(i);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        if (first + j >= count) s[j].x = -INFINITY;
+        const float peak = fmaxf(sum.merged.x, s[j].x);
+        const float old = weight_of(sum.merged.x, peak), w = weight_of(s[j].x, peak);
+        sum.merged = make_float2(peak, fmaf(s[j].y, w, sum.merged.y * old));
+        sum.total = make_float4(fmaf(x[j].x, w, sum.total.x * old), fmaf(x[j].y, w, sum.total.y * old),
+                                fmaf(x[j].z, w, sum.total.z * old), fmaf(x[j].w, w, sum.total.w * old));
+      }
     }
-    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-    for (int part = 0; part < count; ++part) {
-      const float2 stats = shared.received.stats[part * share + row];
-      const float w = weight_of(stats.x, merged.x);
-      merged.y = fmaf(stats.y, w, merged.y);
-      add_scaled(total, *reinterpret_cast<const float4*>(&shared.received.out[part * share + row][column]), w);
-    }
-    if (unit.num_groups > 1) {
-      __stcg(partial_out(unit.group) + index, total);
-      if (column == 0) __stcg(partial_stats(unit.group) + row, merged);
-    } else {
-      const float inverse = merged.x == -INFINITY ? 0.0f : 1.0f / merged.y;
-      store(row, column, make_float4(total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse), merged,
-            state);
+    return sum;
+  }
+
+  template <bool kOverGroups>
+  __device__ __forceinline__ void add(int consumer, int count) const {
+#pragma unroll 1
+    for (int index = consumer; index < num_rows * kVectors; index += kConsumerThreads) {
+      const int row = index / kVectors, column = index % kVectors * 4;
+      store(row, column, sum_over<kOverGroups>(row, column, count));
     }
   }
 
   // ---- groups, through global memory
 
+  __device__ __forceinline__ void leave_partial(int consumer) const {
+#pragma unroll 1
+    for (int index = consumer; index < num_rows * kVectors; index += kConsumerThreads) {
+      const int row = index / kVectors, column = index % kVectors * 4;
+      const Sum sum = sum_over<false>(row, column, unit.size * unit.parts_per_cta);
+      __stcg(partial_out(unit.group) + index, sum.total);
+      if (column == 0) __stcg(partial_stats(unit.group) + row, sum.merged);
+    }
+  }
   __device__ __forceinline__ float4* partial_out(int group) const {
     const int64_t slot = (unit.index * plan.num_groups + group) * Traits::kBlockM + first_row;
     return reinterpret_cast<float4*>(plan.partial_out) + slot * kVectors;
@@ -264,99 +309,28 @@ struct Epilogue {
     return shared.is_last;
   }
 
-  __device__ __forceinline__ void add_groups(int consumer) const {
-    uint2 state[kBatch];
-    load_state(consumer, state);
-    if (p.state != nullptr) finish_gates(gate_workspace(), consumer);
-    // A warp a row: the groups' statistics, a lane each, become their weights.
-    const int warp = consumer / 32, lane = consumer % 32;
-#pragma unroll 4
-    for (int row = warp; row < num_rows; row += kConsumerThreads / 32) {
-      float2 stats[kMaxGroups / 32];
-      float peak = -INFINITY, sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kMaxGroups / 32; ++i) {
-        const int g = lane + 32 * i;
-        stats[i] = g < unit.num_groups ? __ldcg(partial_stats(g) + row) : make_float2(-INFINITY, 0.0f);
-        peak = fmaxf(peak, stats[i].x);
-      }
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, offset));
-#pragma unroll
-      for (int i = 0; i < kMaxGroups / 32; ++i) sum += stats[i].y * weight_of(stats[i].x, peak);
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      const float inverse = peak == -INFINITY ? 0.0f : 1.0f / sum;
-#pragma unroll
-      for (int i = 0; i < kMaxGroups / 32; ++i) {
-        shared.received.weights[row][lane + 32 * i] = weight_of(stats[i].x, peak) * inverse;
-      }
-      if (lane == 0) shared.received.stats[row] = make_float2(peak, sum);
-    }
-    sync_consumers();
-
-    const int end = num_rows * kVectors;
-    for (int first = consumer; first < end; first += kConsumerThreads * kBatch) {
-      if (first != consumer) load_state(first, state);
-      float4 totals[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      constexpr int kLoads = 8;
-      for (int group = 0; group < unit.num_groups; group += kLoads) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int index = first + i * kConsumerThreads;
-          if (index >= end) break;
-          float4 x[kLoads];
-#pragma unroll
-          for (int j = 0; j < kLoads; ++j) {
-            if (group + j < unit.num_groups) x[j] = __ldcg(partial_out(group + j) + index);
-          }
-          const float* weights = &shared.received.weights[index / kVectors][group];
-#pragma unroll
-          for (int j = 0; j < kLoads; ++j) {
-            if (group + j < unit.num_groups) add_scaled(totals[i], x[j], weights[j]);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int index = first + i * kConsumerThreads, row = index / kVectors;
-        if (index < end) store(row, index % kVectors * 4, totals[i], shared.received.stats[row], state[i]);
-      }
-    }
-  }
-
   // ---- results
 
-  __device__ __forceinline__ void load_state(int first, uint2 (&state)[kBatch]) const {
-    if (p.state == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * kConsumerThreads;
-      if (index >= num_rows * kVectors) continue;
-      const T* source = static_cast<const T*>(p.state) + shared.place[index / kVectors].state + index % kVectors * 4;
-      state[i] = __ldg(reinterpret_cast<const uint2*>(source));
-    }
-  }
-
-  __device__ __forceinline__ void store(int row, int column, const float4& context, const float2& merged,
-                                        const uint2& state) const {
+  __device__ __forceinline__ void store(int row, int column, const Sum& sum) const {
     const typename Traits::RowPlace& place = shared.place[row];
+    const bool empty = sum.merged.x == -INFINITY;
+    const float inverse = empty ? 0.0f : 1.0f / sum.merged.y;
+    const float x = sum.total.x * inverse, y = sum.total.y * inverse;
+    const float z = sum.total.z * inverse, w = sum.total.w * inverse;
     if (p.context != nullptr) {
       *reinterpret_cast<uint2*>(static_cast<T*>(p.context) + place.context + column) =
-          make_uint2(pack2<T>(context.x, context.y), pack2<T>(context.z, context.w));
+          make_uint2(pack2<T>(x, y), pack2<T>(z, w));
     }
     if (p.lse != nullptr && column == 0) {
       constexpr float kLn2 = 0.6931471805599453f;
-      p.lse[place.lse] = merged.x == -INFINITY ? -INFINITY : (merged.x + log2f(merged.y)) * kLn2;
+      p.lse[place.lse] = empty ? -INFINITY : (sum.merged.x + log2f(sum.merged.y)) * kLn2;
     }
     if (p.state != nullptr) {
       const float g = shared.gate[place.gate];
+      const uint2 state = *reinterpret_cast<const uint2*>(shared.q + row * kHeadDim + column);
       const float2 low = unpack2<T>(state.x), high = unpack2<T>(state.y);
       *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + place.out + column) =
-          make_uint2(pack2<T>(fmaf(g, context.x, low.x), fmaf(g, context.y, low.y)),
-                     pack2<T>(fmaf(g, context.z, high.x), fmaf(g, context.w, high.y)));
+          make_uint2(pack2<T>(fmaf(g, x, low.x), fmaf(g, y, low.y)), pack2<T>(fmaf(g, z, high.x), fmaf(g, w, high.y)));
     }
   }
 };

@@ -17,8 +17,8 @@ namespace slowfast::cuda {
 
 // Which rows a tile index means. Sequences are scanned a warp at a time: every warp does so, no shared memory.
 template <typename Traits>
-__device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int tile_index, int lane, Tile& tile) {
-  const int heads = p.num_q_heads / p.num_kv_heads;
+__device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int heads, int tile_index, int lane,
+                                          Tile& tile) {
   int batch = 0, num_text = static_cast<int>(p.num_text);
   tile = {0, tile_index * Traits::kBlockM, 0, 0, static_cast<int>(p.num_slow)};
   if (p.batch > 1) {  // one sequence owns everything: nothing to read, and the first TMA can go
@@ -106,15 +106,16 @@ struct QueryRows {
   static constexpr int kVectors = Traits::kHeadDim / 8, kLoads = 64 * kVectors / 128;
   uint4 loaded[kLoads];
 
-  __device__ __forceinline__ void load(const CrossAttentionParams& p, const Tile& tile, int kv_head, int first_row,
-                                       int thread) {
-    const int heads = p.num_q_heads / p.num_kv_heads, vector = thread % kVectors;
+  __device__ __forceinline__ void load(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile,
+                                       int kv_head, int first_row, int thread) {
+    const int vector = thread % kVectors;
     int text_row[kLoads], head[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int packed = tile.row_begin + min(first_row + (thread + i * 128) / kVectors, tile.num_rows - 1);
-      text_row[i] = p.text_rows[tile.text_begin + packed / heads];
-      head[i] = kv_head * heads + packed % heads;
+      const int text = text_of(plan, packed);
+      text_row[i] = p.text_rows[tile.text_begin + text];
+      head[i] = kv_head * plan.heads + packed - text * plan.heads;
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   Tile tile;
   int tile_number;
   bool works = find_unit(p, plan, unit, tile_number);
-  works = works && find_tile<Traits>(p, tile_number, lane, tile);
+  works = works && find_tile<Traits>(p, plan.heads, tile_number, lane, tile);
   if (!works) return;  // all CTAs of a unit alike; no other CTA of the cluster reads this one's memory
   const bool both = Traits::kConsumers == 2, alternate = both && tile.num_rows <= 64;
   unit.parts_per_cta = alternate ? 2 : 1;
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int consumer = warpgroup - 1;
   QueryRows<Traits> query;
   if (warpgroup > 0) {
-    query.load(p, tile, unit.kv_head, alternate ? 0 : consumer * 64, thread);
+    query.load(p, plan, tile, unit.kv_head, alternate ? 0 : consumer * 64, thread);
   } else if (thread >= 32 && p.state != nullptr) {
     epilogue.prefetch_gate_inputs(thread / 32 - 1, lane);
   } else if (thread == 0) {

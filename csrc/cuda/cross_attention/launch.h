@@ -9,7 +9,7 @@ namespace slowfast::cuda {
 struct SplitPlan {
   int32_t consumers;     // 1 or 2 warpgroups of 64 rows
   int32_t cluster_size;  // 1 to 16
-  int32_t num_groups;    // 1 to 64
+  int32_t num_groups;    // >= 1
   int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
   int32_t half_groups;   // one sequence, whose last tile has at most half the rows: its groups; else 0
   bool paired_halves;    // a cluster takes that tile of two KV heads
@@ -18,6 +18,8 @@ struct SplitPlan {
   float* partial_stats;  // [max_tiles * Hkv, num_groups, kBlockM, 2]
   float* partial_gates;  // [max_tiles * Hkv, cluster_size, kBlockM, 3]
   int32_t* counters;     // [max_tiles * Hkv * cluster_size], zero before and after a launch
+  int32_t heads;              // query heads of a KV head, and
+  uint32_t heads_reciprocal;  // 2^32 / heads, rounded up (0 for one head): see text_of
 };
 
 void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);

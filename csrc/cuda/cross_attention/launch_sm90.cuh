@@ -50,7 +50,9 @@ CUtensorMap make_kv_map(const CrossAttentionParams& p) {
 }
 
 template <typename Traits>
-void launch(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
+void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) {
+  plan.heads = p.num_q_heads / p.num_kv_heads;
+  plan.heads_reciprocal = static_cast<uint32_t>(((1ull << 32) + plan.heads - 1) / plan.heads);
   auto* kernel = cross_attention_kernel<Traits>;
   // Per device, hence on every launch: the call is a table look-up.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes),

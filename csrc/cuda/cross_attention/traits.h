@@ -6,8 +6,6 @@
 
 namespace slowfast::cuda {
 
-constexpr int kMaxGroups = 64;  // of clusters a tile
-
 // kConsumers = 2: 128 packed rows, for prefill: the softmax of one warpgroup runs under the products of the other.
 // kConsumers = 1: 64 packed rows and small KV blocks, for decode: bytes in flight and a short tail matter there.
 template <typename T, int kHeadDim_, int kConsumers_>
@@ -37,7 +35,6 @@ struct Traits {
   struct Received {
     float out[kReceivedRows][kOutStride];  // [part][row of the share]: unnormalised rows of O
     float2 stats[kReceivedRows];           // their maximum (log2 units) and sum
-    float weights[kBlockM][kMaxGroups];    // of the groups' rows, for the last group to arrive
   };
   // Where a packed row of this CTA's share goes.
   struct RowPlace {
