@@ -102,7 +102,7 @@ def candidates(problem: Problem):
     batch, text, slow, hq, hkv, _ = problem.shape
     rows = text * hq // hkv
     tiles = batch * -(-rows // (64 * base.consumers)) * hkv
-    blocks = -(-slow // (64 if base.consumers == 1 else 176))
+    blocks = -(-slow // (32 if base.consumers == 1 else 176))
     halves = batch == 1 and base.consumers == 2 and 0 < rows % 128 <= 64
     yield base
     for cluster in (1, 2, 4, 8, 16):
@@ -116,7 +116,7 @@ def candidates(problem: Problem):
                 if half_groups:
                     clusters = (tiles - hkv) * groups + half_groups * (hkv // 2 if paired else hkv)
                 ctas = clusters * cluster
-                waves = -(-ctas // 132)
+                waves = -(-ctas // (264 if base.consumers == 1 else 132))
                 few_waves = waves <= (12 if tiles > 100 else 3 if slow > 50000 else 1)
                 full = ctas >= 0.8 * waves * 132 or (base.consumers == 1 and ctas >= 60)
                 config = replace(

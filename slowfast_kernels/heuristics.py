@@ -312,7 +312,7 @@ def hopper_attention_config(
     group = num_q_heads // num_kv_heads
     rows = -(-num_text // batch) * group  # packed rows of a KV head, a sequence
     consumers = 2 if num_splits or rows > 64 else 1
-    block_m, block_n = 64 * consumers, 64 if consumers == 1 else 176
+    block_m, block_n = 64 * consumers, 32 if consumers == 1 else 176
     max_tiles = -(-num_text * group // block_m) if batch == 1 else (num_text * group + batch * (block_m - 1)) // block_m
     evict_first = rows <= block_m and num_slow * num_kv_heads * head_dim * 4 > _HOPPER_L2_BYTES
 

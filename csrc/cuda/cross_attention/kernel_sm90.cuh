@@ -172,7 +172,7 @@ __device__ __forceinline__ bool find_unit(const CrossAttentionParams& p, const S
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     cross_attention_kernel(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ CrossAttentionParams p,
                            const __grid_constant__ SplitPlan plan) {
   extern __shared__ char raw[];

@@ -7,16 +7,18 @@
 namespace slowfast::cuda {
 
 // kConsumers = 2: 128 packed rows, for prefill: the softmax of one warpgroup runs under the products of the other.
-// kConsumers = 1: 64 packed rows and small KV blocks, for decode: bytes in flight and a short tail matter there.
+// kConsumers = 1: 64 packed rows and small KV blocks, for decode, where bytes in flight and a short tail matter: two CTAs
+// share an SM, so that one streams while the other starts or ends.
 template <typename T, int kHeadDim_, int kConsumers_>
 struct Traits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kConsumers == 1 ? 64 : 176;
+  static constexpr int kBlockN = kConsumers == 1 ? 32 : 176;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kNumStages = kConsumers == 1 ? (kHeadDim == 128 ? 6 : 10) : (kHeadDim == 128 ? 2 : 4);
+  static constexpr int kCtasPerSM = kConsumers == 1 ? 2 : 1;
+  static constexpr int kNumStages = kConsumers == 1 ? (kHeadDim == 128 ? 5 : 9) : (kHeadDim == 128 ? 2 : 4);
   // 64 columns of a row are the 128 bytes of one swizzle span; a tile is kHeadDim / 64 such column blocks.
   static constexpr int kSpan = 64;
   static constexpr int kSpans = kHeadDim / kSpan;
@@ -57,7 +59,7 @@ struct Traits {
     int is_last;
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // the base is aligned to 1024 by hand
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= 227 * 1024 / kCtasPerSM - 1024 * (kCtasPerSM - 1));
 };
 
 }  // namespace slowfast::cuda
