@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/check.h"
 #include "cuda/common/launchers.h"
 #include "cuda/cross_attention/launch.h"
 #include "params.h"
@@ -118,11 +119,18 @@ void cross_attention(Address q, Address slow_kv, Address cu_slow, Address text_r
 }
 #endif
 
+int driver_version() {
+  int version = 0;
+  cuda::check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
 }  // namespace
 
 // One m.def a launcher.
 void bind_cuda(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("cuda_driver_version", &driver_version, "Newest CUDA version of the driver as 1000 * major + 10 * minor; 0: none.");
   m.def("cuda_pool", &pool, no_gil);
   m.def("cuda_gated_mix", &gated_mix, no_gil);
 #ifdef SLOWFAST_WITH_SM90

@@ -116,8 +116,9 @@ def _cuda_device_reason(index: int) -> str | None:
     module = extension()
     if not _runs_on(module, major, minor):
         built = ", ".join(module.build_info["cuda_archs"])
-        return f"{name} is not among the built architectures ({built}); reinstall with SLOWFAST_CUDA_ARCHS={major}{minor}"
-    driver, runtime = torch._C._cuda_getDriverVersion(), module.build_info["cuda_runtime"]
+        remedy = f"reinstall with SLOWFAST_CUDA_ARCHS={major}{minor}"
+        return f"{name} is not among the built architectures ({built}); {remedy}"
+    driver, runtime = module.cuda_driver_version(), module.build_info["cuda_runtime"]
     if driver // 1000 < runtime // 1000:
         have, want = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
         return f"the driver supports CUDA {have}, the extension was built with {want}; update the driver or rebuild"
@@ -173,7 +174,8 @@ def _detail(backend: str) -> tuple[bool, str]:
     if backend == "triton":
         reason = unavailable_reason("triton", cpu) and _no_gpu_reason()
         hint = "; TRITON_INTERPRET=1 runs its interpreter on CPU tensors (slow)"
-        return reason is None, f"{reason}{hint}" if reason else f"triton {_version_of('triton')}, interpreter on CPU tensors"
+        detail = f"triton {_version_of('triton')}, interpreter on CPU tensors"
+        return reason is None, f"{reason}{hint}" if reason else detail
     reason = unavailable_reason("cuda", device)
     return reason is None, reason or f"{torch.cuda.get_device_name()}, built for {', '.join(cuda_archs())}"
 

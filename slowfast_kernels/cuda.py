@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
-from .heuristics import HopperConfig, hopper_attention_config
+from .heuristics import hopper_attention_config
 from .pool_plan import PoolPlan
 
 # The codes of ``DType`` in csrc/params.h.

@@ -141,23 +141,16 @@ class RowConfig:
 # (bytes an element, head dimension padded to a power of 2) -> (rows a sequence up to, (block_m, block_n, num_warps,
 # num_stages)); the last entry serves everything longer. bench/tune_triton.py measures the alternatives.
 _ATTENTION_TILES: dict[tuple[int, int], tuple[tuple[float, tuple[int, int, int, int]], ...]] = {
-    (2, 64): ((16, (16, 128, 4, 3)), (32, (32, 128, 4, 3)), (512, (64, 64, 4, 3)), (inf, (128, 128, 8, 3))),
-    (2, 128): ((16, (16, 64, 4, 3)), (32, (32, 64, 4, 3)), (512, (64, 64, 4, 3)), (inf, (128, 128, 8, 2))),
+    (2, 64): ((1024, (64, 64, 4, 3)), (inf, (128, 64, 8, 3))),
+    (2, 128): ((1024, (64, 64, 4, 3)), (inf, (128, 64, 8, 3))),
     (2, 256): ((16, (16, 32, 4, 3)), (64, (32, 32, 8, 3)), (inf, (128, 64, 8, 2))),
     (4, 64): ((inf, (16, 32, 4, 3)),),
     (4, 128): ((inf, (16, 32, 4, 3)),),
     (4, 256): ((inf, (16, 16, 4, 3)),),
 }
 
-# A rough model of one GPU in nanoseconds, to rank numbers of splits; only ratios matter, so it need not be yours.
 _MAX_SPLITS = 128
-_SM_FLOPS = 3800.0  # tensor-core FLOPs an SM and nanosecond that this kernel reaches
-_SM_READ = 23.0  # bytes an SM and nanosecond from memory when all read
-_SM_L2 = 40.0  # and from L2, where several tiles share K and V
-_LONE_PROGRAM = 1.15  # cost of having nothing to overlap with: one program an SM
-_START = 1500.0  # a program's first loads and last stores
-_COMBINE = 2000.0  # the second launch
-_PARTIAL_BYTES = 3000.0  # bytes of partials the GPU writes and reads in a nanosecond
+_SPLIT_PENALTY = 0.04  # of the whole, for the partials of one more split
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -192,23 +185,6 @@ def _attention_tile(rows: int, block_d: int, dtype_bytes: int, shared_bytes: int
     return tile
 
 
-def _split_cost(
-    num_splits: int, tile: tuple[int, int, int, int], programs: int, tiles: int, num_blocks: int,
-    block_d: int, dtype_bytes: int, partial_bytes: int, num_sms: int, shared_bytes: int,
-) -> float:  # fmt: skip
-    """Modelled nanoseconds of attention and combine; ``programs`` and ``partial_bytes`` are those of one split."""
-    block_m, block_n, num_warps, _ = tile
-    by_shared = (shared_bytes + 1024) // (_shared_bytes(tile, block_d, dtype_bytes) + 1024)
-    by_registers = (8 if block_m >= 64 else 16) // num_warps
-    resident = max(1, min(by_shared, by_registers))
-    read = 2 * block_n * block_d * dtype_bytes / (_SM_READ if tiles == 1 else _SM_L2)
-    block = max(4 * block_m * block_n * block_d / _SM_FLOPS, read)
-    an_sm = -(-programs * num_splits // num_sms)
-    cost = an_sm * -(-num_blocks // num_splits) * block * (_LONE_PROGRAM if min(an_sm, resident) == 1 else 1.0)
-    cost += -(-an_sm // resident) * _START
-    return cost if num_splits == 1 else cost + _COMBINE + num_splits * partial_bytes * 2 / _PARTIAL_BYTES
-
-
 @lru_cache(maxsize=4096)
 def triton_attention_config(
     num_text: int,
@@ -224,24 +200,23 @@ def triton_attention_config(
 ) -> AttentionConfig:
     """Tiles and splits of the Triton attention kernel for a batch of ``num_text`` rows over ``num_slow`` tokens.
 
-    Lengths of single sequences are on the device, so an even batch is assumed; ``num_splits`` 0 chooses.
+    Lengths of single sequences are on the device, so an even batch is assumed. ``num_splits`` 0 chooses what fills the
+    GPU's waves best; a fixed number fixes the tile too, so that a sequence's bits do not depend on its batch.
     """
     group, block_d = num_q_heads // num_kv_heads, padded_head_dim(head_dim)
     rows = -(-num_text // batch) * group
-    tile = _attention_tile(rows, block_d, dtype_bytes, shared_bytes)
+    tile = _attention_tile(64 if num_splits else rows, block_d, dtype_bytes, shared_bytes)
     block_m, block_n, num_warps, num_stages = tile
     if num_splits == 0:
-        tiles = -(-rows // block_m)
+        programs = batch * -(-rows // block_m) * num_kv_heads
         num_blocks = max(1, -(-num_slow // (batch * block_n)))
-        partial_bytes = num_text * num_q_heads * head_dim * 4
+        # One program of 4 warps an SM streams at the memory's rate; where products rule, a second one fills its gaps.
+        slots = num_sms * (2 if rows > 16 and num_warps == 4 else 1)
 
-        def cost(splits: int) -> float:
-            programs = batch * tiles * num_kv_heads
-            return _split_cost(
-                splits, tile, programs, tiles, num_blocks, block_d, dtype_bytes, partial_bytes, num_sms, shared_bytes
-            )
+        def share(splits: int) -> float:
+            return -(-programs * splits // slots) / splits * (1 + _SPLIT_PENALTY * splits)
 
-        num_splits = min(range(1, min(num_blocks, _MAX_SPLITS) + 1), key=cost)
+        num_splits = min(range(1, min(num_blocks, _MAX_SPLITS) + 1), key=share)
     return AttentionConfig(block_m, block_n, num_splits, num_warps, num_stages)
 
 
@@ -294,14 +269,17 @@ class HopperConfig:
         )
 
 
-# Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size.
-_HOPPER_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15, 16: 7}
+# Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size. Decode
+# CTAs share an SM in pairs.
+_HOPPER_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
+_HOPPER_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS = 264, 80
 _HOPPER_L2_BYTES = 50 * 2**20
-# Microseconds: a CTA's start and end, the further reduction through shared or through global memory, and a KV block of
-# (consumers, head dimension). A tile with half its rows takes a block in less time, but more than half of it.
-_HOPPER_CTA_US, _HOPPER_CLUSTER_US, _HOPPER_GROUP_US = 5.0, 1.0, 3.0
-_HOPPER_BLOCK_US = {(2, 128): 1.9, (2, 64): 1.2, (1, 128): 0.7, (1, 64): 0.4}
-_HOPPER_HALF_TILE = 0.7
+# Microseconds of a 128-row CTA: start and end; the further reduction through shared or through global memory, and in
+# the latter the partial rows that the last to arrive reads; a KV block. A tile with half its rows takes a block in less
+# time, but more than half of it.
+_HOPPER_CTA_US, _HOPPER_CLUSTER_US, _HOPPER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 8.0, 1.0, 8.0, 60e3
+_HOPPER_BLOCK_US = {128: 1.9, 64: 1.2}
+_HOPPER_HALF_TILE = 0.8
 
 
 @lru_cache(maxsize=4096)
@@ -320,28 +298,42 @@ def hopper_attention_config(
         cluster_size = next(size for size in (8, 4, 2, 1) if num_splits % size == 0)
         return HopperConfig(consumers, cluster_size, num_splits // cluster_size, max_tiles, kv_evict_first=evict_first)
 
-    half_tile = batch == 1 and consumers == 2 and 0 < rows % block_m <= 64
-    units = (min(max_tiles, batch * -(-rows // block_m)) - half_tile) * num_kv_heads
+    tiles = min(max_tiles, batch * -(-rows // block_m))
     blocks = max(1, -(-(num_slow // batch) // block_n))
-    block_us = _HOPPER_BLOCK_US[consumers, head_dim]
+    if consumers == 1:
+        cluster_size, groups = _hopper_decode_splits(tiles * num_kv_heads, blocks)
+        return HopperConfig(consumers, cluster_size, groups, max_tiles, kv_evict_first=evict_first)
+
+    half_tile = batch == 1 and 0 < rows % block_m <= 64
+    units = (tiles - half_tile) * num_kv_heads
+    block_us = _HOPPER_BLOCK_US[head_dim]
     best, best_cost = None, inf
     for cluster_size, slots in _HOPPER_CLUSTERS.items():
-        for groups in range(1, min(64, max(1, blocks // cluster_size)) + 1):
-            splits = cluster_size * groups
-            clusters, us = units * groups, -(-blocks // splits) * block_us
-            half_groups, paired = 0, False
+        for groups in range(1, min(32, max(1, blocks // cluster_size)) + 1):
+            partial_us = groups * block_m * head_dim * 4 / cluster_size / _HOPPER_PARTIAL_BYTES_A_US
+            overhead = _HOPPER_CLUSTER_US * (cluster_size > 1) + (_HOPPER_GROUP_US + partial_us) * (groups > 1)
+            halves = [(0, False)]
             if half_tile:
-                paired = cluster_size > 1
-                half_groups = groups if paired else max(1, round(groups * _HOPPER_HALF_TILE))
-                clusters += half_groups * (-(-num_kv_heads // 2) if paired else num_kv_heads)
-                half_splits = half_groups * (cluster_size // 2 if paired else 1)
-                us = max(us, -(-blocks // half_splits) * block_us * _HOPPER_HALF_TILE)
-            cost = -(-clusters // slots) * (_HOPPER_CTA_US + us)
-            cost += _HOPPER_CLUSTER_US * (cluster_size > 1) + _HOPPER_GROUP_US * (groups > 1)
-            if cost < best_cost:
-                best_cost = cost
-                best = HopperConfig(consumers, cluster_size, groups, max_tiles, half_groups, paired, evict_first)
+                halves = [(groups, False), (max(1, round(groups * _HOPPER_HALF_TILE)), False)]
+                halves += [(groups, True)] * (cluster_size > 1)
+            for half_groups, paired in halves:
+                clusters, us = units * groups, -(-blocks // (cluster_size * groups)) * block_us * (units > 0)
+                if half_tile:
+                    clusters += half_groups * (-(-num_kv_heads // 2) if paired else num_kv_heads)
+                    half_splits = half_groups * (cluster_size // 2 if paired else cluster_size)
+                    us = max(us, -(-blocks // half_splits) * block_us * _HOPPER_HALF_TILE)
+                cost = -(-clusters // slots) * (_HOPPER_CTA_US + us) + overhead
+                if cost < best_cost:
+                    best_cost = cost
+                    best = HopperConfig(consumers, cluster_size, groups, max_tiles, half_groups, paired, evict_first)
     return best
+
+
+def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
+    """(cluster size, groups). Decode is bytes: some 80 CTAs saturate the memory, and more of them only add partials."""
+    if units * 4 <= _HOPPER_CLUSTERS[4] * 4 and blocks >= 4:
+        return 4, max(1, min(blocks // 4, _HOPPER_FEW_DECODE_CTAS // (4 * units)))
+    return 1, max(1, min(blocks, _HOPPER_DECODE_CTAS // units))
 
 
 # ------------------------------------------------------------------------------------------------- cpu: attention

@@ -76,7 +76,8 @@ class PoolPlan:
             groups = [(w, video.first_fast + i * fast_area) for i, w in enumerate(video.windows)]
             groups += [((t,), -1) for t in sorted(idle)]
             for frames, fast_base in groups:
-                items.append([len(entries), len(frames), fast_base, video.pool_stride, *video.slow_grid, *video.fast_grid])
+                grids = (*video.slow_grid, *video.fast_grid)
+                items.append([len(entries), len(frames), fast_base, video.pool_stride, *grids])
                 for t in frames:
                     slow_base = -1 if t in written else video.first_slow + t * slow_area
                     written.add(t)
@@ -165,7 +166,7 @@ def make_pool_plan(
     for count in frame_counts:
         is_image = count == 1
         if not is_image and height != width:
-            raise ValueError(f"grid: got {grid} for a video of {count} frames, want a square grid (as the official models)")
+            raise ValueError(f"grid: got {grid} for a video of {count} frames, want H == W (as the official models)")
         pool = 1 if is_image else pool_stride
         if pool > min(grid):
             raise ValueError(f"pool_stride: got {pool}, want <= the grid {grid}")

@@ -6,7 +6,7 @@
 namespace slowfast::cpu {
 
 // Slow tokens that one step of the online softmax takes: K, V and P of a step stay in L1.
-constexpr int64_t kTokenTile = 16;
+constexpr int64_t kTokenTile = 48;
 
 // Rows [row_begin, row_end) of a sequence against its tokens [token_begin, token_end) for KV heads
 // [kv_head_begin, kv_head_end). Row = text row of the sequence * group + query head within the group.

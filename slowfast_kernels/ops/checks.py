@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def check_like(name: str, x: Tensor, reference_name: str, reference: Tensor) -> 
 
 def check_device(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
     if x.device != reference.device:
-        raise ValueError(f"{name}: got a tensor on {x.device}, want {reference.device} (the device of {reference_name})")
+        raise ValueError(f"{name}: got {describe(x)}, want {reference.device} (the device of {reference_name})")
 
 
 def check_index(name: str, x: Tensor, shape: str, reference_name: str, reference: Tensor) -> None:
@@ -69,7 +70,7 @@ def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> Non
     values = cu.tolist()
     if values[0] != 0 or values[-1] != total:
         raise ValueError(f"{name}: got a range {values[0]}..{values[-1]}, want 0..{total} ({total_name})")
-    for i, (low, high) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(values)):
         if low > high:
             raise ValueError(f"{name}: got {low} then {high} at index {i}, want a non-decreasing sequence")
 

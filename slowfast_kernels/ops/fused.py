@@ -136,8 +136,8 @@ def _fused_backward_op(
     grad_q, grad_kv = eager.text_cross_attention_backward(
         grad_context.reshape(context.shape), None, *attention, softmax_scale
     )
-    grad_weight, grad_bias, grad_warm = grads
-    return grad_state, grad_q, grad_kv, grad_weight, grad_bias, gate_bias.new_empty(0) if grad_warm is None else grad_warm
+    *grads, grad_warm = grads
+    return grad_state, grad_q, grad_kv, *grads, gate_bias.new_empty(0) if grad_warm is None else grad_warm
 
 
 @_fused_backward_op.register_fake

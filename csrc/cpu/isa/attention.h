@@ -10,6 +10,8 @@
 #include "../kernels.h"
 #include "simd.h"
 
+#include <type_traits>
+
 namespace slowfast::cpu {
 namespace {
 
@@ -107,7 +109,7 @@ SLOWFAST_INLINE void pack_values(const T* from, int64_t token_stride, int64_t co
 
 template <class Ops, class T, int R, int W>
 struct AttentionTile {
-  static constexpr int kRowsPerVec = kLanes / W;
+  static constexpr int64_t kTile = R == 1 && Ops::kPack == 1 ? 16 : kTokenTile;
   static constexpr int kWidth = R * kLanes;   // floats of one row-tile vector
   static constexpr int kDots = R == 1 || kManyRegisters ? kBlock : kBlock / 2;   // accumulators that registers hold
 
@@ -159,13 +161,13 @@ struct AttentionTile {
   }
 
   // scores[t] = log2(e) * scale * q . k_t for a tile; lanes of one row agree.
-  void scores_of(const float* q, const float* keys, int64_t padded, float* scores, const T* next, int64_t next_count) const {
+  void scores_of(const float* q, const float* keys, int64_t stride, int64_t padded, float* scores, const T* next, int64_t next_count) const {
     const Vec scale = splat(p.softmax_scale * 1.44269504088896f);
     for (int64_t t = 0; t < padded; t += kDots) {
       if (t < next_count) prefetch(next + t * p.kv_token_stride, next_count - t < kDots ? next_count - t : kDots);
       Vec acc[kDots][R];
       for (auto& row : acc) for (auto& x : row) x = zero();
-      multiply<Ops, kDots, R, W>(q, keys + t * layout.k_stride, layout.k_stride, W, layout.qk_chunks, acc);
+      multiply<Ops, kDots, R, W>(q, keys + t * stride, stride, W, layout.qk_chunks, acc);
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) store(scores + (t + i) * kWidth + j * kLanes, group_sum<W>(acc[i][j]) * scale);
       }
@@ -205,13 +207,13 @@ struct AttentionTile {
   }
 
   // out = out * rescale + probs^T values
-  void accumulate(float* out, const float* probs, const float* values, int64_t padded, const Vec (&rescale)[R]) const {
+  void accumulate(float* out, const float* probs, const float* values, int64_t stride, int64_t padded, const Vec (&rescale)[R]) const {
     for (int64_t chunk = 0; chunk < layout.pv_chunks; chunk += kDots) {
       Vec acc[kDots][R];
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) acc[i][j] = load(out + (chunk + i) * kWidth + j * kLanes) * rescale[j];
       }
-      multiply<Ops, kDots, R, W>(probs, values + chunk * W, W, layout.v_stride, padded / Ops::kPack, acc);
+      multiply<Ops, kDots, R, W>(probs, values + chunk * W, W, stride, padded / Ops::kPack, acc);
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) store(out + (chunk + i) * kWidth + j * kLanes, acc[i][j]);
       }
@@ -235,24 +237,35 @@ struct AttentionTile {
     float* scores = values + kTokenTile * layout.v_stride / Ops::kPack;
     float* probs = scores + kTokenTile * kWidth;
     for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) begin(state_of(scratch, head), head);
-    for (int64_t token = unit.token_begin; token < unit.token_end; token += kTokenTile) {
-      const int64_t left = unit.token_end - token, count = left < kTokenTile ? left : kTokenTile;
+    for (int64_t token = unit.token_begin; token < unit.token_end; token += kTile) {
+      const int64_t left = unit.token_end - token, count = left < kTile ? left : kTile;
       const int64_t padded = round_up(count, kBlock);
       for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) {
         const State s = state_of(scratch, head);
         const T* key = static_cast<const T*>(p.slow_kv) + token * p.kv_token_stride + head * p.kv_head_stride;
-        for (int64_t t = 0; t < count; ++t) {
-          pack_key<Ops>(key + t * p.kv_token_stride, layout.head_dim, keys + t * layout.k_stride, layout.k_stride);
-        }
-        std::memset(keys + count * layout.k_stride, 0, (padded - count) * layout.k_stride * sizeof(float));
         const bool last_head = head + 1 == unit.kv_head_end;
-        const T* next = last_head ? key + kTokenTile * p.kv_token_stride - (head - unit.kv_head_begin) * p.kv_head_stride : key + p.kv_head_stride;
-        const int64_t next_count = last_head ? (left - kTokenTile < kTokenTile ? left - kTokenTile : kTokenTile) : count;
-        scores_of(s.q, keys, padded, scores, next, next_count);
+        const T* next = last_head ? key + kTile * p.kv_token_stride - (head - unit.kv_head_begin) * p.kv_head_stride : key + p.kv_head_stride;
+        const int64_t next_count = last_head ? (left - kTile < kTile ? left - kTile : kTile) : count;
+        const float *k_tile = keys, *v_tile = values;
+        int64_t k_stride = layout.k_stride, v_stride = layout.v_stride;
+        bool in_place = false;
+        if constexpr (std::is_same_v<T, float> && R == 1) {
+          in_place = count == padded && layout.head_dim == layout.v_stride;
+          if (in_place) {
+            k_tile = key; v_tile = key + p.kv_pair_stride; k_stride = v_stride = p.kv_token_stride;
+          }
+        }
+        if (!in_place) {
+          for (int64_t t = 0; t < count; ++t) {
+            pack_key<Ops>(key + t * p.kv_token_stride, layout.head_dim, keys + t * layout.k_stride, layout.k_stride);
+          }
+          std::memset(keys + count * layout.k_stride, 0, (padded - count) * layout.k_stride * sizeof(float));
+        }
+        scores_of(s.q, k_tile, k_stride, padded, scores, next, next_count);
         Vec rescale[R];
         softmax(s, scores, count, padded, probs, rescale);
-        pack_values<Ops>(key + p.kv_pair_stride, p.kv_token_stride, count, padded, layout.head_dim, values, layout.v_stride);
-        accumulate(s.out, probs, values, padded, rescale);
+        if (!in_place) pack_values<Ops>(key + p.kv_pair_stride, p.kv_token_stride, count, padded, layout.head_dim, values, layout.v_stride);
+        accumulate(s.out, probs, v_tile, v_stride, padded, rescale);
       }
     }
     for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) end(state_of(scratch, head), head);
