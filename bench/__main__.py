@@ -65,6 +65,7 @@ def worker(args: argparse.Namespace, error) -> int:
     torch.set_grad_enabled(False)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     dtypes = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32,bfloat16")).split(",")
     shapes = [text for text in args.shapes.split(",") if text]

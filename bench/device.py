@@ -27,7 +27,7 @@ def version_of(package: str) -> str:
 
 
 def git_commit() -> str:
-    """Short commit of the checkout, with ``+`` if the tree has changes; "unknown" outside a checkout."""
+    """Short commit of the checkout, with ``+`` if the tree has changes; outside one, $GIT_COMMIT or "unknown"."""
 
     def git(*args: str) -> str:
         result = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=30)
@@ -35,9 +35,10 @@ def git_commit() -> str:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        return (commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) or "unknown"
+        commit += "+" if git("status", "--porcelain", "--untracked-files=no") else ""
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        commit = ""
+    return commit or os.environ.get("GIT_COMMIT", "unknown")
 
 
 # -------------------------------------------------------------------------------------------------- CPU

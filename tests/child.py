@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 def run_tests(files: list[str], at_least: int, backend: str, **environment: str) -> None:
     """The tests of ``backend`` in ``files`` pass; there are at least so many of them and none is skipped."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    variables |= {"SLOWFAST_TEST_BACKENDS": backend, **environment}
+    variables |= {"SLOWFAST_TEST_BACKENDS": backend, "OMP_NUM_THREADS": "1", **environment}
     paths = [str(TESTS / name) for name in files]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"{backend}-", *paths]
     done = subprocess.run(command, env=variables, cwd=TESTS.parent, capture_output=True, text=True, check=False)

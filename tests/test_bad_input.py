@@ -146,7 +146,7 @@ POOL = [
     ("frame_counts", lambda _: [4, 0], ValueError, ["frame_counts[1]", "got 0", "want >= 1"]),
     ("frame_counts", lambda _: [-4], ValueError, ["frame_counts[0]", "got -4", "want >= 1"]),
     ("grid", lambda _: (9,), ValueError, ["[9]", "(H, W)"]),
-    ("grid", lambda _: (1, 9), ValueError, ["(1, 9)", "4 frames", "square"]),
+    ("grid", lambda _: (1, 9), ValueError, ["(1, 9)", "4 frames", "H == W"]),
     ("grid", lambda _: (0, 9), ValueError, ["(0, 9)", ">= 1"]),
     ("pool_stride", lambda _: 4, ValueError, ["got 4", "want <= the grid (3, 3)"]),
     ("pool_stride", lambda _: 0, ValueError, ["got 0", "want >= 1"]),

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from cases import Shape, Video, make_frames, make_inputs
+from targets import ALL, UNAVAILABLE
 
 import slowfast_kernels as sk
 from slowfast_kernels import _extension, eager
@@ -190,6 +191,14 @@ def test_backends_says_for_each_backend_whether_it_runs_what_it_needs_and_why_no
         assert str(capability).startswith("available: " if capability else "unavailable: ")
     if not torch.cuda.is_available():
         assert not found["cuda"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_suite_covers_the_backend(backend):
+    if backend in UNAVAILABLE and backend != "cpu":
+        pytest.skip(UNAVAILABLE[backend])
+    assert sk.backends()[backend]
+    assert any(param.values[0].backend == backend for param in ALL)
 
 
 def test_the_report_names_every_backend_and_the_versions():

@@ -10,12 +10,10 @@ from targets import HAS_GPU, KERNELS
 import slowfast_kernels as sk
 
 BF16 = torch.bfloat16
-TARGETS = [
-    param
-    for param in KERNELS
-    if param.values[0] is None or (param.values[0].device.type == "cuda" and param.values[0].dtype == BF16)
-]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")]
+if not HAS_GPU:
+    pytest.skip("torch finds no GPU", allow_module_level=True)
+pytestmark = pytest.mark.gpu
+TARGETS = [param for param in KERNELS if param.values[0].device.type == "cuda" and param.values[0].dtype == BF16]
 LIMIT = 2**31
 
 
@@ -30,20 +28,22 @@ def memory():
     torch.cuda.empty_cache()
 
 
-def normal(rng, *size):
-    return torch.randn(size, generator=rng("cuda"), device="cuda").to(BF16)
+@pytest.fixture
+def normal(rng):
+    generator = rng("cuda")
+    return lambda *size: torch.randn(size, generator=generator, device="cuda").to(BF16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("num_splits", [0, 1])
-def test_a_slow_kv_cache_of_more_than_2_31_elements(target, num_splits, rng):
+def test_a_slow_kv_cache_of_more_than_2_31_elements(target, num_splits, normal):
     heads, dim, tail = 4, 128, 301
     many = LIMIT // (heads * 2 * dim) + 5000
     kv = torch.full((many + tail, heads, 2, dim), float("nan"), dtype=BF16, device="cuda")
-    kv[many:] = normal(rng, tail, heads, 2, dim)
+    kv[many:] = normal(tail, heads, 2, dim)
     cu_slow = torch.tensor([0, many, many + tail], dtype=torch.int32, device="cuda")
-    q = normal(rng, 5, 28, dim)
+    q = normal(5, 28, dim)
     rows = torch.arange(5, dtype=torch.int32, device="cuda")
     cu_text = torch.tensor([0, 0, 5], dtype=torch.int32, device="cuda")
     context = target.run(sk.text_cross_attention, q, kv, cu_slow, rows, cu_text, num_splits=num_splits)
@@ -56,7 +56,7 @@ def test_a_slow_kv_cache_of_more_than_2_31_elements(target, num_splits, rng):
     kv.zero_()
     needle = many + 7
     kv[needle, :, 0] = 8
-    kv[needle, :, 1] = normal(rng, heads, dim)
+    kv[needle, :, 1] = normal(heads, dim)
     cu_slow = torch.tensor([0, many + tail], dtype=torch.int32, device="cuda")
     whole = (torch.ones_like(q), kv, cu_slow, rows, cu_text[1:])
     context = target.run(sk.text_cross_attention, *whole, num_splits=num_splits)
@@ -66,15 +66,15 @@ def test_a_slow_kv_cache_of_more_than_2_31_elements(target, num_splits, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_state_of_more_than_2_31_elements(target, rng):
+def test_a_state_of_more_than_2_31_elements(target, normal):
     channels = 3584
     count = LIMIT // channels + 1000
     state = torch.zeros(count, channels, dtype=BF16, device="cuda")
     rows = torch.tensor([3, count - 1, count - 900], dtype=torch.int32, device="cuda")
-    state[rows.long()] = normal(rng, 3, channels)
+    state[rows.long()] = normal(3, channels)
     state[-1000, 5] = 7
-    context = normal(rng, 3, channels)
-    gating = (normal(rng, channels) / 60, normal(rng, 1), normal(rng, 1))
+    context = normal(3, channels)
+    gating = (normal(channels) / 60, normal(1), normal(1))
     out = target.run(sk.gated_residual_mix, state, context, rows, *gating)
     small = (state[rows.long()], context, torch.arange(3, dtype=torch.int32, device="cuda"), *gating)
     plain, exact = sk.gated_residual_mix(*small, backend="eager"), reference.gated_mix(*small)
@@ -85,11 +85,11 @@ def test_a_state_of_more_than_2_31_elements(target, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_frames_of_more_than_2_31_elements(target, rng):
+def test_frames_of_more_than_2_31_elements(target, normal):
     grid, channels = (16, 16), 3584
     count = LIMIT // (grid[0] * grid[1] * channels) + 12
     frames = torch.zeros(count, grid[0] * grid[1], channels, dtype=BF16, device="cuda")
-    frames[-4:] = normal(rng, 4, grid[0] * grid[1], channels)
+    frames[-4:] = normal(4, grid[0] * grid[1], channels)
     strides = {"pool_stride": 2, "temporal_stride": 4}
     pooled = target.run(sk.slowfast_pool, frames, [count - 4, 4], grid, **strides, norm_eps=1e-6)
     plain = sk.slowfast_pool(frames[-4:], [4], grid, **strides, norm_eps=1e-6, backend="eager")

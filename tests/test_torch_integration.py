@@ -160,3 +160,11 @@ def test_use_backend_reaches_a_compiled_graph(rng):
     compiled(*inputs.attention)
     with sk.use_backend("cpu"), pytest.raises(NotImplementedError, match="backend='cpu' cannot run"):
         compiled(*inputs.attention)
+
+
+def test_this_suite_poisons_fresh_memory():
+    """What ``conftest.poisoned_memory`` promises to every other test."""
+    like = torch.zeros(3)
+    fresh = (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty_strided((3,), (1,)))
+    assert all(x.isnan().all() for x in fresh)
+    assert (torch.empty(3, dtype=torch.int32) < -(10**9)).all()

@@ -5,7 +5,7 @@
 
 namespace slowfast::cpu {
 
-// Slow tokens that one step of the online softmax takes: K, V and P of a step stay in L1.
+// Slow tokens that a step of the online softmax takes at most; splits begin at multiples of it.
 constexpr int64_t kTokenTile = 48;
 
 // Rows [row_begin, row_end) of a sequence against its tokens [token_begin, token_end) for KV heads

@@ -109,8 +109,9 @@ SLOWFAST_INLINE void pack_values(const T* from, int64_t token_stride, int64_t co
 
 template <class Ops, class T, int R, int W>
 struct AttentionTile {
+  static constexpr int kWidth = R * kLanes;   // rows times W
+  // Tokens a step. One vector of fp32 rows is limited by loads: its K and V and the next ones must stay in L1.
   static constexpr int64_t kTile = R == 1 && Ops::kPack == 1 ? 16 : kTokenTile;
-  static constexpr int kWidth = R * kLanes;   // floats of one row-tile vector
   static constexpr int kDots = R == 1 || kManyRegisters ? kBlock : kBlock / 2;   // accumulators that registers hold
 
   const CrossAttentionParams& p;
@@ -149,25 +150,30 @@ struct AttentionTile {
     }
   }
 
-  // K and V rows of `count` tokens from `token` on, into L2: rows of one head lie too far apart for the hardware.
-  void prefetch(const T* key, int64_t count) const {
+  struct Rows { const float* data; int64_t stride; };   // a K or V tile, packed or in place
+  struct Source { const T* key; int64_t count; };         // where a tile lies in the slow KV cache
+
+  // The next tile's rows, while this one is worked on: rows of a head lie too far apart for the hardware to foresee.
+  void prefetch(const Source& next, int64_t from) const {
+    constexpr int kLevel = R == 1 ? 3 : 2;   // a short tile fits L1 beside the current one
     constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t t = 0; t < count; ++t, key += p.kv_token_stride) {
+    for (int64_t t = from; t < next.count && t < from + kDots; ++t) {
+      const T* row = next.key + t * p.kv_token_stride;
       for (int64_t d = 0; d < layout.head_dim; d += kLine) {
-        __builtin_prefetch(key + d, 0, 2);
-        __builtin_prefetch(key + p.kv_pair_stride + d, 0, 2);
+        __builtin_prefetch(row + d, 0, kLevel);
+        __builtin_prefetch(row + p.kv_pair_stride + d, 0, kLevel);
       }
     }
   }
 
   // scores[t] = log2(e) * scale * q . k_t for a tile; lanes of one row agree.
-  void scores_of(const float* q, const float* keys, int64_t stride, int64_t padded, float* scores, const T* next, int64_t next_count) const {
+  void scores_of(const float* q, const Rows& keys, int64_t padded, const Source& next, float* scores) const {
     const Vec scale = splat(p.softmax_scale * 1.44269504088896f);
     for (int64_t t = 0; t < padded; t += kDots) {
-      if (t < next_count) prefetch(next + t * p.kv_token_stride, next_count - t < kDots ? next_count - t : kDots);
+      prefetch(next, t);
       Vec acc[kDots][R];
       for (auto& row : acc) for (auto& x : row) x = zero();
-      multiply<Ops, kDots, R, W>(q, keys + t * stride, stride, W, layout.qk_chunks, acc);
+      multiply<Ops, kDots, R, W>(q, keys.data + t * keys.stride, keys.stride, W, layout.qk_chunks, acc);
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) store(scores + (t + i) * kWidth + j * kLanes, group_sum<W>(acc[i][j]) * scale);
       }
@@ -207,13 +213,13 @@ struct AttentionTile {
   }
 
   // out = out * rescale + probs^T values
-  void accumulate(float* out, const float* probs, const float* values, int64_t stride, int64_t padded, const Vec (&rescale)[R]) const {
+  void accumulate(float* out, const float* probs, const Rows& values, int64_t padded, const Vec (&rescale)[R]) const {
     for (int64_t chunk = 0; chunk < layout.pv_chunks; chunk += kDots) {
       Vec acc[kDots][R];
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) acc[i][j] = load(out + (chunk + i) * kWidth + j * kLanes) * rescale[j];
       }
-      multiply<Ops, kDots, R, W>(probs, values + chunk * W, W, stride, padded / Ops::kPack, acc);
+      multiply<Ops, kDots, R, W>(probs, values.data + chunk * W, W, values.stride, padded / Ops::kPack, acc);
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) store(out + (chunk + i) * kWidth + j * kLanes, acc[i][j]);
       }
@@ -231,41 +237,55 @@ struct AttentionTile {
     }
   }
 
-  void run(float* scratch) const {
-    float* keys = scratch + (unit.kv_head_end - unit.kv_head_begin) * layout.state();
+  // The tile of `head` that starts at `token`.
+  Source source(int64_t token, int head) const {
+    const int64_t left = unit.token_end - token;
+    const T* key = static_cast<const T*>(p.slow_kv) + token * p.kv_token_stride + head * p.kv_head_stride;
+    return {key, left < kTile ? left : kTile};
+  }
+
+  Rows packed_keys(const Source& from, int64_t padded, float* to) const {
+    for (int64_t t = 0; t < from.count; ++t) {
+      pack_key<Ops>(from.key + t * p.kv_token_stride, layout.head_dim, to + t * layout.k_stride, layout.k_stride);
+    }
+    std::memset(to + from.count * layout.k_stride, 0, (padded - from.count) * layout.k_stride * sizeof(float));
+    return {to, layout.k_stride};
+  }
+
+  Rows packed_values(const Source& from, int64_t padded, float* to) const {
+    pack_values<Ops>(from.key + p.kv_pair_stride, p.kv_token_stride, from.count, padded, layout.head_dim, to, layout.v_stride);
+    return {to, layout.v_stride};
+  }
+
+  void step(const State& s, const Source& at, const Source& next, float* tiles) const {
+    float* probs = tiles;
+    float* scores = probs + kTokenTile * kWidth;
+    float* keys = scores + kTokenTile * kWidth;
     float* values = keys + kTokenTile * layout.k_stride;
-    float* scores = values + kTokenTile * layout.v_stride / Ops::kPack;
-    float* probs = scores + kTokenTile * kWidth;
+    const int64_t padded = round_up(at.count, kBlock);
+    Vec rescale[R];
+    if constexpr (std::is_same_v<T, float> && R == 1) {
+      // With one vector of rows every element is used once a tile: copying it first would cost a third of the time.
+      if (at.count == padded && layout.head_dim == layout.v_stride) {
+        scores_of(s.q, {at.key, p.kv_token_stride}, padded, next, scores);
+        softmax(s, scores, at.count, padded, probs, rescale);
+        accumulate(s.out, probs, {at.key + p.kv_pair_stride, p.kv_token_stride}, padded, rescale);
+        return;
+      }
+    }
+    scores_of(s.q, packed_keys(at, padded, keys), padded, next, scores);
+    softmax(s, scores, at.count, padded, probs, rescale);
+    accumulate(s.out, probs, packed_values(at, padded, values), padded, rescale);
+  }
+
+  void run(float* scratch) const {
+    float* tiles = scratch + (unit.kv_head_end - unit.kv_head_begin) * layout.state();
     for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) begin(state_of(scratch, head), head);
     for (int64_t token = unit.token_begin; token < unit.token_end; token += kTile) {
-      const int64_t left = unit.token_end - token, count = left < kTile ? left : kTile;
-      const int64_t padded = round_up(count, kBlock);
       for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) {
-        const State s = state_of(scratch, head);
-        const T* key = static_cast<const T*>(p.slow_kv) + token * p.kv_token_stride + head * p.kv_head_stride;
-        const bool last_head = head + 1 == unit.kv_head_end;
-        const T* next = last_head ? key + kTile * p.kv_token_stride - (head - unit.kv_head_begin) * p.kv_head_stride : key + p.kv_head_stride;
-        const int64_t next_count = last_head ? (left - kTile < kTile ? left - kTile : kTile) : count;
-        const float *k_tile = keys, *v_tile = values;
-        int64_t k_stride = layout.k_stride, v_stride = layout.v_stride;
-        bool in_place = false;
-        if constexpr (std::is_same_v<T, float> && R == 1) {
-          in_place = count == padded && layout.head_dim == layout.v_stride;
-          if (in_place) {
-            k_tile = key; v_tile = key + p.kv_pair_stride; k_stride = v_stride = p.kv_token_stride;
-          }
-        }
-        if (!in_place) {
-          for (int64_t t = 0; t < count; ++t) {
-            pack_key<Ops>(key + t * p.kv_token_stride, layout.head_dim, keys + t * layout.k_stride, layout.k_stride);
-          }
-          std::memset(keys + count * layout.k_stride, 0, (padded - count) * layout.k_stride * sizeof(float));
-        }
-        scores_of(s.q, k_tile, k_stride, padded, scores, next, next_count);
-        Vec rescale[R];
-        softmax(s, scores, count, padded, probs, rescale);
-        if (!in_place) pack_values<Ops>(key + p.kv_pair_stride, p.kv_token_stride, count, padded, layout.head_dim, values, layout.v_stride);
-        accumulate(s.out, probs, v_tile, v_stride, padded, rescale);
+        const bool last = head + 1 == unit.kv_head_end;
+        const Source next = last ? source(token + kTile, unit.kv_head_begin) : source(token, head + 1);
+        step(state_of(scratch, head), source(token, head), next, tiles);
       }
     }
     for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) end(state_of(scratch, head), head);
