@@ -155,7 +155,7 @@ struct AttentionTile {
 
   // The next tile's rows, while this one is worked on: rows of a head lie too far apart for the hardware to foresee.
   void prefetch(const Source& next, int64_t from) const {
-    constexpr int kLevel = R == 1 ? 3 : 2;   // a short tile fits L1 beside the current one
+    constexpr int kLevel = kTile < kTokenTile ? 3 : 2;   // a short tile fits L1 beside the current one
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t t = from; t < next.count && t < from + kDots; ++t) {
       const T* row = next.key + t * p.kv_token_stride;
