@@ -26,7 +26,7 @@ ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY := build/.in-place
 else
-PY := $(VENV)/bin/python
+PY := $(abspath $(VENV))/bin/python
 TORCH_READY := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' -)
 READY := $(VENV)/.installed
 endif
@@ -49,9 +49,11 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# Not from here, where the folder build would be taken for the module.
 build: $(READY)
-	$(PY) -c 'import build' 2>/dev/null || $(PY) -m pip install build
-	$(PY) -m build
+	mkdir -p dist
+	cd dist && { $(PY) -c 'import build.__main__' 2>/dev/null || $(PY) -m pip install build; }
+	cd dist && $(PY) -m build --outdir . ..
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info slowfast_kernels/_C.*.so bench/out

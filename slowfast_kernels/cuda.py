@@ -20,8 +20,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _launch(function: Callable[..., None], device: torch.device, *arguments) -> None:
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if device.index == torch.cuda.current_device():  # the context manager costs microseconds
+    stream = torch._C._cuda_getCurrentRawStream(device.index)  # a tenth of current_stream(device).cuda_stream
+    if device.index == torch._C._cuda_getDevice():  # the context manager costs microseconds
         function(*arguments, stream)
     else:
         with torch.cuda.device(device):
@@ -246,4 +246,4 @@ def _counters(device: torch.device, count: int) -> Tensor:
         counters = _counters_of_device[device.index] = _Counters(device)
     if capturing:
         return counters.take(count)
-    return counters.of_stream(torch.cuda.current_stream(device).cuda_stream, count)
+    return counters.of_stream(torch._C._cuda_getCurrentRawStream(device.index), count)

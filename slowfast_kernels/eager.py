@@ -61,7 +61,9 @@ def _unpool_cells(grad: Tensor, stride: int, grid: tuple[int, int]) -> Tensor:
     return F.pad(spread, (0, 0, 0, grid[1] - spread.shape[2], 0, grid[0] - spread.shape[1]))
 
 
-def pool_backward(grad_slow: Tensor, grad_fast: Tensor, frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> Tensor:
+def pool_backward(
+    grad_slow: Tensor, grad_fast: Tensor, frames: Tensor, plan: PoolPlan, norm_eps: float | None
+) -> Tensor:
     """Gradient of ``pool`` with respect to ``frames``."""
     channels = frames.shape[-1]
     grads = []

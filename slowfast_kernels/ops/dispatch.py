@@ -55,8 +55,35 @@ def backend_for(call: OpCall, device: torch.device, backend: str | None) -> Modu
         ValueError: an unknown backend name.
         NotImplementedError: the backend that was asked for cannot run this call; the message names the limit.
     """
-    name = backend or _requested.get() or os.environ.get("SLOWFAST_BACKEND") or None
-    return _resolve(call, device, name)
+    return _resolve(call, device, requested_backend(backend))
+
+
+def requested_backend(backend: str | None) -> str | None:
+    """The name that a call, an enclosing ``use_backend`` or the environment asks for, in this order."""
+    return backend or _requested.get() or os.environ.get("SLOWFAST_BACKEND") or None
+
+
+class SignatureCache(dict):
+    """What checks and dispatch found for a call's signature: a decode step's next call is like its last.
+
+    Kept small, since a new sequence length is a new signature.
+    """
+
+    SIZE = 2048
+
+    def remember(self, key: tuple, value):
+        if len(self) >= self.SIZE:
+            self.clear()
+        self[key] = value
+        return value
+
+
+def signature(*tensors: Tensor | None) -> tuple | None:
+    """All that checks and dispatch look at but data; None if an argument is no tensor (the checks then say so)."""
+    try:
+        return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+    except AttributeError:
+        return None
 
 
 @lru_cache(maxsize=1024)

@@ -7,8 +7,14 @@ from torch import Tensor
 
 from .. import eager
 from . import checks
-from .attention import attention_call, check_attention, check_attention_data, text_cross_attention
-from .dispatch import backend_for, needs_torch_op
+from .attention import (
+    addresses_aligned,
+    attention_call,
+    check_attention,
+    check_attention_data,
+    text_cross_attention,
+)
+from .dispatch import SignatureCache, backend_for, needs_torch_op, requested_backend, signature
 from .gated_mix import check_gate, gated_residual_mix
 
 
@@ -77,6 +83,9 @@ def _check(
     return scale
 
 
+_signatures = SignatureCache()
+
+
 def _run(
     state: Tensor,
     q: Tensor,
@@ -95,11 +104,17 @@ def _run(
 ) -> Tensor:
     attention = (q, slow_kv, cu_slow, text_rows, cu_text)
     gating = (gate_weight, gate_bias, warm_up)
-    scale = _check(state, *attention, *gating, softmax_scale, num_splits, gate)
+    aligned = addresses_aligned(q, slow_kv, state, gate_weight)
+    options = (softmax_scale, num_splits, gate, requested_backend(backend), aligned)
+    key = (signature(state, *attention, *gating), options)
+    found = _signatures.get(key)
+    if found is None:
+        scale = _check(state, *attention, *gating, softmax_scale, num_splits, gate)
+        batch = cu_text.shape[0] - 1
+        call = attention_call("slowfast_cross_attention", q, slow_kv, text_rows, batch, scale, state, gate_weight)
+        found = _signatures.remember(key, (scale, backend_for(call, q.device, backend)))
+    scale, module = found
     check_attention_data(*attention)
-    batch = cu_text.shape[0] - 1
-    call = attention_call("slowfast_cross_attention", q, slow_kv, text_rows, batch, scale, state, gate_weight)
-    module = backend_for(call, q.device, backend)
     return module.slowfast_cross_attention(state, *attention, *gating, scale, num_splits, gate, warm_up_tanh)
 
 

@@ -8,7 +8,14 @@ from torch import Tensor
 from .. import eager
 from ..heuristics import OpCall
 from . import checks
-from .dispatch import backend_for, compute_capability, needs_torch_op
+from .dispatch import (
+    SignatureCache,
+    backend_for,
+    compute_capability,
+    needs_torch_op,
+    requested_backend,
+    signature,
+)
 
 GATES = ("tanh", "linear")
 
@@ -84,6 +91,9 @@ def check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate) 
     check_gate(state, gate_weight, gate_bias, warm_up, gate)
 
 
+_signatures = SignatureCache()
+
+
 def _run(
     state: Tensor,
     context: Tensor,
@@ -95,11 +105,14 @@ def _run(
     warm_up_tanh: bool,
     backend: str | None,
 ) -> Tensor:
-    check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate)
+    key = (signature(state, context, text_rows, gate_weight, gate_bias, warm_up), gate, requested_backend(backend))
+    module = _signatures.get(key)
+    if module is None:
+        check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate)
+        call = OpCall("gated_residual_mix", state.device.type, state.dtype, compute_capability(state.device))
+        module = _signatures.remember(key, backend_for(call, state.device, backend))
     if checks.reads_device_data(state):
         checks.check_rows("text_rows", text_rows, "state", state.shape[0])
-    call = OpCall("gated_residual_mix", state.device.type, state.dtype, compute_capability(state.device))
-    module = backend_for(call, state.device, backend)
     return module.gated_residual_mix(
         state, context, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh
     )

@@ -58,7 +58,7 @@ struct Layout {
         pv_chunks(round_up(div_up(d, W), kBlock)),
         k_stride(qk_chunks * W),
         v_stride(pv_chunks * W) {}
-  int64_t state() const { return (qk_chunks + pv_chunks + 2) * R * kLanes; }   // Q, O, running max and sum of a KV head
+  int64_t state() const { return (qk_chunks + pv_chunks + 3) * R * kLanes; }   // of a KV head: Q, O, three running values
   int64_t tiles() const { return kTokenTile * (k_stride + v_stride / Ops::kPack + R * kLanes * 2); }
 };
 
@@ -112,30 +112,35 @@ struct AttentionTile {
   static constexpr int kWidth = R * kLanes;   // rows times W
   // Tokens a step. One vector of fp32 rows is limited by loads: its K and V and the next ones must stay in L1.
   static constexpr int64_t kTile = R == 1 && Ops::kPack == 1 ? 16 : kTokenTile;
+  // Additions in a row in a dot product. Short vectors sum more elements a lane, and so take more of fp32's error.
+  static constexpr int64_t kRun = kManyRegisters ? 1 << 30 : 2 * kLanes;
   static constexpr int kDots = R == 1 || kManyRegisters ? kBlock : kBlock / 2;   // accumulators that registers hold
 
   const CrossAttentionParams& p;
   const AttentionUnit& unit;
   const Layout<Ops, R, W> layout;
   const int64_t group;
+  const float log2_scale;   // of a score to the exponent of 2; a negative scale turns the query's sign instead
 
   AttentionTile(const CrossAttentionParams& params, const AttentionUnit& u)
-      : p(params), unit(u), layout(params.head_dim), group(params.num_q_heads / params.num_kv_heads) {}
+      : p(params), unit(u), layout(params.head_dim), group(params.num_q_heads / params.num_kv_heads),
+        log2_scale(__builtin_fabsf(params.softmax_scale) * 1.44269504088896f) {}
 
-  struct State { float *q, *out, *row_max, *row_sum; };
+  struct State { float *q, *out, *row_max, *row_sum, *row_weight; };
 
   State state_of(float* scratch, int head) const {
     float* q = scratch + (head - unit.kv_head_begin) * layout.state();
     float* out = q + layout.qk_chunks * kWidth;
     float* row_max = out + layout.pv_chunks * kWidth;
-    return {q, out, row_max, row_max + kWidth};
+    return {q, out, row_max, row_max + kWidth, row_max + 2 * kWidth};
   }
 
   // Lane of element d of row r in chunk d / (kPack * W): the W chunk elements of a row are neighbours.
   void begin(const State& s, int head) const {
     std::memset(s.q, 0, layout.qk_chunks * kWidth * sizeof(float));
     std::memset(s.out, 0, layout.pv_chunks * kWidth * sizeof(float));
-    std::memset(s.row_sum, 0, kWidth * sizeof(float));
+    std::memset(s.row_sum, 0, 2 * kWidth * sizeof(float));
+    const float sign = p.softmax_scale < 0 ? -1.f : 1.f;
     for (int lane = 0; lane < kWidth; ++lane) s.row_max[lane] = -__FLT_MAX__;   // finite: -inf minus -inf is NaN
     for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
       const int64_t text = unit.text_begin + r / group, q_head = head * group + r % group;
@@ -144,8 +149,8 @@ struct AttentionTile {
       for (int64_t d = 0; d < layout.head_dim; ++d) {
         const int64_t lane = d / Ops::kPack;
         float* at = to + lane / W * kWidth + lane % W;
-        if constexpr (Ops::kPack == 1) *at = to_float(from[d]);
-        else reinterpret_cast<T*>(at)[d % 2] = from[d];
+        if constexpr (Ops::kPack == 1) *at = sign * to_float(from[d]);
+        else from_float(sign * to_float(from[d]), reinterpret_cast<T*>(at) + d % 2);
       }
     }
   }
@@ -166,32 +171,38 @@ struct AttentionTile {
     }
   }
 
-  // scores[t] = log2(e) * scale * q . k_t for a tile; lanes of one row agree.
+  // scores[t] = q . k_t for a tile, not scaled yet: subtracting their maximum first costs large scores no precision.
   void scores_of(const float* q, const Rows& keys, int64_t padded, const Source& next, float* scores) const {
-    const Vec scale = splat(p.softmax_scale * 1.44269504088896f);
     for (int64_t t = 0; t < padded; t += kDots) {
       prefetch(next, t);
-      Vec acc[kDots][R];
-      for (auto& row : acc) for (auto& x : row) x = zero();
-      multiply<Ops, kDots, R, W>(q, keys.data + t * keys.stride, keys.stride, W, layout.qk_chunks, acc);
+      Vec total[kDots][R];
+      for (auto& row : total) for (auto& x : row) x = zero();
+      for (int64_t c = 0; c < layout.qk_chunks; c += kRun) {
+        const int64_t count = layout.qk_chunks - c < kRun ? layout.qk_chunks - c : kRun;
+        Vec acc[kDots][R];
+        for (auto& row : acc) for (auto& x : row) x = zero();
+        multiply<Ops, kDots, R, W>(q + c * kWidth, keys.data + t * keys.stride + c * W, keys.stride, W, count, acc);
+        for (int i = 0; i < kDots; ++i) for (int j = 0; j < R; ++j) total[i][j] = total[i][j] + acc[i][j];
+      }
       for (int i = 0; i < kDots; ++i) {
-        for (int j = 0; j < R; ++j) store(scores + (t + i) * kWidth + j * kLanes, group_sum<W>(acc[i][j]) * scale);
+        for (int j = 0; j < R; ++j) store(scores + (t + i) * kWidth + j * kLanes, group_sum<W>(total[i][j]));
       }
     }
   }
 
   // Scores to probabilities (in `probs`, as the next product wants them); returns what to rescale the context by.
   void softmax(const State& s, const float* scores, int64_t count, int64_t padded, float* probs, Vec (&rescale)[R]) const {
+    const Vec scale = splat(log2_scale);
     for (int j = 0; j < R; ++j) {
       const float* at = scores + j * kLanes;
       const Vec old_max = load(s.row_max + j * kLanes);
       Vec top = old_max;
       for (int64_t t = 0; t < count; ++t) top = max(top, load(at + t * kWidth));
-      rescale[j] = exp2(old_max - top);
-      Vec total = load(s.row_sum + j * kLanes) * rescale[j];
+      rescale[j] = exp2((old_max - top) * scale);
+      Vec total = load(s.row_sum + j * kLanes) * rescale[j], weight = load(s.row_weight + j * kLanes) * rescale[j];
       if constexpr (Ops::kPack == 1) {
         for (int64_t t = 0; t < count; ++t) {
-          const Vec prob = exp2(load(at + t * kWidth) - top);
+          const Vec prob = exp2((load(at + t * kWidth) - top) * scale);
           total = total + prob;
           store(probs + t * kWidth + j * kLanes, prob);
         }
@@ -199,16 +210,18 @@ struct AttentionTile {
       } else {
 #if defined(__AVX512BF16__)
         for (int64_t t = 0; t < padded; t += 2) {
-          const Vec low = t < count ? exp2(load(at + t * kWidth) - top) : zero();
-          const Vec high = t + 1 < count ? exp2(load(at + (t + 1) * kWidth) - top) : zero();
+          const Vec low = t < count ? exp2((load(at + t * kWidth) - top) * scale) : zero();
+          const Vec high = t + 1 < count ? exp2((load(at + (t + 1) * kWidth) - top) * scale) : zero();
           const Vec pairs = to_pairs(low, high);
-          total = total + (low_of(pairs) + high_of(pairs));   // as rounded, so that the weights still sum to one
+          total = total + (low + high);
+          weight = weight + (low_of(pairs) + high_of(pairs));   // as rounded: what V is multiplied by sums to one
           store(probs + t / 2 * kWidth + j * kLanes, pairs);
         }
 #endif
       }
       store(s.row_max + j * kLanes, top);
       store(s.row_sum + j * kLanes, total);
+      store(s.row_weight + j * kLanes, Ops::kPack == 1 ? total : weight);
     }
   }
 
@@ -230,10 +243,10 @@ struct AttentionTile {
     for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
       const int64_t text = unit.text_begin + r / group, q_head = head * group + r % group;
       const int64_t lane = (r - unit.row_begin) * W;
-      const float total = s.row_sum[lane], inverse = 1.f / total;
+      const float inverse = 1.f / s.row_weight[lane];
       float* to = unit.context + (text * p.num_q_heads + q_head) * layout.head_dim;
       for (int64_t d = 0; d < layout.head_dim; ++d) to[d] = s.out[d / W * kWidth + lane + d % W] * inverse;
-      unit.lse2[text * p.num_q_heads + q_head] = s.row_max[lane] + __builtin_log2f(total);
+      unit.lse2[text * p.num_q_heads + q_head] = s.row_max[lane] * log2_scale + __builtin_log2f(s.row_sum[lane]);
     }
   }
 
@@ -244,7 +257,17 @@ struct AttentionTile {
     return {key, left < kTile ? left : kTile};
   }
 
-  Rows packed_keys(const Source& from, int64_t padded, float* to) const {
+  // With one vector of rows each element is used once a tile, and packing it first would cost up to a third of the
+  // time: rows that need no conversion and no padding are read where they lie.
+  bool whole(const Source& from, int64_t padded, int64_t stride) const {
+    constexpr bool kSameFormat = std::is_same_v<T, float> || Ops::kPack == 2;
+    return R == 1 && kSameFormat && from.count == padded && layout.head_dim == stride && p.kv_token_stride % Ops::kPack == 0;
+  }
+
+  Rows keys_of(const Source& from, int64_t padded, float* to) const {
+    if (whole(from, padded, layout.k_stride * Ops::kPack)) {
+      return {reinterpret_cast<const float*>(from.key), p.kv_token_stride / Ops::kPack};
+    }
     for (int64_t t = 0; t < from.count; ++t) {
       pack_key<Ops>(from.key + t * p.kv_token_stride, layout.head_dim, to + t * layout.k_stride, layout.k_stride);
     }
@@ -252,8 +275,12 @@ struct AttentionTile {
     return {to, layout.k_stride};
   }
 
-  Rows packed_values(const Source& from, int64_t padded, float* to) const {
-    pack_values<Ops>(from.key + p.kv_pair_stride, p.kv_token_stride, from.count, padded, layout.head_dim, to, layout.v_stride);
+  Rows values_of(const Source& from, int64_t padded, float* to) const {
+    const T* value = from.key + p.kv_pair_stride;
+    if (Ops::kPack == 1 && whole(from, padded, layout.v_stride)) {
+      return {reinterpret_cast<const float*>(value), p.kv_token_stride};
+    }
+    pack_values<Ops>(value, p.kv_token_stride, from.count, padded, layout.head_dim, to, layout.v_stride);
     return {to, layout.v_stride};
   }
 
@@ -263,19 +290,10 @@ struct AttentionTile {
     float* keys = scores + kTokenTile * kWidth;
     float* values = keys + kTokenTile * layout.k_stride;
     const int64_t padded = round_up(at.count, kBlock);
+    scores_of(s.q, keys_of(at, padded, keys), padded, next, scores);
     Vec rescale[R];
-    if constexpr (std::is_same_v<T, float> && R == 1) {
-      // With one vector of rows every element is used once a tile: copying it first would cost a third of the time.
-      if (at.count == padded && layout.head_dim == layout.v_stride) {
-        scores_of(s.q, {at.key, p.kv_token_stride}, padded, next, scores);
-        softmax(s, scores, at.count, padded, probs, rescale);
-        accumulate(s.out, probs, {at.key + p.kv_pair_stride, p.kv_token_stride}, padded, rescale);
-        return;
-      }
-    }
-    scores_of(s.q, packed_keys(at, padded, keys), padded, next, scores);
     softmax(s, scores, at.count, padded, probs, rescale);
-    accumulate(s.out, probs, packed_values(at, padded, values), padded, rescale);
+    accumulate(s.out, probs, values_of(at, padded, values), padded, rescale);
   }
 
   void run(float* scratch) const {

@@ -44,6 +44,21 @@ void write_scaled(const float* row, float scale, T* to, int64_t count) {
   for (; c < count; ++c) from_float(row[c] * scale, to + c);
 }
 
+// write_scaled, and total += row in the same sweep.
+template <class T>
+void write_and_add(const float* row, float scale, T* to, float* total, int64_t count) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    const Vec x = load(row + c);
+    store(to + c, x * scale);
+    store(total + c, load(total + c) + x);
+  }
+  for (; c < count; ++c) {
+    from_float(row[c] * scale, to + c);
+    total[c] += row[c];
+  }
+}
+
 template <class T>
 void pool_cells_of(const PoolParams& p, int32_t item, int32_t cell_row, float* scratch) {
   const int32_t* it = p.items + item * 8;
@@ -63,14 +78,14 @@ void pool_cells_of(const PoolParams& p, int32_t item, int32_t cell_row, float* s
           const int64_t token = int64_t(y) * pool_stride * p.grid_w + x * pool_stride;
           const T* from = static_cast<const T*>(p.frames) + frame * p.frame_stride + token * p.token_stride;
           const float mean_square = average_tokens(p, from, pool_stride, row) / float(p.channels);
-          if (slow_base >= 0) {
-            const float scale = p.norm_eps < 0 ? 1.f : 1.f / __builtin_sqrtf(mean_square + p.norm_eps);
-            T* to = static_cast<T*>(p.slow) + (slow_base + int64_t(y) * slow_w + x) * p.channels;
-            write_scaled(row, scale, to, p.channels);
-          }
-          if (has_fast) {
+          if (slow_base < 0) {
             for (int64_t c = 0; c < p.channels; ++c) mean[c] += row[c];
+            continue;
           }
+          const float scale = p.norm_eps < 0 ? 1.f : 1.f / __builtin_sqrtf(mean_square + p.norm_eps);
+          T* to = static_cast<T*>(p.slow) + (slow_base + int64_t(y) * slow_w + x) * p.channels;
+          if (has_fast) write_and_add(row, scale, to, mean, p.channels);
+          else write_scaled(row, scale, to, p.channels);
         }
       }
     }
