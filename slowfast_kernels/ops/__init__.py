@@ -5,6 +5,7 @@ from .dispatch import use_backend
 from .fused import slowfast_cross_attention
 from .gated_mix import gated_residual_mix
 from .pool import PooledTokens, slowfast_pool
+from .warmup import warmup
 
 __all__ = [
     "PooledTokens",
@@ -13,4 +14,5 @@ __all__ = [
     "slowfast_pool",
     "text_cross_attention",
     "use_backend",
+    "warmup",
 ]
