@@ -25,6 +25,7 @@ OP_TITLES = {
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
+TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend")
 BRIEF_OPS = ("attention", "layer", "pool", "mix")  # those with a choice of backends and peers
 
 
@@ -128,7 +129,7 @@ def _plain(cells: list[list[str]]) -> str:
 
 def _markdown(cells: list[list[str]]) -> str:
     lines = ["| " + " | ".join(line) + " |" for line in cells]
-    rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(cells[0]))) + "|"
+    rule = "|" + "|".join("---" if name in TEXT_COLUMNS else "---:" for name in cells[0]) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 

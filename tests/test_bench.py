@@ -302,7 +302,7 @@ def test_the_brief_table_names_the_best_peer_and_holds_it_against_the_backend_th
     header, first, *_ = report.brief_table(rows, "attention")
     cells = dict(zip(header, first, strict=True))
     assert cells["best peer"] == "sdpa-flash"
-    assert cells["best peer / cuda"] == "2.50x"
+    assert cells["best peer / triton"] == "2.50x"
 
 
 def test_the_model_table_says_what_the_slow_path_adds(rows):

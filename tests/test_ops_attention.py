@@ -93,15 +93,15 @@ def test_lse_is_returned_only_on_request(target, rng):
 @pytest.mark.parametrize("target", ALL)
 def test_huge_scores_do_not_overflow(target, rng):
     inputs = make_inputs(Shape(((2, 70),), (2, 1), 64), target.dtype, target.device, rng(target.device))
-    inputs.q[..., 0] = 64
-    inputs.slow_kv[:, :, 0, 0] = 64  # adds 512 to every score: e^512 is no float32, and the softmax must not care
+    inputs.q[..., 0] = 32
+    inputs.slow_kv[:, :, 0, 0] = 32  # adds 128 to every score: e^128 is no float32, and the softmax must not care
     context, lse = attend(target, inputs, return_lse=True)
     assert torch.isfinite(context).all()
     exact = reference.attention(*inputs.attention)
     plain = sk.text_cross_attention(*inputs.attention, backend="eager")
     error, plain_error = ((x.double() - exact.context).abs().max() for x in (context, plain))
     assert error <= 2 * plain_error + reference.FLOAT32_TOLERANCE
-    assert (lse.double() - exact.lse).abs().max() <= 1e-6 * exact.lse.abs().max() + 1e-6
+    assert (lse.double() - exact.lse).abs().max() <= 1e-6 * exact.lse.abs().max()
 
 
 @pytest.mark.parametrize("target", KERNELS)

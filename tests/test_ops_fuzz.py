@@ -37,7 +37,7 @@ def share(target) -> int:
 
 def verdict(ratios: list[torch.Tensor], cases: list) -> None:
     """One look at the device for all cases; the worst one is named."""
-    allowed = torch.stack([ratio.to("cpu", torch.float64) for ratio in ratios])
+    allowed = torch.stack([ratio.double() for ratio in ratios]).cpu()
     allowed[allowed.isnan()] = torch.inf
     worst = int(allowed.argmax())
     message = f"case {worst} of {len(cases)}: error is {float(allowed[worst]):.3g} x allowed for {cases[worst]}"

@@ -148,9 +148,7 @@ def _run(
         found = _signatures.remember(key, (scale, backend_for(call, q.device, backend)))
     scale, module = found
     check_attention_data(*tensors)
-    context, lse = module.text_cross_attention(
-        q, slow_kv, cu_slow, text_rows, cu_text, scale, return_lse, num_splits
-    )
+    context, lse = module.text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, scale, return_lse, num_splits)
     return context, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 

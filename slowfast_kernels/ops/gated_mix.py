@@ -113,9 +113,7 @@ def _run(
         module = _signatures.remember(key, backend_for(call, state.device, backend))
     if checks.reads_device_data(state):
         checks.check_rows("text_rows", text_rows, "state", state.shape[0])
-    return module.gated_residual_mix(
-        state, context, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh
-    )
+    return module.gated_residual_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh)
 
 
 _mix_op = torch.library.custom_op("slowfast::gated_residual_mix", _run, mutates_args=())

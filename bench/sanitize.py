@@ -1,0 +1,67 @@
+"""A covering set of small CUDA calls, to be run under compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python -m bench.sanitize     (also racecheck, synccheck, initcheck)
+
+Every way that the Hopper attention cuts a call (one and two consumers, half tiles alternating, paired and alone, clusters
+of 1 to 16, groups), both head dimensions and half dtypes, ragged batches with empty sequences, and the pool and the mix.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+
+import slowfast_kernels as sk
+from slowfast_kernels import cuda
+from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
+
+RAGGED = (((1, 70), (3, 0), (0, 40), (2, 33)), ((30, 400), (7, 180), (1, 5)))
+
+
+def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> None:
+    make = {"device": "cuda", "dtype": dtype}
+    texts, slows = zip(*sequences, strict=True)
+    rows, slow = sum(texts), sum(slows)
+
+    def prefix(counts):
+        return torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32, device="cuda")
+
+    q = torch.randn(rows + 2, heads[0], head_dim, **make)
+    kv = torch.randn(slow, heads[1], 2, head_dim, **make)
+    index = torch.arange(rows, dtype=torch.int32, device="cuda") + 1
+    state = torch.randn(rows + 2, heads[0] * head_dim, **make)
+    gate = [torch.randn(n, **make) for n in (heads[0] * head_dim, 1, 1)]
+    mix = (state, state.clone(), *gate, True, True) if fused else None
+    context = torch.empty(rows, heads[0], head_dim, **make)
+    lse = torch.empty(rows, heads[0], device="cuda")
+    places = (prefix(slows), index, prefix(texts))
+    cuda._attend(q, kv, *places, head_dim**-0.5, 0, context=context, lse=lse, mix=mix, config=config)
+    torch.cuda.synchronize()
+    assert context.isfinite().all()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype, head_dim, sequences in product((torch.bfloat16, torch.float16), (64, 128), RAGGED):
+        attention(sequences, (14, 2), head_dim, dtype, fused=dtype == torch.bfloat16)
+    for cluster, groups in ((1, 1), (1, 3), (2, 2), (4, 1), (8, 1), (16, 1)):
+        attention(((1, 1500),), (28, 4), 128, torch.bfloat16, HopperConfig(1, cluster, groups, 1))
+    for cluster, groups, half, paired in ((1, 1, 1, False), (2, 2, 2, True), (8, 1, 1, True), (1, 3, 2, False)):
+        config = HopperConfig(2, cluster, groups, 2, half, paired)
+        attention(((24, 1900),), (14, 2), 128, torch.bfloat16, config)  # 168 rows: a full tile and a half one
+    for splits in (1, 2, 7, 8):
+        config = hopper_attention_config(40, 900, 2, 8, 8, 64, splits)
+        attention(((39, 500), (1, 400)), (8, 8), 64, torch.bfloat16, config)
+    frames = torch.randn(14, 36, 96, device="cuda", dtype=torch.bfloat16)
+    sk.slowfast_pool(frames, [8, 1, 5], (6, 6), pool_stride=2, temporal_stride=4, norm_eps=1e-6, backend="cuda")
+    state = torch.randn(20, 96, device="cuda", dtype=torch.bfloat16)
+    index = torch.tensor([3, 0, 7], dtype=torch.int32, device="cuda")
+    gate = [torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in (96, 1, 1)]
+    sk.gated_residual_mix(state, torch.randn_like(state[:3]), index, *gate, backend="cuda")
+    torch.cuda.synchronize()
+    print("all calls made")
+
+
+if __name__ == "__main__":
+    main()
