@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python -m bench.sanitize     (also racecheck, synccheck, initcheck)
 
-Every way that the Hopper attention cuts a call (one and two consumers, half tiles alternating, paired and alone, clusters
-of 1 to 16, groups), both head dimensions and half dtypes, ragged batches with empty sequences, and the pool and the mix.
+Every way that the Hopper attention cuts a call (one and two consumers, half tiles alternating, paired and alone,
+clusters of 1 to 16, groups), both head dimensions and half dtypes, ragged batches with empty sequences; pool and mix.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class OpCall(NamedTuple):
     batch: int = 1
     aligned: bool = True  # 16-byte rows and base addresses
     positive_scale: bool = True
+    has_sm90_kernels: bool = True  # the extension was built for sm_90a
 
 
 class BackendChoice(NamedTuple):
@@ -65,6 +66,8 @@ def _hopper_limit(call: OpCall) -> str | None:
     limit = None
     if call.capability != (9, 0):
         limit = f"the CUDA attention is for compute capability 9.0 (Hopper), this GPU has {call.capability}"
+    elif not call.has_sm90_kernels:
+        limit = "the extension was built without sm_90a (reinstall with SLOWFAST_CUDA_ARCHS='80;90a')"
     elif call.dtype not in HALF_DTYPES:
         limit = f"the CUDA attention takes bfloat16 and float16, not {call.dtype}"
     elif call.head_dim not in (64, 128):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import eager
+from .. import _extension, eager
 from ..heuristics import OpCall
 from . import checks
 from .dispatch import (
@@ -110,6 +110,7 @@ def attention_call(
         batch=batch,
         aligned=all(map(_is_aligned, (q, slow_kv, *vectors))),
         positive_scale=softmax_scale > 0,
+        has_sm90_kernels=q.device.type != "cuda" or "sm_90a" in _extension.cuda_archs(),
     )
 
 

@@ -1,0 +1,90 @@
+"""How the Hopper attention is cut into CTAs: a function of shapes alone, checked without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slowfast_kernels.heuristics import OpCall, choose_backend, hopper_attention_config, unsupported_reason
+
+HALF = OpCall("text_cross_attention", "cuda", torch.bfloat16, (9, 0), head_dim=128)
+EVERYTHING_IS_HERE = dict.fromkeys(("cuda", "triton", "cpu", "eager"))
+
+
+@given(
+    num_text=st.integers(1, 4096),
+    num_slow=st.integers(0, 200_000),
+    batch=st.integers(1, 32),
+    num_kv_heads=st.sampled_from([1, 2, 4, 8]),
+    group=st.integers(1, 16),
+    head_dim=st.sampled_from([64, 128]),
+)
+def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
+    num_text, num_slow, batch, num_kv_heads, group, head_dim
+):
+    config = hopper_attention_config(num_text, num_slow, batch, num_kv_heads * group, num_kv_heads, head_dim)
+    rows_a_tile = 64 * config.consumers
+    assert config.consumers in (1, 2)
+    assert config.max_tiles * rows_a_tile >= num_text * group
+    assert config.cluster_size in (1, 2, 4, 8)
+    assert 1 <= config.num_groups
+    assert 0 <= config.half_groups <= config.num_groups  # the workspace is sized by num_groups
+    assert not config.paired_halves or (config.half_groups and config.cluster_size % 2 == 0)
+    assert not config.half_groups or batch == 1
+    assert all(size >= 0 for size in config.workspace(num_kv_heads, head_dim))
+
+
+def test_tiles_are_enough_for_the_worst_distribution_of_rows_over_sequences():
+    # 8 sequences, of which 7 have one row: each needs a tile of its own
+    config = hopper_attention_config(7 + 200, 8000, 8, 28, 4, 128)
+    assert config.max_tiles >= 7 + -(-200 * 7 // (64 * config.consumers))
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 8, 16])
+def test_a_fixed_number_of_splits_fixes_what_bits_depend_on(num_splits):
+    alone = hopper_attention_config(1, 5184, 1, 28, 4, 128, num_splits)
+    in_batch = hopper_attention_config(200, 40_000, 9, 28, 4, 128, num_splits)
+    assert alone.num_splits == in_batch.num_splits == num_splits
+    assert (alone.consumers, alone.cluster_size, alone.num_groups) == (
+        in_batch.consumers,
+        in_batch.cluster_size,
+        in_batch.num_groups,
+    )
+    assert not alone.paired_halves
+    assert alone.half_groups == in_batch.half_groups == 0
+
+
+def test_the_published_shapes_fill_the_gpu_in_one_wave():
+    for rows, slow in ((64, 5184), (64, 10368)):
+        config = hopper_attention_config(rows, slow, 1, 28, 4, 128)
+        full, half = 3 * 4 * config.num_groups, 2 * config.half_groups
+        assert config.paired_halves
+        assert config.cluster_size == 8
+        assert full + half <= 15, "an H100 holds 15 clusters of 8 at once"
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"capability": (8, 0)}, "9.0"),
+        ({"capability": (10, 0)}, "9.0"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"head_dim": 80}, "80"),
+        ({"aligned": False}, "16 bytes"),
+        ({"positive_scale": False}, "positive"),
+        ({"has_sm90_kernels": False}, "SLOWFAST_CUDA_ARCHS"),
+    ],
+)
+def test_what_it_does_not_take_goes_to_triton_and_the_limit_is_named(change, word):
+    call = HALF._replace(**change)
+    reason = unsupported_reason("cuda", call)
+    assert word in reason
+    assert "backend='triton'" in reason
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "triton"
+
+
+def test_what_it_takes_goes_to_it():
+    assert choose_backend(HALF, EVERYTHING_IS_HERE).backend == "cuda"
+    assert choose_backend(HALF._replace(head_dim=64, dtype=torch.float16), EVERYTHING_IS_HERE).backend == "cuda"
