@@ -52,7 +52,8 @@ def _bandwidths(device: torch.device, budget_s: float) -> tuple[float, float]:
     if gpu and triton is not None:
         readers.append(lambda: triton_read_sum(source))
     read = max(gbps(call, source.nbytes) for call in readers)
-    return read, gbps(lambda: target.copy_(source), 2 * source.nbytes)
+    copiers = [lambda: target.copy_(source), lambda: torch.neg(source, out=target)]
+    return read, max(gbps(call, 2 * source.nbytes) for call in copiers)
 
 
 def _gemm_tflops(device: torch.device, dtype: str, budget_s: float) -> float:

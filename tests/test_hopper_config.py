@@ -29,7 +29,7 @@ def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
     assert config.consumers in (1, 2)
     assert config.max_tiles * rows_a_tile >= num_text * group
     assert config.cluster_size in (1, 2, 4, 8)
-    assert 1 <= config.num_groups
+    assert config.num_groups >= 1
     assert 0 <= config.half_groups <= config.num_groups  # the workspace is sized by num_groups
     assert not config.paired_halves or (config.half_groups and config.cluster_size % 2 == 0)
     assert not config.half_groups or batch == 1
@@ -88,3 +88,10 @@ def test_what_it_does_not_take_goes_to_triton_and_the_limit_is_named(change, wor
 def test_what_it_takes_goes_to_it():
     assert choose_backend(HALF, EVERYTHING_IS_HERE).backend == "cuda"
     assert choose_backend(HALF._replace(head_dim=64, dtype=torch.float16), EVERYTHING_IS_HERE).backend == "cuda"
+
+
+def test_a_mix_of_many_rows_goes_to_triton_where_it_is_faster():
+    call = OpCall("gated_residual_mix", "cuda", torch.bfloat16, (9, 0), num_text=8192)
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "triton"
+    assert choose_backend(call._replace(num_text=1024), EVERYTHING_IS_HERE).backend == "cuda"
+    assert choose_backend(call, EVERYTHING_IS_HERE | {"triton": "not installed"}).backend == "cuda"

@@ -48,7 +48,7 @@ def verdict(ratios: list[torch.Tensor], cases: list) -> None:
 @pytest.mark.parametrize("target", KERNELS)
 def test_cross_attention_on_random_ragged_batches(target, rng, seed):
     pick, generator = random.Random(seed), rng(target.device)
-    ratios, cases = [], []
+    ratios, cases, limits = [], [], []
     for _ in range(share(target)):
         shape, layout, num_splits = ragged(pick), pick.choice(LAYOUTS), pick.choice([0, 0, 1, 3])
         inputs = make_inputs(shape, target.dtype, target.device, generator, layout)
@@ -57,7 +57,11 @@ def test_cross_attention_on_random_ragged_batches(target, rng, seed):
         mine = inputs.slow_kv[slow[0] : slow[1]].clone()
         poison(inputs.slow_kv)[slow[0] : slow[1]] = mine
         rows = inputs.text_rows[text[0] : text[1]].long()
-        out = target.run(sk.slowfast_cross_attention, *inputs.fused, num_splits=num_splits)
+        try:
+            out = target.run(sk.slowfast_cross_attention, *inputs.fused, num_splits=num_splits)
+        except pytest.skip.Exception as limit:  # the cuda attention has layouts and dtypes that it leaves to triton
+            limits.append(str(limit))
+            continue
         alone = inputs.sequence(victim)
         plain = sk.slowfast_cross_attention(*alone.fused, backend="eager")
         exact = reference.attention(*alone.attention)
@@ -65,6 +69,9 @@ def test_cross_attention_on_random_ragged_batches(target, rng, seed):
         ratios.append(reference.excess(out[rows], plain[rows], mixed[rows], exact.noise))
         ratios.append(out[inputs.other_rows].isfinite().any() * 2.0)  # they hold NaN and Inf
         cases += [(shape, layout, num_splits, victim)] * 2
+    if not cases:
+        pytest.skip(limits[0])
+    assert len(cases) > len(limits), "most batches were refused"
     verdict(ratios, cases)
 
 

@@ -109,7 +109,8 @@ def _run(
     module = _signatures.get(key)
     if module is None:
         check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate)
-        call = OpCall("gated_residual_mix", state.device.type, state.dtype, compute_capability(state.device))
+        capability, num_text = compute_capability(state.device), text_rows.shape[0]
+        call = OpCall("gated_residual_mix", state.device.type, state.dtype, capability, num_text=num_text)
         module = _signatures.remember(key, backend_for(call, state.device, backend))
     if checks.reads_device_data(state):
         checks.check_rows("text_rows", text_rows, "state", state.shape[0])

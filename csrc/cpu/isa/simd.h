@@ -64,12 +64,7 @@ SLOWFAST_INLINE Vec load(const BF16* p) {
 }
 SLOWFAST_INLINE Vec load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 SLOWFAST_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
-#if defined(__AVX512BF16__)
-SLOWFAST_INLINE void store(BF16* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-}
-#else
-SLOWFAST_INLINE void store(BF16* p, Vec x) {
+SLOWFAST_INLINE void store(BF16* p, Vec x) {   // not the AVX512-BF16 instruction, which drops subnormals
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
@@ -77,7 +72,6 @@ SLOWFAST_INLINE void store(BF16* p, Vec x) {
   const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
-#endif
 SLOWFAST_INLINE void store(F16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
