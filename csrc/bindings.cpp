@@ -56,9 +56,10 @@ GateParams gate_params(Address weight, Address bias, Address warm_up, int dtype,
   return {pointer(weight), pointer(bias), pointer(warm_up), static_cast<DType>(dtype), tanh_gate, tanh_warm_up};
 }
 
-void cpu_cross_attention(Address q, Address slow_kv, Address cu_slow, Address text_rows, Address cu_text, Address context,
-                         Address lse, Address state, Address out, Address weight, Address bias, Address warm_up,
-                         int gate_dtype, bool tanh_gate, bool tanh_warm_up, int64_t q_row_stride, int64_t q_head_stride,
+void cpu_cross_attention(Address q, Address slow_kv, Address cu_slow, Address text_rows, Address cu_text,
+                         Address context, Address lse, Address state, Address out, Address weight, Address bias,
+                         Address warm_up, int gate_dtype, bool tanh_gate, bool tanh_warm_up,
+                         int64_t q_row_stride, int64_t q_head_stride,
                          int64_t kv_token_stride, int64_t kv_head_stride, int64_t kv_pair_stride,
                          int64_t state_row_stride, int64_t num_text, int64_t num_slow, int32_t batch,
                          int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim, int32_t num_splits,

@@ -35,7 +35,8 @@ const Kernels& choose() {
     if (wished && level.supported) return *level.kernels;
     if (level.supported) names += std::string(names.empty() ? "" : ", ") + level.kernels->name;
   }
-  throw std::invalid_argument("SLOWFAST_CPU_ISA: got '" + std::string(wish) + "', want one that this CPU has: " + names);
+  const std::string got = wish;
+  throw std::invalid_argument("SLOWFAST_CPU_ISA: got '" + got + "', want one that this CPU has: " + names);
 }
 
 }  // namespace

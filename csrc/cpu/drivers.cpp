@@ -74,7 +74,8 @@ void cross_attention(const CrossAttentionParams& p, int num_threads) {
   const std::vector<AttentionUnit> units = attention_units(p, context.data(), lse2.data());
   for_each(units.size(), num_threads, k.attention_scratch(p),
            [&](int64_t i, float* scratch) { k.attention(p, units[i], scratch); });
-  for_each(p.num_text, p.num_text < 4 ? 1 : num_threads, int64_t(p.num_q_heads) * p.head_dim, [&](int64_t i, float* scratch) {
+  const int finishing_threads = p.num_text < 4 ? 1 : num_threads;   // few rows are not worth waking threads for
+  for_each(p.num_text, finishing_threads, int64_t(p.num_q_heads) * p.head_dim, [&](int64_t i, float* scratch) {
     k.finish_row(p, context.data(), lse2.data(), i, scratch);
   });
 }

@@ -25,7 +25,7 @@ struct Kernels {
   int flat_rows;            // up to here a unit may take several KV heads
   int64_t (*attention_scratch)(const CrossAttentionParams&);   // floats a thread
   void (*attention)(const CrossAttentionParams&, const AttentionUnit&, float* scratch);
-  // Combines the splits of text row `i`; writes its context and lse and, with `state` set, its row of `out`. scratch: C.
+  // Combines the splits of text row `i`; writes its context, lse and, with `state` set, row of `out`. scratch: C.
   void (*finish_row)(const CrossAttentionParams&, const float* context, const float* lse2, int64_t i, float* scratch);
   void (*mix_row)(const GatedMixParams&, int64_t row, int64_t i);   // i: index of the text row, -1 copies the state
   void (*pool_cells)(const PoolParams&, int32_t item, int32_t cell_row, float* scratch);   // scratch: 2 C floats

@@ -5,7 +5,7 @@
 // micro-kernel in which lanes are query rows: a vector holds kLanes / W rows x W neighbouring elements of D, and K (or
 // V) enters as a broadcast of W elements, straight from a row. Softmax is then vertical, nothing is transposed, and W
 // is what fills the vector when rows are few: 7 rows take W = 2, one row takes W = kLanes, many take W = 1.
-// With AVX512-BF16 a lane holds a bf16 pair and dot_pairs doubles the rate: pairs along D for Q K^T, along tokens for P V.
+// With AVX512-BF16 a lane holds a bf16 pair, which doubles the rate: pairs along D for Q K^T, along tokens for P V.
 #pragma once
 #include "../kernels.h"
 #include "simd.h"
@@ -58,7 +58,7 @@ struct Layout {
         pv_chunks(round_up(div_up(d, W), kBlock)),
         k_stride(qk_chunks * W),
         v_stride(pv_chunks * W) {}
-  int64_t state() const { return (qk_chunks + pv_chunks + 3) * R * kLanes; }   // of a KV head: Q, O, three running values
+  int64_t state() const { return (qk_chunks + pv_chunks + 3) * R * kLanes; }   // of a KV head: Q, O, 3 running values
   int64_t tiles() const { return kTokenTile * (k_stride + v_stride / Ops::kPack + R * kLanes * 2); }
 };
 
@@ -191,7 +191,8 @@ struct AttentionTile {
   }
 
   // Scores to probabilities (in `probs`, as the next product wants them); returns what to rescale the context by.
-  void softmax(const State& s, const float* scores, int64_t count, int64_t padded, float* probs, Vec (&rescale)[R]) const {
+  void softmax(const State& s, const float* scores, int64_t count, int64_t padded, float* probs,
+               Vec (&rescale)[R]) const {
     const Vec scale = splat(log2_scale);
     for (int j = 0; j < R; ++j) {
       const float* at = scores + j * kLanes;
@@ -261,7 +262,8 @@ struct AttentionTile {
   // time: rows that need no conversion and no padding are read where they lie.
   bool whole(const Source& from, int64_t padded, int64_t stride) const {
     constexpr bool kSameFormat = std::is_same_v<T, float> || Ops::kPack == 2;
-    return R == 1 && kSameFormat && from.count == padded && layout.head_dim == stride && p.kv_token_stride % Ops::kPack == 0;
+    const bool aligned = p.kv_token_stride % Ops::kPack == 0;   // rows start at whole lanes
+    return R == 1 && kSameFormat && from.count == padded && layout.head_dim == stride && aligned;
   }
 
   Rows keys_of(const Source& from, int64_t padded, float* to) const {

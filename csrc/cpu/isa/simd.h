@@ -62,7 +62,9 @@ SLOWFAST_INLINE Vec load(const BF16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-SLOWFAST_INLINE Vec load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+SLOWFAST_INLINE Vec load(const F16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 SLOWFAST_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 SLOWFAST_INLINE void store(BF16* p, Vec x) {   // not the AVX512-BF16 instruction, which drops subnormals
   const __m512i bits = _mm512_castps_si512(x);
