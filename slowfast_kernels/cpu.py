@@ -92,9 +92,9 @@ def _cross_attention(
         num_q_heads,
         num_kv_heads,
         q.shape[2],
-        num_splits or cpu_num_splits(batch, num_text, num_slow, num_q_heads, num_kv_heads, threads),
         softmax_scale,
         _DTYPE_CODES[q.dtype],
+        num_splits or cpu_num_splits(batch, num_text, num_slow, num_q_heads, num_kv_heads, threads),
         threads,
     )
 
