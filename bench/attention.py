@@ -98,11 +98,10 @@ def _run_shape(runner: Runner, shape: AttentionShape, dtype: str, backends: list
 
         # eager asks the host for the lengths of the sequences, so no graph can hold it
         capturable = backend != "eager"
-        runner.measure(
-            OP, shape.name, dtype, backend, [Variant("", build)], cost=fused, kind="ours", capturable=capturable
-        )
+        options = {"cost": fused, "kind": "ours", "capturable": capturable, "sustained": True}
+        runner.measure(OP, shape.name, dtype, backend, [Variant("", build)], **options)
     for peer in peers:
-        runner.measure(OP, shape.name, dtype, peer.name, peer.variants(sets, context), cost=alone)
+        runner.measure(OP, shape.name, dtype, peer.name, peer.variants(sets, context), cost=alone, sustained=True)
 
 
 def _run_host(runner: Runner, dtype: str, backends: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The ceilings of this machine, measured in the run that is held to them: reading, copying, a GEMM.
 
 Datasheet rates are never reached; a row's percentage is of what the best simple code reached here and now.
+They are timed in the same short bursts as the rows (``timing``), so at the same clock.
 """
 
 from __future__ import annotations

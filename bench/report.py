@@ -25,6 +25,7 @@ OP_TITLES = {
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
+SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
 TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend")
 BRIEF_OPS = ("attention", "layer", "pool", "mix")  # those with a choice of backends and peers
 
@@ -43,9 +44,9 @@ def load_json(path: Path) -> tuple[dict, list[Row]]:
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def best_of(rows: list[Row], kind: str) -> Row | None:
-    timed = [row for row in rows if row.kind == kind and row.ok and row.median_us]
-    return min(timed, key=lambda row: row.median_us, default=None)
+def best_of(rows: list[Row], kind: str, figure: str = "median_us") -> Row | None:
+    timed = [row for row in rows if row.kind == kind and row.ok and getattr(row, figure)]
+    return min(timed, key=lambda row: getattr(row, figure), default=None)
 
 
 def _by_shape(rows: list[Row], op: str) -> dict[tuple[str, str], list[Row]]:
@@ -88,11 +89,16 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
     return cells
 
 
+def _our_kernels(rows: list[Row], op: str) -> list[str]:
+    """Names of our backends that have a time, the one that is chosen first."""
+    ours = [row.who for row in rows if row.op == op and row.kind == "ours" and row.ok and row.who != "eager"]
+    return list(dict.fromkeys(ours))
+
+
 def brief_table(rows: list[Row], op: str) -> list[list[str]]:
     """Our kernels, the best peer of each shape by name, and both held against the one of ours that is chosen."""
     groups = _by_shape(rows, op)
-    ours = [row.who for row in rows if row.op == op and row.kind == "ours" and row.ok and row.who != "eager"]
-    names = list(dict.fromkeys(ours))
+    names = _our_kernels(rows, op)
     several = len({dtype for _, dtype in groups}) > 1
     cells = [["shape", "dtype"] if several else ["shape"]]
     cells[0] += [*(f"{name} us" for name in names), "best peer", "peer us", "floor us", f"best peer / {names[0]}"]
@@ -106,6 +112,24 @@ def brief_table(rows: list[Row], op: str) -> list[list[str]]:
         line.append(f"{peer.median_us / chosen.median_us:.2f}x" if peer and chosen else "")
         cells.append(line)
     return cells
+
+
+def sustained_table(rows: list[Row], op: str) -> list[list[str]] | None:
+    """The chosen kernel of ours against the best peer, both without rest; None where no shape has both figures."""
+    groups, names = _by_shape(rows, op), _our_kernels(rows, op)[:1]
+    several = len({dtype for _, dtype in groups}) > 1
+    cells = []
+    for (shape, dtype), members in groups.items():
+        chosen = best_of([row for row in members if row.who in names], "ours", "sustained_us")
+        peer = best_of(members, "peer", "sustained_us")
+        if chosen and peer:
+            us, peer_us = chosen.sustained_us, peer.sustained_us
+            line = [shape, dtype] if several else [shape]
+            cells.append([*line, format_us(us), peer.who, format_us(peer_us), f"{peer_us / us:.2f}x"])
+    if not cells:
+        return None
+    header = ["shape", "dtype"] if several else ["shape"]
+    return [[*header, f"{names[0]} us", "best peer", "peer us", f"best peer / {names[0]}"], *cells]
 
 
 def demo_table(rows: list[Row]) -> list[list[str]]:
@@ -171,6 +195,9 @@ def _render(
             else:
                 cells = demo_table(rows) if op == "demo" else table(rows, op)
             parts.append(f"{heading}{title}\n\n{draw(cells)}")
+            sustained = sustained_table(rows, op)
+            if sustained:
+                parts.append(f"{SUSTAINED_TITLE}\n\n{draw(sustained)}")
     missing = _not_measured(rows)
     if missing:
         parts.append(f"{heading}Not measured\n\n" + "\n".join(bullet + line for line in missing))

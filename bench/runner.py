@@ -25,6 +25,7 @@ from .shapes import Ceilings, Cost
 from .timing import Call, Timing, time_calls, time_host
 
 DEVICE_LOST = 75  # exit code of a worker whose CUDA context is gone
+TRIAL_SHARE = 5  # a variant's trial gets this part of the budget, on a GPU one burst
 TOLERANCE = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1.5e-2}  # relative to the float32 reference
 
 
@@ -53,6 +54,7 @@ class Row:
     median_us: float | None = None
     p20_us: float | None = None
     p80_us: float | None = None
+    sustained_us: float | None = None  # without the rests of the other figures
     samples: int = 0
     method: str = ""
     variant: str = ""
@@ -180,43 +182,54 @@ class Runner:
         cost: Cost,
         kind: str = "peer",
         capturable: bool = True,
+        sustained: bool = False,
         timer: Callable[[list[Call]], Timing] | None = None,
         tolerance: float | None = None,
     ) -> Row | None:
-        """Check and time each variant, record the fastest right one. None if an earlier worker did this row.
+        """Check each variant, record the fastest right one. None if an earlier worker did this row.
 
-        ``timer`` replaces ``time_calls`` where a call can't be repeated at will.
+        Of several variants each gets a short trial, and the winner is then measured as a single one is: a row's
+        protocol doesn't depend on how many variants it has. ``sustained`` adds the figure without rests. ``timer``
+        replaces ``time_calls`` where a call can't be repeated at will; it times each variant once.
         """
         if self.is_done(op, shape, dtype, who):
             return None
         row = Row(op, shape, dtype, who, kind)
         self.journal.write(begin={"op": op, "shape": shape, "dtype": dtype, "who": who, "kind": kind})
         tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
-        problems, best = [], None
+        problems: list[str] = []
         try:
             variants = list(variants)
         except Exception as problem:
             variants, problems = [], [f"failed: {short(problem)}"]
-        budget = self.budget_s / min(4, max(1, len(variants)))
-        timer = timer or partial(time_calls, device=self.device, budget_s=budget, capturable=capturable)
-        for variant in variants:
+        timed = partial(time_calls, device=self.device, capturable=capturable)
+        whole = timer or partial(timed, budget_s=self.budget_s, sustained=sustained and not self.quick)
+        on_trial = timer is None and len(variants) > 1
+        first = partial(timed, budget_s=self.budget_s / TRIAL_SHARE) if on_trial else whole
+
+        def attempt(variant: Variant, timer: Callable[[list[Call]], Timing]) -> tuple[Timing, float, Variant] | None:
+            found = self._try(variant, timer, tolerance)
+            if not isinstance(found, str):
+                return (*found, variant)
+            problems.append(f"{found} ({variant.label})" if len(variants) > 1 else found)
             try:
-                found = self._try(variant, timer, tolerance)
-                if isinstance(found, str):
-                    self.recover()
+                self.recover()
             except DeviceLost:
                 row.status = f"crashed: the CUDA context was lost ({variant.label or who})"
                 self.record(row)
                 raise
-            if isinstance(found, str):
-                problems.append(f"{found} ({variant.label})" if len(variants) > 1 else found)
-            elif best is None or found[0].median_us < best[0].median_us:
-                best = (*found, variant.label)
+            return None
+
+        right = [found for variant in variants if (found := attempt(variant, first))]
+        best = min(right, key=lambda found: found[0].median_us, default=None)
+        if best and on_trial:
+            best = attempt(best[2], whole)
         if best is None:
-            row.status = problems[0] if problems else "unsupported: no variant takes this shape"
+            # where some were right, the last problem is the winner's, which passed its trial and then failed
+            row.status = problems[-1 if right else 0] if problems else "unsupported: no variant takes this shape"
         else:
             self._fill(row, best[0], cost)
-            row.error, row.variant = best[1], best[2]
+            row.error, row.variant = best[1], best[2].label
             if problems:
                 row.extra["rejected_variants"] = problems
         self.record(row)
@@ -258,6 +271,7 @@ class Runner:
     def _fill(self, row: Row, timing: Timing, cost: Cost | None) -> None:
         row.median_us, row.p20_us, row.p80_us = (round(x, 3) for x in (timing.median_us, timing.p20_us, timing.p80_us))
         row.samples, row.method = timing.samples, timing.method
+        row.sustained_us = timing.sustained_us and round(timing.sustained_us, 3)
         if cost is None:
             return
         row.tflops = round(cost.flops / timing.median_us / 1e6, 4)
@@ -294,5 +308,7 @@ def format_row(row: Row) -> str:
     text = f"{name} {format_us(row.median_us):>9} us  [{format_us(row.p20_us)} .. {format_us(row.p80_us)}]"
     if row.percent is not None:
         text += f"  {row.tflops:8.3f} TFLOP/s {row.gbps:8.1f} GB/s  {row.percent:5.1f}% of ceiling"
+    if row.sustained_us is not None:
+        text += f"  {format_us(row.sustained_us)} us sustained"
     notes = [note for note in (row.variant, "not a graph" if row.method == "events" else "") if note]
     return "  ".join([text, *notes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -153,11 +154,119 @@ def test_input_sets_stream_through_the_cache_between_two_uses():
     assert timing.num_input_sets(1, 50e6) == timing.MAX_SETS
 
 
+class ThrottlingGpu:
+    """Replays that take 12% longer after ``falls_s`` of work, until the device has rested for 50 ms."""
+
+    def __init__(self, replay_s: float, launch_s: float = 0.0, falls_s: float = 0.035) -> None:
+        self.replay_s, self.launch_s, self.falls_s = replay_s, launch_s, falls_s
+        self.busy_s = self.rested_s = 0.0
+        self.bursts = []
+
+    def rest(self) -> None:
+        self.rested_s += timing.REST_S
+        if self.rested_s >= 0.05:
+            self.busy_s = 0.0
+
+    def burst(self, times: int) -> list[float]:
+        self.bursts.append(times)
+        seconds = []
+        for i in range(times):
+            self.rested_s = 0.0
+            work = self.replay_s * (1.12 if self.busy_s > self.falls_s else 1)
+            self.busy_s += work
+            seconds.append(work + (self.launch_s if i == 0 else 0))
+        return seconds
+
+    def time(self, budget_s: float = 0.15, sustained: bool = False, count: int = 1) -> timing.Timing:
+        return timing.time_bursts(self.burst, self.rest, count, budget_s, "graph", sustained)
+
+
+@pytest.mark.parametrize("replay_s", [0.0011, 0.0021, 0.0068, 0.019])
+def test_bursts_are_timed_at_the_clock_of_a_rested_device_and_the_sustained_figure_is_not(replay_s):
+    gpu = ThrottlingGpu(replay_s)
+    gpu.busy_s = 1.0  # whoever came before left the device hot
+    result = gpu.time(sustained=True)
+    assert result.p20_us == result.p80_us == pytest.approx(replay_s * 1e6)
+    assert result.sustained_us == pytest.approx(1.12 * replay_s * 1e6)
+
+
+def test_the_sustained_figure_is_of_the_second_half():
+    result = ThrottlingGpu(0.002, falls_s=0.6 * timing.SUSTAINED_S + timing.BURST_S).time(sustained=True)
+    assert result.sustained_us == pytest.approx(1.12 * 2000)
+
+
+def test_a_longer_budget_does_not_make_a_call_slower():
+    assert ThrottlingGpu(0.002).time(0.02).median_us == ThrottlingGpu(0.002).time(10.0).median_us
+
+
+def test_times_are_those_of_a_call_and_not_of_a_replay_of_many():
+    result = ThrottlingGpu(0.002).time(sustained=True, count=40)
+    assert result.median_us == pytest.approx(50)
+    assert result.sustained_us == pytest.approx(56)
+
+
+def test_no_sustained_figure_and_no_work_for_it_unless_asked_for():
+    gpu = ThrottlingGpu(0.002)
+    assert gpu.time().sustained_us is None
+    assert max(gpu.bursts) * gpu.replay_s <= timing.BURST_S
+
+
+def test_the_first_replay_of_a_burst_pays_for_the_launch_and_is_no_sample():
+    result = ThrottlingGpu(0.0011, launch_s=1e-4).time()
+    assert result.p80_us == pytest.approx(1100)
+    assert result.samples == 5 * 17
+
+
+@pytest.mark.parametrize("replay_s", [0.001, 0.0034, 0.011, 0.02])
+def test_a_burst_ends_before_the_clock_falls_and_comes_as_often_for_every_replay(replay_s):
+    plan = timing.plan_bursts(replay_s, budget_s=0.15)
+    assert plan.bursts == timing.MOST_BURSTS
+    assert timing.BURST_S / 2 < plan.replays * replay_s <= timing.BURST_S
+    assert plan.skipped == (plan.replays > 1)
+    assert plan.sustained * replay_s == pytest.approx(timing.SUSTAINED_S, abs=replay_s)
+
+
+def test_a_replay_longer_than_a_burst_goes_alone_and_is_a_sample():
+    plan = timing.plan_bursts(0.5, budget_s=0.15)
+    assert (plan.replays, plan.skipped, plan.sustained) == (1, 0, 2)
+
+
+def test_a_small_budget_buys_one_burst():
+    assert timing.plan_bursts(0.001, budget_s=0.001).bursts == 1
+    assert timing.plan_bursts(0.001, budget_s=2 * timing.BURST_S).bursts == 2
+
+
+def test_a_burst_queues_its_replays_without_waiting_and_times_each_from_the_end_of_the_one_before(monkeypatch):
+    log, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    def work():
+        log.append("work")
+        now[0] += len(log)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert timing._burst(work, 3) == pytest.approx([1, 2, 3])
+    assert log == ["work", "work", "work", "wait"]
+
+
 def test_a_sleep_is_timed_as_such_and_calls_rotate():
     used = []
     calls = [lambda i=i: (used.append(i), time.sleep(0.002)) for i in range(3)]
     result = timing.time_calls(calls, torch.device("cpu"), budget_s=0.05)
     assert 2000 <= result.p20_us <= result.median_us <= result.p80_us
+    assert result.sustained_us is None
     assert set(used) == {0, 1, 2}
 
 
@@ -203,6 +312,76 @@ def test_the_fastest_right_variant_is_reported(run):
     assert (row.status, row.variant) == ("ok", "fast")
     assert row.percent == pytest.approx(100 * row.floor_us / row.median_us, rel=0.1)
     assert "wrong" in row.extra["rejected_variants"][0]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the runner asks ``time_calls`` for: (variant, budget, sustained), the second variant being the fastest."""
+    asked = []
+
+    def time_calls(calls, device, budget_s, capturable, sustained=False):
+        (call,) = calls
+        asked.append((call(), budget_s, sustained))
+        us = {"a": 3.0, "b": 1.0, "c": 2.0}[call()]
+        return timing.Timing(us, us, us, 1, "graph", 1.25 * us if sustained else None)
+
+    monkeypatch.setattr(runner, "time_calls", time_calls)
+    return asked
+
+
+def test_variants_get_equal_trials_and_the_winner_what_a_single_one_gets(run, asked):
+    run.quick = False
+    variants = [_variant(name, 0.0, lambda name=name: name) for name in "abc"]
+    options = {"cost": Cost(1e6, 1e6, 0), "sustained": True}
+    several = run.measure("op", "shape", "float32", "several", variants, **options)
+    trial = run.budget_s / runner.TRIAL_SHARE
+    assert asked == [("a", trial, False), ("b", trial, False), ("c", trial, False), ("b", run.budget_s, True)]
+    asked.clear()
+    single = run.measure("op", "shape", "float32", "single", variants[1:2], **options)
+    assert asked == [("b", run.budget_s, True)]
+    assert several.variant == single.variant == "b"
+    assert several.sustained_us == single.sustained_us == 1.25
+
+
+def test_a_trial_on_a_gpu_is_one_burst_and_a_row_all_of_them(journal):
+    budget_s = Runner(torch.device("cuda"), ["float32"], journal).budget_s
+    assert timing.plan_bursts(0.001, budget_s / runner.TRIAL_SHARE).bursts == 1
+    assert timing.plan_bursts(0.001, budget_s).bursts == timing.MOST_BURSTS
+
+
+def test_a_quick_run_and_a_row_that_asks_for_none_have_no_sustained_figure(run, asked):
+    for quick, sustained in ((True, True), (False, False)):
+        run.quick = quick
+        who = f"{quick}"
+        row = run.measure(
+            "op", "shape", "float32", who, [_variant("b", 0.0, lambda: "b")], cost=Cost(1, 1, 0), sustained=sustained
+        )
+        assert row.ok
+        assert row.sustained_us is None
+    assert [entry[2] for entry in asked] == [False, False]
+
+
+def test_a_winner_that_fails_when_it_is_measured_in_full_gives_the_row_its_reason(run, monkeypatch):
+    def time_calls(calls, device, budget_s, capturable, sustained=False):
+        if budget_s == run.budget_s:
+            raise RuntimeError("gave up")
+        return timing.Timing(1.0, 1.0, 1.0, 1, "graph")
+
+    monkeypatch.setattr(runner, "time_calls", time_calls)
+    row = _measure(run, "peer", _variant("wrong", 1.0), _variant("right", 0.0))
+    assert row.status == "failed: RuntimeError: gave up (right)"
+
+
+def test_a_timer_of_a_row_s_own_times_each_variant_once(run):
+    timed = []
+
+    def timer(calls):
+        timed.append(calls[0]())
+        return timing.Timing(len(timed), 1.0, 1.0, 1, "clock")
+
+    variants = [_variant(name, 0.0, lambda name=name: name) for name in "ab"]
+    row = run.measure("op", "shape", "float32", "who", variants, cost=Cost(1, 1, 0), timer=timer)
+    assert (timed, row.variant) == (["a", "b"], "a")
 
 
 def test_a_wrong_answer_is_not_timed(run):
@@ -303,6 +482,35 @@ def test_the_brief_table_names_the_best_peer_and_holds_it_against_the_backend_th
     cells = dict(zip(header, first, strict=True))
     assert cells["best peer"] == "sdpa-flash"
     assert cells["best peer / triton"] == "2.50x"
+
+
+def test_the_sustained_table_holds_the_chosen_kernel_against_the_peer_that_is_best_without_rest(rows):
+    for row in rows:
+        if row.op == "attention" and row.shape == "1x1x10368@28/4/128":
+            row.sustained_us = {"triton": 22.0, "sdpa-flash": 55.0}[row.who]
+    shape = {"op": "attention", "shape": "1x1x10368@28/4/128", "dtype": "bfloat16"}
+    rows.append(Row(**shape, who="fa4", kind="peer", median_us=90.0, sustained_us=44.0))
+    header, *lines = report.sustained_table(rows, "attention")
+    assert header == ["shape", "triton us", "best peer", "peer us", "best peer / triton"]
+    assert lines == [["1x1x10368@28/4/128", "22.0", "fa4", "44.0", "2.00x"]]
+    header, _, second = report.brief_table(rows, "attention")
+    assert dict(zip(header, second, strict=True))["best peer / triton"] == "2.50x"  # the rested time, as before
+
+
+@pytest.mark.parametrize("brief", [False, True])
+def test_a_result_file_without_sustained_figures_is_read_and_printed_as_before(rows, journal, tmp_path, brief):
+    path = tmp_path / "x.json"
+    report.save_json(path, journal.meta, rows)
+    data = json.loads(path.read_text())
+    for row in data["rows"]:
+        del row["sustained_us"]
+    path.write_text(json.dumps(data))
+    meta, loaded = report.load_json(path)
+    assert loaded == rows
+    assert report.SUSTAINED_TITLE not in report.markdown(meta, loaded, brief)
+    for row in loaded:
+        row.sustained_us = row.median_us
+    assert report.SUSTAINED_TITLE in report.markdown(meta, loaded, brief)
 
 
 def test_the_model_table_says_what_the_slow_path_adds(rows):
