@@ -17,14 +17,16 @@ namespace {
 
 #ifdef SLOWFAST_WITH_SM90
 void cross_attention(CrossAttentionParams& p, int32_t consumers, int32_t cluster_size, int32_t num_groups,
-                     int32_t max_tiles, int32_t half_groups, bool paired_halves, bool kv_evict_first,
-                     Address partial_out, Address partial_stats, Address partial_gates, Address counters,
+                     int32_t max_tiles, int32_t whole_units, int32_t long_blocks, int32_t half_groups, bool paired_halves,
+                     bool kv_evict_first, Address partial_out, Address partial_stats, Address partial_gates, Address counters,
                      Address stream) {
   p.num_splits = cluster_size * num_groups;
   const cuda::SplitPlan plan = {consumers,
                                 cluster_size,
                                 num_groups,
                                 max_tiles,
+                                whole_units,
+                                long_blocks,
                                 half_groups,
                                 paired_halves,
                                 kv_evict_first,
@@ -57,7 +59,7 @@ void bind_cuda(py::module_& m) {
         no_gil);
 #ifdef SLOWFAST_WITH_SM90
   m.def("cuda_cross_attention",
-        attention_binding<int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool, Address, Address, Address, Address,
+        attention_binding<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool, Address, Address, Address, Address,
                           Address>(&cross_attention),
         no_gil);
 #endif

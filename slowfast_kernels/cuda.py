@@ -195,6 +195,8 @@ def _attend(
         config.cluster_size,
         config.num_groups,
         config.max_tiles,
+        config.whole_units,
+        config.long_blocks,
         config.half_groups,
         config.paired_halves,
         config.kv_evict_first,

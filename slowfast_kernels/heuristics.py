@@ -6,6 +6,7 @@ graph captured for a shape stays right for new data.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
@@ -268,6 +269,8 @@ class HopperConfig:
     half_groups: int = 0  # groups of a single sequence's last tile where it has at most half the rows; else 0
     paired_halves: bool = False  # a cluster takes that tile of two KV heads
     kv_evict_first: bool = False
+    whole_units: int = 0  # the first (tile, KV head) units, which a CTA each takes without a split
+    long_blocks: int = 0  # KV blocks of every group but the last, which gets the rest; 0: equal groups
 
     @property
     def num_splits(self) -> int:
@@ -280,21 +283,26 @@ class HopperConfig:
             tiles * self.num_groups * rows * head_dim,
             tiles * self.num_groups * rows * 2,
             tiles * self.cluster_size * rows * 3,
-            tiles * self.cluster_size,
+            tiles * (self.cluster_size if self.cluster_size > 1 else self.consumers * self.num_groups),
         )
 
 
 # Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size. Decode
 # CTAs share an SM in pairs.
-_HOPPER_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
-_HOPPER_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS = 264, 80
+_HOPPER_SMS = 132
+_HOPPER_CLUSTERS = {2: 66, 4: 30, 8: 15}
+_HOPPER_DECODE_CTAS = 264
+_HOPPER_FEW_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS_LONG, _HOPPER_LONG_DECODE_BLOCKS = 80, 96, 1024
 _HOPPER_L2_BYTES = 50 * 2**20
-# Microseconds of a 128-row CTA: start and end; the further reduction through shared or through global memory, and in
-# the latter the partial rows that the last to arrive reads; a KV block. A tile with half its rows takes a block in less
-# time, but more than half of it.
-_HOPPER_CTA_US, _HOPPER_CLUSTER_US, _HOPPER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 8.0, 1.0, 8.0, 60e3
-_HOPPER_BLOCK_US = {128: 1.9, 64: 1.2}
-_HOPPER_HALF_TILE = 0.8
+# Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in which
+# groups add up, or, for clusters, the last group's reading of all partial rows. A tile with half its rows that a cluster
+# takes needs less time a block, but more than half of it.
+_HOPPER_CTA_US = 8.0
+_HOPPER_BLOCK_US = {128: 2.05, 64: 1.25}
+_HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 8.0, 60e3
+_HOPPER_LEVEL_US = 3.0
+_HOPPER_HALF_TILE = 0.6
+_HOPPER_MAX_GROUPS = 32
 
 
 @lru_cache(maxsize=4096)
@@ -315,39 +323,78 @@ def hopper_attention_config(
 
     tiles = min(max_tiles, batch * -(-rows // block_m))
     blocks = max(1, -(-(num_slow // batch) // block_n))
+    units = tiles * num_kv_heads
     if consumers == 1:
-        cluster_size, groups = _hopper_decode_splits(tiles * num_kv_heads, blocks)
+        cluster_size, groups = _hopper_decode_splits(units, blocks)
         return HopperConfig(consumers, cluster_size, groups, max_tiles, kv_evict_first=evict_first)
 
     half_tile = batch == 1 and 0 < rows % block_m <= 64
-    units = (tiles - half_tile) * num_kv_heads
-    block_us = _HOPPER_BLOCK_US[head_dim]
-    best, best_cost = None, inf
+    plans = [
+        *_direct_plans(units, blocks, _HOPPER_BLOCK_US[head_dim], uneven=batch == 1),
+        *_cluster_plans(units, blocks, num_kv_heads, head_dim, half_tile),
+    ]
+    _, choice = min(plans, key=lambda plan: plan[0])
+    return HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, **choice)
+
+
+def _direct_plans(units: int, blocks: int, block_us: float, uneven: bool) -> Iterator[tuple[float, dict]]:
+    """(microseconds, fields of HopperConfig) of the ways without clusters.
+
+    Units as they come or in equal groups, wave after wave; or (``uneven``) first full waves of whole units, and then the
+    rest in groups of which one is short: the long ones fill most of the SMs for one wave, and on the others the short
+    ones run one after another. CTAs that share K and V thus walk it abreast, and read it from L2.
+    """
+
+    def wave(length: int) -> float:
+        return length * block_us + _HOPPER_CTA_US
+
+    def levels(groups: int) -> float:
+        return (groups - 1).bit_length() * _HOPPER_LEVEL_US
+
+    for groups in range(1, min(_HOPPER_MAX_GROUPS, blocks) + 1):
+        waves = -(-units * groups // _HOPPER_SMS)
+        yield waves * wave(-(-blocks // groups)) + levels(groups), {"cluster_size": 1, "num_groups": groups}
+    for whole in range(0, units if uneven else 0, _HOPPER_SMS):
+        rest = units - whole
+        before = whole // _HOPPER_SMS * wave(blocks)
+        for long_groups in range(1, min(_HOPPER_MAX_GROUPS, (_HOPPER_SMS - 1) // rest + 1)):
+            rounds = -(-rest // (_HOPPER_SMS - rest * long_groups))
+            for length in range(-(-blocks // (long_groups + 1)), -(-blocks // long_groups)):
+                last = max(wave(length), rounds * wave(blocks - long_groups * length))
+                yield (
+                    before + last + levels(long_groups + 1),
+                    {"cluster_size": 1, "num_groups": long_groups + 1, "whole_units": whole, "long_blocks": length},
+                )
+
+
+def _cluster_plans(
+    units: int, blocks: int, num_kv_heads: int, head_dim: int, half_tile: bool
+) -> Iterator[tuple[float, dict]]:
+    """The same of the ways with clusters; a last tile with half its rows can be split otherwise than the full ones."""
+    block_us, full_units = _HOPPER_BLOCK_US[head_dim], units - half_tile * num_kv_heads
     for cluster_size, slots in _HOPPER_CLUSTERS.items():
-        for groups in range(1, min(32, max(1, blocks // cluster_size)) + 1):
-            partial_us = groups * block_m * head_dim * 4 / cluster_size / _HOPPER_PARTIAL_BYTES_A_US
-            overhead = _HOPPER_CLUSTER_US * (cluster_size > 1) + (_HOPPER_GROUP_US + partial_us) * (groups > 1)
-            halves = [(0, False)]
-            if half_tile:
-                halves = [(groups, False), (max(1, round(groups * _HOPPER_HALF_TILE)), False)]
-                halves += [(groups, True)] * (cluster_size > 1)
-            for half_groups, paired in halves:
-                clusters, us = units * groups, -(-blocks // (cluster_size * groups)) * block_us * (units > 0)
+        for groups in range(1, min(_HOPPER_MAX_GROUPS, blocks // cluster_size) + 1):
+            overhead = _HOPPER_CLUSTER_US
+            if groups > 1:
+                overhead += _HOPPER_CLUSTER_GROUP_US
+                overhead += groups * 128 * head_dim * 4 / cluster_size / _HOPPER_PARTIAL_BYTES_A_US
+            halves = {(groups, False), (max(1, round(groups * _HOPPER_HALF_TILE)), False), (groups, True)}
+            for half_groups, paired in sorted(halves) if half_tile else [(0, False)]:
+                clusters, us = full_units * groups, -(-blocks // (cluster_size * groups)) * block_us * (full_units > 0)
                 if half_tile:
                     clusters += half_groups * (-(-num_kv_heads // 2) if paired else num_kv_heads)
                     half_splits = half_groups * (cluster_size // 2 if paired else cluster_size)
                     us = max(us, -(-blocks // half_splits) * block_us * _HOPPER_HALF_TILE)
-                cost = -(-clusters // slots) * (_HOPPER_CTA_US + us) + overhead
-                if cost < best_cost:
-                    best_cost = cost
-                    best = HopperConfig(consumers, cluster_size, groups, max_tiles, half_groups, paired, evict_first)
-    return best
+                fields = {"cluster_size": cluster_size, "num_groups": groups}
+                fields |= {"half_groups": half_groups, "paired_halves": paired}
+                yield -(-clusters // slots) * (_HOPPER_CTA_US + us) + overhead, fields
 
 
 def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
     """(cluster size, groups). Decode is bytes: some 80 CTAs saturate the memory, and more of them only add partials."""
-    if units * 4 <= _HOPPER_CLUSTERS[4] * 4 and blocks >= 4:
-        return 4, max(1, min(blocks // 4, _HOPPER_FEW_DECODE_CTAS // (4 * units)))
+    if units <= 30 and blocks >= 4:
+        ctas = _HOPPER_FEW_DECODE_CTAS if blocks < _HOPPER_LONG_DECODE_BLOCKS else _HOPPER_FEW_DECODE_CTAS_LONG
+        return 4, max(1, min(blocks // 4, ctas // (4 * units)))
     return 1, max(1, min(blocks, _HOPPER_DECODE_CTAS // units))
 
 

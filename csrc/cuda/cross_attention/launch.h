@@ -6,18 +6,23 @@ namespace slowfast::cuda {
 
 // A unit is a tile of kBlockM packed rows (text row, head of the group) of one KV head. Its slow tokens are split over
 // cluster_size * num_groups CTAs: a cluster adds up through distributed shared memory, groups through `partial`.
+// kConsumers below is `consumers`, and kBlockM is 64 of it.
 struct SplitPlan {
   int32_t consumers;     // 1 or 2 warpgroups of 64 rows
   int32_t cluster_size;  // 1 to 16
   int32_t num_groups;    // >= 1
   int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
+  int32_t whole_units;   // the first units, which a CTA each takes without a split; 0 unless cluster_size is 1
+  int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
   int32_t half_groups;   // one sequence, whose last tile has at most half the rows: its groups; else 0
   bool paired_halves;    // a cluster takes that tile of two KV heads
   bool kv_evict_first;   // each KV byte is read once
-  float* partial_out;    // [max_tiles * Hkv, num_groups, kBlockM * D]; unused if num_groups == 1, as are these:
+  // Workspace, for more than one group:
+  float* partial_out;    // [max_tiles * Hkv, num_groups, kBlockM * D]
   float* partial_stats;  // [max_tiles * Hkv, num_groups, kBlockM, 2]
   float* partial_gates;  // [max_tiles * Hkv, cluster_size, kBlockM, 3]
-  int32_t* counters;     // [max_tiles * Hkv * cluster_size], zero before and after a launch
+  int32_t* counters;     // [max_tiles * Hkv, cluster_size == 1 ? kConsumers * num_groups : cluster_size]; zero before and
+                         // after a launch
   int32_t heads;              // query heads of a KV head, and
   uint32_t heads_reciprocal;  // 2^32 / heads, rounded up (0 for one head): see text_of
 };

@@ -27,20 +27,21 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encode;
 }
 
-// [Ns, Hkv, 2, D] as dimensions (D, pair, head, token); a box is 64 columns of kBlockN tokens of K or of V of one head.
+// [Ns, Hkv, 2, D] as dimensions (64 columns, token, column block, K or V, head): a box is kBlockN tokens of one head, and
+// lands in shared memory column block after column block, K before V.
 template <typename Traits>
 CUtensorMap make_kv_map(const CrossAttentionParams& p) {
   constexpr bool kIsBFloat16 = std::is_same_v<typename Traits::Element, __nv_bfloat16>;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), 2, static_cast<cuuint64_t>(p.num_kv_heads),
-                               static_cast<cuuint64_t>(p.num_slow > 0 ? p.num_slow : 1)};
-  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(p.kv_pair_stride) * 2,
-                                 static_cast<cuuint64_t>(p.kv_head_stride) * 2,
-                                 static_cast<cuuint64_t>(p.kv_token_stride) * 2};
-  const cuuint32_t box[4] = {Traits::kSpan, 1, 1, Traits::kBlockN};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint64_t sizes[5] = {Traits::kSpan, static_cast<cuuint64_t>(p.num_slow > 0 ? p.num_slow : 1), Traits::kSpans, 2,
+                               static_cast<cuuint64_t>(p.num_kv_heads)};
+  const cuuint64_t strides[4] = {static_cast<cuuint64_t>(p.kv_token_stride) * 2, Traits::kSpan * 2,
+                                 static_cast<cuuint64_t>(p.kv_pair_stride) * 2,
+                                 static_cast<cuuint64_t>(p.kv_head_stride) * 2};
+  const cuuint32_t box[5] = {Traits::kSpan, Traits::kBlockN, Traits::kSpans, Traits::kLoadsTogether ? 2 : 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
-      &map, kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      &map, kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
       const_cast<void*>(p.slow_kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
@@ -62,7 +63,7 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   }
   const int full_units = (plan.max_tiles - (plan.half_groups > 0)) * p.num_kv_heads;
   const int half_units = plan.paired_halves ? (p.num_kv_heads + 1) / 2 : p.num_kv_heads;
-  const int clusters = full_units * plan.num_groups + half_units * plan.half_groups;
+  const int clusters = plan.whole_units + (full_units - plan.whole_units) * plan.num_groups + half_units * plan.half_groups;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(plan.cluster_size), 1, 1};

@@ -16,6 +16,8 @@ struct Traits {
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kConsumers == 1 ? 32 : 176;
+  // Of a block's tokens, those of the first warpgroup where both hold the same rows: near the half, in steps of 16.
+  static constexpr int kFirstPart = 96;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kCtasPerSM = kConsumers == 1 ? 2 : 1;
   static constexpr int kNumStages = kConsumers == 1 ? (kHeadDim == 128 ? 5 : 9) : (kHeadDim == 128 ? 2 : 4);
@@ -29,9 +31,12 @@ struct Traits {
   static constexpr int kReceivedRows = kBlockM + 32;
   static constexpr int kOutStride = kHeadDim + 8;  // floats; 8 of padding spread a column of rows over the banks
 
-  struct KVStages {
-    T k[kNumStages][kBlockN * kHeadDim];
-    T v[kNumStages][kBlockN * kHeadDim];
+  // With one consumer, which waits for memory, K and V of a block come in one TMA instruction and under one barrier.
+  static constexpr bool kLoadsTogether = kConsumers == 1;
+
+  struct KVStage {
+    T k[kBlockN * kHeadDim];  // column blocks of 64, each [kBlockN][64]
+    T v[kBlockN * kHeadDim];
   };
   // What the epilogue lays over the KV stages once every CTA of the cluster is done with them.
   struct Received {
@@ -47,16 +52,16 @@ struct Traits {
   struct SharedStorage {
     alignas(1024) T q[kBlockM * kHeadDim];
     union {
-      alignas(1024) KVStages kv;
+      alignas(1024) KVStage kv[kNumStages];
       Received received;
     };
     RowPlace place[kBlockM];
     float gate_parts[kBlockM][kGateWarps];
-    float gate[kBlockM];  // a text row of this tile each
+    float gate[kBlockM];  // a text row of this CTA's each, or, without clusters, 64 of them a warpgroup
     Gate gate_function;   // read by the gate warps while the consumers attend
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t gate_full;
-    int is_last;
+    int is_last[kConsumers];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // the base is aligned to 1024 by hand
   static_assert(kSharedBytes <= 227 * 1024 / kCtasPerSM - 1024 * (kCtasPerSM - 1));
