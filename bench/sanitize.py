@@ -2,8 +2,9 @@
 
     compute-sanitizer --tool memcheck python -m bench.sanitize     (also racecheck, synccheck, initcheck)
 
-Every way that the Hopper attention cuts a call (one and two consumers, half tiles alternating, paired and alone,
-clusters of 1 to 16, groups), both head dimensions and half dtypes, ragged batches with empty sequences; pool and mix.
+Every way that the Hopper attention cuts a call (one and two consumers, half tiles paired and alone, clusters of 1 to
+16, groups, whole units and uneven groups), both head dimensions and half dtypes, ragged batches with empty sequences;
+pool and mix.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ def main() -> None:
     for cluster, groups, half, paired in ((1, 1, 1, False), (2, 2, 2, True), (8, 1, 1, True), (1, 3, 2, False)):
         config = HopperConfig(2, cluster, groups, 2, half, paired)
         attention(((24, 1900),), (14, 2), 128, torch.bfloat16, config)  # 168 rows: a full tile and a half one
+    for groups, whole, length in ((5, 0, 0), (3, 0, 5), (2, 2, 7)):
+        config = HopperConfig(2, 1, groups, 2, whole_units=whole, long_blocks=length)
+        attention(((24, 1900),), (14, 2), 128, torch.bfloat16, config)
     for splits in (1, 2, 7, 8):
         config = hopper_attention_config(40, 900, 2, 8, 8, 64, splits)
         attention(((39, 500), (1, 400)), (8, 8), 64, torch.bfloat16, config)

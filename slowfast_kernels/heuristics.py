@@ -294,9 +294,9 @@ _HOPPER_CLUSTERS = {2: 66, 4: 30, 8: 15}
 _HOPPER_DECODE_CTAS = 264
 _HOPPER_FEW_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS_LONG, _HOPPER_LONG_DECODE_BLOCKS = 80, 96, 1024
 _HOPPER_L2_BYTES = 50 * 2**20
-# Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in which
-# groups add up, or, for clusters, the last group's reading of all partial rows. A tile with half its rows that a cluster
-# takes needs less time a block, but more than half of it.
+# Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
+# which groups add up, or, for clusters, the last group's reading of all partial rows. A tile with half its rows that
+# a cluster takes needs less time a block, but more than half of it.
 _HOPPER_CTA_US = 8.0
 _HOPPER_BLOCK_US = {128: 2.05, 64: 1.25}
 _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 8.0, 60e3
@@ -340,9 +340,9 @@ def hopper_attention_config(
 def _direct_plans(units: int, blocks: int, block_us: float, uneven: bool) -> Iterator[tuple[float, dict]]:
     """(microseconds, fields of HopperConfig) of the ways without clusters.
 
-    Units as they come or in equal groups, wave after wave; or (``uneven``) first full waves of whole units, and then the
-    rest in groups of which one is short: the long ones fill most of the SMs for one wave, and on the others the short
-    ones run one after another. CTAs that share K and V thus walk it abreast, and read it from L2.
+    Units as they come or in equal groups, wave after wave; or (``uneven``) first full waves of whole units, and then
+    the rest in groups of which one is short: the long ones fill most of the SMs for one wave, and on the others the
+    short ones run one after another. CTAs that share K and V thus walk it abreast, and read it from L2.
     """
 
     def wave(length: int) -> float:

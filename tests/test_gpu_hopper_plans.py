@@ -1,0 +1,84 @@
+"""On a Hopper GPU: every way to cut a call into CTAs gives the accurate answer, and the same bits every time."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from cases import Shape, make_inputs
+from targets import HAS_GPU, REPEATS
+
+import slowfast_kernels as sk
+from slowfast_kernels import cuda
+from slowfast_kernels._extension import unavailable_reason
+from slowfast_kernels.heuristics import HopperConfig
+
+if not HAS_GPU or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("no Hopper GPU", allow_module_level=True)
+if reason := unavailable_reason("cuda", torch.device("cuda")):
+    pytest.skip(reason, allow_module_level=True)
+pytestmark = pytest.mark.gpu
+
+# 24 text rows x 7 heads are 168 packed rows a KV head: a full tile of 128 and one of 40. 11 blocks of 176 slow tokens,
+# the first of which, with 140, is cut short by the end of the sequence.
+ONE = Shape(((24, 1900),), (14, 2), 128)
+RAGGED = Shape(((24, 1900), (1, 60), (0, 300), (40, 0), (3, 200), (20, 1056)), (14, 2), 128)
+DECODE = Shape(((1, 1500),), (28, 4), 128)
+PLANS = {
+    "whole": (ONE, HopperConfig(2, 1, 1, 2)),
+    "groups 2": (ONE, HopperConfig(2, 1, 2, 2)),
+    "groups 3": (ONE, HopperConfig(2, 1, 3, 2)),
+    "groups 7": (ONE, HopperConfig(2, 1, 7, 2)),
+    "more groups than blocks": (ONE, HopperConfig(2, 1, 13, 2)),
+    "a short group": (ONE, HopperConfig(2, 1, 3, 2, long_blocks=5)),
+    "an empty group": (ONE, HopperConfig(2, 1, 3, 2, long_blocks=6)),
+    "whole units first": (ONE, HopperConfig(2, 1, 2, 2, whole_units=2, long_blocks=7)),
+    "a half tile in its own groups": (ONE, HopperConfig(2, 1, 4, 2, half_groups=3)),
+    "cluster 2": (ONE, HopperConfig(2, 2, 1, 2)),
+    "cluster 8, paired halves": (ONE, HopperConfig(2, 8, 1, 2, 1, True)),
+    "cluster 4, groups, half tile": (ONE, HopperConfig(2, 4, 2, 2, 1, False)),
+    "cluster 2, groups, paired halves": (ONE, HopperConfig(2, 2, 3, 2, 3, True)),
+    "cluster 16": (ONE, HopperConfig(2, 16, 1, 2)),
+    "one warpgroup": (ONE, HopperConfig(1, 1, 1, 3)),
+    "one warpgroup, groups": (ONE, HopperConfig(1, 1, 5, 3)),
+    "one warpgroup, cluster": (ONE, HopperConfig(1, 4, 3, 3)),
+    "ragged": (RAGGED, HopperConfig(2, 1, 1, 10)),
+    "ragged, groups": (RAGGED, HopperConfig(2, 1, 5, 10)),
+    "ragged, cluster": (RAGGED, HopperConfig(2, 4, 1, 10)),
+    "decode, groups": (DECODE, HopperConfig(1, 1, 33, 1)),
+    "decode, cluster and groups": (DECODE, HopperConfig(1, 4, 5, 1)),
+    "decode, cluster 16": (DECODE, HopperConfig(1, 16, 2, 1)),
+}
+
+
+def attend(inputs, config):
+    """context, lse and the mixed state of one launch."""
+    q, kv, cu_slow, rows, cu_text = inputs.attention
+    context = torch.full((len(rows), *q.shape[1:]), float("nan"), dtype=q.dtype, device="cuda")
+    lse = torch.full(context.shape[:2], float("nan"), device="cuda")
+    out = inputs.state.clone()
+    mix = (inputs.state, out, *inputs.gating, True, True)
+    scale = q.shape[2] ** -0.5
+    cuda._attend(q, kv, cu_slow, rows, cu_text, scale, 0, context=context, lse=lse, mix=mix, config=config)
+    return context, lse, out
+
+
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_is_accurate_and_repeatable(plan, dtype, head_dim, rng):
+    shape, config = PLANS[plan]
+    inputs = make_inputs(shape._replace(dim=head_dim), dtype, torch.device("cuda"), rng("cuda"))
+    context, lse, out = attend(inputs, config)
+    exact = reference.attention(*inputs.attention)
+    plain, plain_lse = sk.text_cross_attention(*inputs.attention, return_lse=True, backend="eager")
+    reference.assert_accurate(context, plain, exact.context, exact.noise)
+    assert torch.equal(lse.isinf(), plain_lse.isinf())
+    torch.testing.assert_close(lse, plain_lse, atol=2e-3, rtol=1e-4)
+    rows = inputs.text_rows.long()
+    mixed = reference.gated_mix(inputs.state, exact.context, inputs.text_rows, *inputs.gating)
+    fused = sk.slowfast_cross_attention(*inputs.fused, backend="eager")
+    reference.assert_accurate(out[rows], fused[rows], mixed[rows], exact.noise)
+    for _ in range(REPEATS):
+        again = attend(inputs, config)
+        assert all(reference.same_bits(a, b) for a, b in zip(again, (context, lse, out), strict=True))
