@@ -214,12 +214,8 @@ BLOCKED = textwrap.dedent(
     """
     import sys
 
-    class Block:
-        def find_spec(self, name, path=None, target=None):
-            if name == "slowfast_kernels._C" or name.split(".")[0] == "triton":
-                raise ImportError(f"{name} is blocked")
-
-    sys.meta_path.insert(0, Block())
+    for name in ("triton", "slowfast_kernels._C"):
+        sys.modules[name] = None  # an import of it fails, and find_spec finds nothing
     import torch
     import slowfast_kernels as sk
     import slowfast_kernels.__main__
