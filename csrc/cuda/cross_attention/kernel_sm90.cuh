@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   works = works && find_tile<Traits>(p, plan.heads, tile_number, lane, tile);
   if (!works) return;  // all CTAs of a unit alike; no other CTA of the cluster reads this one's memory
   // Both warpgroups hold the same rows of a half-filled tile where a cluster adds them up. Otherwise one has none, and works
-  // on zeros: that keeps it abreast of the full tiles beside it, which read the same K and V from L2.
+  // on zeros: that keeps it abreast of the full tiles beside it, which read the same K and V, so that L2 has them.
   const bool shares_rows = Traits::kConsumers == 2 && plan.cluster_size > 1 && tile.num_rows <= 64;
   unit.parts_per_cta = shares_rows ? 2 : 1;
 
@@ -271,6 +271,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     if constexpr (Traits::kConsumers == 2) ptx::register_alloc<Traits::kConsumerRegisters>();
     const float scale_log2 = p.softmax_scale * 1.4426950408889634f;
     RowState<Traits> rows;
+    // A warpgroup without rows (its Q is zero) keeps its CTA abreast of its neighbours; with P zero too it costs less power.
+    if (!shares_rows && consumer * 64 >= tile.num_rows) rows.max[0] = rows.max[1] = 1e30f;
     query.store(shared.q + consumer * 64 * Traits::kHeadDim, thread);
     ptx::named_barrier_sync(1 + consumer, 128);
     const DirectEpilogue<Traits> direct = {gates, consumer, thread};
