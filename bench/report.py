@@ -114,15 +114,21 @@ def brief_table(rows: list[Row], op: str) -> list[list[str]]:
     return cells
 
 
+THROTTLED = 1.03  # a time without rest that is longer by more than this is worth a line
+
+
 def sustained_table(rows: list[Row], op: str) -> list[list[str]] | None:
-    """The chosen kernel of ours against the best peer, both without rest; None where no shape has both figures."""
+    """The chosen kernel of ours against the best peer, both without rest, for the shapes where the rest matters.
+
+    None if there is none: no figures, or none that differs from the time of short bursts.
+    """
     groups, names = _by_shape(rows, op), _our_kernels(rows, op)[:1]
     several = len({dtype for _, dtype in groups}) > 1
     cells = []
     for (shape, dtype), members in groups.items():
         chosen = best_of([row for row in members if row.who in names], "ours", "sustained_us")
         peer = best_of(members, "peer", "sustained_us")
-        if chosen and peer:
+        if chosen and peer and any(row.sustained_us > THROTTLED * row.median_us for row in (chosen, peer)):
             us, peer_us = chosen.sustained_us, peer.sustained_us
             line = [shape, dtype] if several else [shape]
             cells.append([*line, format_us(us), peer.who, format_us(peer_us), f"{peer_us / us:.2f}x"])

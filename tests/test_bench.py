@@ -510,6 +510,9 @@ def test_a_result_file_without_sustained_figures_is_read_and_printed_as_before(r
     assert report.SUSTAINED_TITLE not in report.markdown(meta, loaded, brief)
     for row in loaded:
         row.sustained_us = row.median_us
+    assert report.SUSTAINED_TITLE not in report.markdown(meta, loaded, brief)  # rests made no difference
+    for row in loaded:
+        row.sustained_us = row.median_us and 1.1 * row.median_us
     assert report.SUSTAINED_TITLE in report.markdown(meta, loaded, brief)
 
 
