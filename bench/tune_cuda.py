@@ -94,7 +94,9 @@ class Problem:
 
 def name(config: HopperConfig) -> str:
     half = f" h{config.half_groups}{' paired' * config.paired_halves}" if config.half_groups else ""
-    return f"c{config.cluster_size} g{config.num_groups}{half}"
+    whole = f" w{config.whole_units}" if config.whole_units else ""
+    length = f" l{config.long_blocks}" if config.long_blocks else ""
+    return f"c{config.cluster_size} g{config.num_groups}{half}{whole}{length}"
 
 
 def candidates(problem: Problem):
@@ -105,6 +107,9 @@ def candidates(problem: Problem):
     blocks = -(-slow // (32 if base.consumers == 1 else 176))
     halves = batch == 1 and base.consumers == 2 and 0 < rows % 128 <= 64
     yield base
+    for step in (-6, -3, 3, 6) if base.long_blocks else ():
+        yield replace(base, long_blocks=max(1, base.long_blocks + step))
+    even = replace(base, whole_units=0, long_blocks=0)
     for cluster in (1, 2, 4, 8, 16):
         for groups in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 33):
             options = [(0, False)]
@@ -120,7 +125,7 @@ def candidates(problem: Problem):
                 few_waves = waves <= (12 if tiles > 100 else 3 if slow > 50000 else 1)
                 full = ctas >= 0.8 * waves * 132 or (base.consumers == 1 and ctas >= 60)
                 config = replace(
-                    base, cluster_size=cluster, num_groups=groups, half_groups=half_groups, paired_halves=paired
+                    even, cluster_size=cluster, num_groups=groups, half_groups=half_groups, paired_halves=paired
                 )
                 if splits <= blocks and few_waves and full and config != base:
                     yield config
