@@ -34,6 +34,11 @@ def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
     assert not config.paired_halves or (config.half_groups and config.cluster_size % 2 == 0)
     assert not config.half_groups or batch == 1
     assert all(size >= 0 for size in config.workspace(num_kv_heads, head_dim))
+    uneven = config.whole_units or config.long_blocks
+    assert not uneven or (batch == config.cluster_size == 1 and config.num_groups > 1)  # the kernel knows no other
+    assert config.whole_units < config.max_tiles * num_kv_heads
+    blocks = -(-num_slow // 176)
+    assert config.long_blocks * (config.num_groups - 1) < max(blocks, 1)  # the last group has some left
 
 
 def test_tiles_are_enough_for_the_worst_distribution_of_rows_over_sequences():
@@ -63,6 +68,21 @@ def test_the_published_shapes_fill_the_gpu_in_one_wave():
         assert config.paired_halves
         assert config.cluster_size == 8
         assert full + half <= 15, "an H100 holds 15 clusters of 8 at once"
+
+
+def test_many_rows_over_a_long_video_leave_no_sm_idle_for_long():
+    """Blocks of the busiest SM against an even share: long groups first, the short ones one after another."""
+    for rows, slow in ((256, 10368), (256, 98304), (1024, 98304)):
+        config = hopper_attention_config(rows, slow, 1, 28, 4, 128)
+        blocks, units, sms = -(-slow // 176), config.max_tiles * 4, 132
+        split = units - config.whole_units
+        long_ctas = split * (config.num_groups - 1)
+        assert config.whole_units % sms == 0
+        assert long_ctas < sms, "the long groups are one wave"
+        short = blocks - (config.num_groups - 1) * config.long_blocks
+        turns = -(-split // (sms - long_ctas))
+        busiest = config.whole_units // sms * blocks + max(config.long_blocks, turns * short)
+        assert busiest * sms <= 1.1 * units * blocks
 
 
 @pytest.mark.parametrize(
