@@ -1,7 +1,7 @@
-// From the parts of a cluster to the result. Every CTA of a unit owns an equal share of the tile's rows: each part sends
-// its rows to their owners (stores to distributed shared memory, which nobody waits for), and after one cluster barrier the
-// owner adds them up, always in the same order. Groups of clusters go on through global memory, where the last to arrive
-// adds. Then gate, mix and store.
+// From the parts of a cluster to the result. Every CTA of a unit owns an equal share of the tile's rows: each part
+// sends its rows to their owners (stores to distributed shared memory, which nobody waits for), and after one cluster
+// barrier the owner adds them up, always in the same order. Groups of clusters go on through global memory, where the
+// last to arrive adds. Then gate, mix and store.
 #pragma once
 #include "epilogue.cuh"
 
@@ -24,7 +24,8 @@ struct Sum {
 // The result of four columns of a row; `state` is their cell, used if the call has one.
 template <typename Traits>
 __device__ __forceinline__ void store_result(const CrossAttentionParams& p, const typename Traits::RowPlace& place,
-                                             int column, const Sum& sum, const typename Traits::Element* state, float gate) {
+                                             int column, const Sum& sum, const typename Traits::Element* state,
+                                             float gate) {
   using T = typename Traits::Element;
   const float inverse = sum.merged.x == -INFINITY ? 0.0f : 1.0f / sum.merged.y;
   const float x = sum.total.x * inverse, y = sum.total.y * inverse;
@@ -62,7 +63,8 @@ struct ClusterEpilogue {
     sync_consumers();  // says the same again, in a way that compute-sanitizer's racecheck understands
   }
   __device__ __forceinline__ void finish_gates(int consumer) const {
-    gates.finish(gates.text_begin(), gates.text_end(), gates.shared.gate + gates.text_begin(), consumer, kConsumerThreads);
+    gates.finish(gates.text_begin(), gates.text_end(), gates.shared.gate + gates.text_begin(), consumer,
+                 kConsumerThreads);
   }
 
   // Called by all consumer threads; thread is the index in the warpgroup. Maxima of `rows` are in log2 units.
@@ -180,7 +182,7 @@ struct ClusterEpilogue {
   __device__ __forceinline__ bool arrive_last(int consumer) const {
     sync_consumers();
     if (consumer == 0) {
-      // One thread arrives for all that synchronised with it: releases what they wrote, acquires what other groups wrote.
+      // One thread arrives for all that synchronised with it: releases what they wrote, acquires what others wrote.
       int32_t* counter = gates.plan.counters + gates.unit.index * gates.plan.cluster_size + gates.unit.rank;
       gates.shared.is_last[0] = ptx::add_acquire_release(counter, 1) == gates.unit.num_groups - 1;
       if (gates.shared.is_last[0]) *counter = 0;  // ready for the next launch, so that a CUDA graph can replay

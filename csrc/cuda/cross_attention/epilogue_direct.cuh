@@ -1,7 +1,8 @@
-// Without a cluster a warpgroup goes its own way, with no barrier between the two, and its rows stay in registers until the
-// result is formed. Where groups share the slow tokens of a tile, their parts meet in a binary tree: of two neighbours, the
-// first to arrive leaves its rows in global memory and is done, the second adds them to its own and goes on to the next
-// level. A last arrival thus reads log2(groups) parts and not all of them; the sums are the same whoever comes last.
+// Without a cluster a warpgroup goes its own way, with no barrier between the two, and its rows stay in registers until
+// the result is formed. Where groups share the slow tokens of a tile, their parts meet in a binary tree: of two
+// neighbours, the first to arrive leaves its rows in global memory and is done, the second adds them to its own and goes
+// on to the next level. A last arrival thus reads log2(groups) parts and not all of them; the sums are the same whoever
+// comes last.
 #pragma once
 #include "epilogue.cuh"
 
@@ -27,7 +28,9 @@ struct DirectEpilogue {
     return text_of(gates.plan, gates.tile.row_begin + first_row() + row) - gates.tile_text();
   }
   __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(1 + warpgroup, 128); }
-  __device__ __forceinline__ void fetch_state() const { gates.fetch_state(cells(), first_row(), num_rows(), thread, 128); }
+  __device__ __forceinline__ void fetch_state() const {
+    gates.fetch_state(cells(), first_row(), num_rows(), thread, 128);
+  }
 
   // Once Q is no longer read: the state comes into its place while the last product runs.
   __device__ __forceinline__ void prepare() const {
@@ -87,7 +90,8 @@ struct DirectEpilogue {
     for (int i = thread; i < count * kChunks; i += 128) {
       const int row = i / kChunks, column = i % kChunks * 8;
       const int64_t offset = (kMixed ? place[row].out : place[row].context) + column;
-      *reinterpret_cast<uint4*>(target + offset) = *reinterpret_cast<const uint4*>(state_cell<Traits>(cells(), row, column));
+      *reinterpret_cast<uint4*>(target + offset) =
+          *reinterpret_cast<const uint4*>(state_cell<Traits>(cells(), row, column));
     }
   }
 
