@@ -1,4 +1,4 @@
-// What both epilogues share: which rows a CTA has, their gates, the weighted sum of parts, and the result of a row.
+// What both epilogues share: which rows a CTA has, their gates and their state.
 // Epilogues run once a CTA, from a cold instruction cache: loops are kept rolled, and latency is hidden by asking early
 // rather than by unrolling.
 #pragma once
@@ -69,7 +69,8 @@ struct Gates {
 
   // Text rows are counted from the tile's first; those of this CTA's rows are text_begin() .. text_end().
   __device__ __forceinline__ int tile_text() const { return text_of(plan, tile.row_begin); }
-  __device__ __forceinline__ int text_begin() const { return text_of(plan, tile.row_begin + first_row) - tile_text(); }
+  __device__ __forceinline__ int text(int row) const { return text_of(plan, tile.row_begin + row) - tile_text(); }
+  __device__ __forceinline__ int text_begin() const { return text(first_row); }
   __device__ __forceinline__ int text_end() const {
     return num_rows > 0 ? text_of(plan, tile.row_begin + first_row + num_rows - 1) + 1 - tile_text() : text_begin();
   }

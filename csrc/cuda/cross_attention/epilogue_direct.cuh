@@ -25,7 +25,7 @@ struct DirectEpilogue {
   __device__ __forceinline__ T* cells() const { return gates.shared.q + warpgroup * 64 * kHeadDim; }  // Q of these rows
   __device__ __forceinline__ float* gate() const { return gates.shared.gate + warpgroup * 64; }
   __device__ __forceinline__ int text(int row) const {  // of a row of this warpgroup, from the tile's first
-    return text_of(gates.plan, gates.tile.row_begin + first_row() + row) - gates.tile_text();
+    return gates.text(first_row() + row);
   }
   __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(1 + warpgroup, 128); }
   __device__ __forceinline__ void fetch_state() const {
