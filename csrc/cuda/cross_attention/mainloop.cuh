@@ -1,6 +1,7 @@
 // The main loop of one consumer warpgroup: online softmax(Q K^T) V over the KV blocks of its split.
 // The product Q K^T of the next block and P V of the current one are in flight together while neither is waited for;
-// softmax of the next block then runs under P V (and, with two warpgroups, under the other one's products).
+// softmax of the next block may then run under P V (but ptxas moves the wait for P V ahead of it: bench/NOTES.md, 12) and,
+// with two warpgroups, runs under the other one's products.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
