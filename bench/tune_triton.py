@@ -9,13 +9,10 @@ and constants in heuristics.py come from this. A minute on one GPU; kernels comp
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -26,14 +23,10 @@ from slowfast_kernels.heuristics import AttentionConfig
 from slowfast_kernels.triton import attention
 from slowfast_kernels.triton._common import describe
 
-from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
-from .shapes import AttentionShape, parse_attention
+from . import tuning
+from .inputs import AttentionInputs, make_inputs
+from .shapes import AttentionShape
 from .timing import time_calls
-
-TABLE = [
-    "1x1x5184", "1x1x10368", "1x1x98304", "16x1x10368", "1x64x5184", "1x64x10368", "1x256x10368", "8x64x10368",
-    "1x64x98304", "1x256x98304", "1x1024x98304",
-]  # fmt: skip
 
 # (block_m, block_n, num_warps, num_stages) worth a try, by packed rows of a sequence
 FEW_ROWS = [
@@ -96,33 +89,20 @@ def compile_in_parallel(shapes: list[AttentionShape], device: torch.device) -> N
     torch.cuda.synchronize()
 
 
-def tune(shape: AttentionShape, device: torch.device, cache_bytes: int, budget_s: float) -> dict:
-    sets = make_inputs(shape, "bfloat16", device, cache_bytes)
+def tune(shape: AttentionShape, device: torch.device, budget_s: float) -> dict:
+    sets = make_inputs(shape, "bfloat16", device, torch.cuda.get_device_properties(device).L2_cache_size)
     own, *others = candidates(shape, device)
-    answer = fused(own, sets[0]).float()
-    expected = reference_mixed(sets[0], reference_context(sets[0]))
-    tolerance = 2 * float((expected.bfloat16().float() - expected).abs().max())  # two roundings of the largest value
-    error = float((answer - expected).abs().max())
-    if not error <= tolerance:
-        raise AssertionError(f"{shape.name}: {own} is wrong by {error:.3g}, allowed is {tolerance:.3g}")
-    del expected
-
-    def time(config: AttentionConfig) -> float:
-        difference = float((fused(config, sets[0]).float() - answer).abs().max())
-        if not difference <= 2 * tolerance:
-            raise AssertionError(f"{shape.name}: {config} differs from {own} by {difference:.3g}")
-        return time_calls([partial(fused, config, s) for s in sets], device, budget_s).median_us
-
-    rows = sorted(((time(config), config) for config in (own, *others)), key=lambda row: row[0])
-    chosen = next(us for us, config in rows if config == own)
+    rows = tuning.sweep([own, *others], fused, sets, device, budget_s)
+    best_us, best = rows[0]
     without = {}
     for feature in ("dependent_launch", "prefetch"):
         with patch.object(attention, "describe", lambda d, off=feature: replace(describe(d), **{off: False})):
-            without[feature] = time(rows[0][1])
+            calls = [partial(fused, best, inputs) for inputs in sets]
+            without[feature] = time_calls(calls, device, budget_s).median_us
     return {
         "shape": shape.name,
-        "heuristic": {"us": chosen, **asdict(own)},
-        "best": {"us": rows[0][0], **asdict(rows[0][1])},
+        "heuristic": {"us": next(us for us, config in rows if config == own), **asdict(own)},
+        "best": {"us": best_us, **asdict(best)},
         "best_without_us": without,
         "all": [{"us": us, **asdict(config)} for us, config in rows],
     }
@@ -135,29 +115,5 @@ def show(entry: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write every measurement to this JSON file")
-    parser.add_argument("--shapes", nargs="+", default=TABLE, help="BATCHxTEXTxSLOW[@HQ/HKV/D]")
-    parser.add_argument("--budget", type=float, default=0.02, help="seconds of measurement a configuration")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU")
-    shapes = [parse_attention(text) for text in arguments.shapes]
-    if None in shapes:
-        parser.error(f"--shapes: got {arguments.shapes}, want BATCHxTEXTxSLOW[@HQ/HKV/D]")
-    device = torch.device("cuda", torch.cuda.current_device())
-    facts = torch.cuda.get_device_properties(device)
-    compile_in_parallel(shapes, device)
-    entries = []
-    for shape in shapes:
-        print(shape.name, flush=True)
-        entries.append(tune(shape, device, facts.L2_cache_size, arguments.budget))
-        print(show(entries[-1]), flush=True)
-        if arguments.out:
-            report = {"gpu": facts.name, "triton": triton.__version__, "torch": torch.__version__, "shapes": entries}
-            arguments.out.write_text(json.dumps(report, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    tuning.run(__doc__, tune, show, compile_in_parallel, triton=triton.__version__)

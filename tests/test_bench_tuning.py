@@ -1,0 +1,54 @@
+"""The sweeps behind heuristics.py: what they try, and that a wrong answer stops them. They run on a GPU only."""
+
+import pytest
+import torch
+
+from bench import inputs, tune_cuda, tuning
+from bench.shapes import parse_attention
+
+SHAPE = parse_attention("2x3x70@4/2/16")
+CPU = torch.device("cpu")
+
+
+def answers(error: dict[str, float]):
+    """A fused op whose answer is off by ``error[config]``."""
+
+    def fused(config, x):
+        return inputs.reference_mixed(x, inputs.reference_context(x)) + error[config]
+
+    return fused
+
+
+def sweep(error: dict[str, float]) -> list:
+    sets = inputs.make_inputs(SHAPE, "bfloat16", CPU, cache_bytes=0)
+    return tuning.sweep(list(error), answers(error), sets, CPU, budget_s=1e-3)
+
+
+def test_a_sweep_times_every_config_and_ranks_them():
+    rows = sweep({"own": 0.0, "other": 1e-4, "third": -1e-4})
+    assert {config for _, config in rows} == {"own", "other", "third"}
+    assert [us for us, _ in rows] == sorted(us for us, _ in rows)
+    assert rows[0][0] > 0
+
+
+@pytest.mark.parametrize("error", [{"own": 0.5}, {"own": float("nan")}], ids=["off", "nan"])
+def test_a_wrong_heuristic_stops_the_sweep(error):
+    with pytest.raises(AssertionError, match="own is wrong"):
+        sweep(error)
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_a_wrong_config_stops_the_sweep(wrong):
+    with pytest.raises(AssertionError, match="other differs from own"):
+        sweep({"own": 0.0, "other": wrong})
+
+
+@pytest.mark.parametrize("name", tuning.TABLE)
+def test_the_hopper_sweep_starts_from_the_heuristic_and_repeats_nothing(name):
+    shape = parse_attention(name)
+    configs = list(tune_cuda.candidates(shape))
+    assert configs[0] == tune_cuda.own_config(shape)
+    assert len(set(configs)) == len(configs) > 5
+    block = 32 if configs[0].consumers == 1 else 176
+    assert all(config.num_splits <= -(-max(shape.slow) // block) for config in configs)
+    assert {config.max_tiles for config in configs} == {configs[0].max_tiles}
