@@ -54,13 +54,15 @@ def ptxas_report(request, tmp_path) -> str:
     source, arch = request.param
     nvcc, version = compiler()
     key = hashlib.sha256("".join([source, arch, *FLAGS, version, sources_digest()]).encode()).hexdigest()[:16]
-    kept = request.config.cache.mkdir("cuda_sources") / f"{Path(source).stem}-{arch}-{key}.txt"
+    cache = getattr(request.config, "cache", None)  # pytest may run without one
+    folder = cache.mkdir("cuda_sources") if cache else tmp_path
+    kept = folder / f"{Path(source).stem}-{arch}-{key}.txt"
     if not kept.exists():
         gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
         command = [nvcc, *FLAGS, gencode, "-cubin", "-o", str(tmp_path / "out.cubin"), str(CSRC / source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{source} does not compile for sm_{arch}:\n{done.stderr}"
-        written = tmp_path / kept.name
+        written = tmp_path / "written"
         written.write_text(done.stdout + done.stderr)
         shutil.move(written, kept)
     return kept.read_text()
