@@ -9,19 +9,18 @@ first, and that one is checked against float32. Constants in heuristics.py come 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
-from slowfast_kernels import cuda
+from slowfast_kernels import cuda, heuristics
 from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
 
 from . import tuning
-from .inputs import AttentionInputs, make_inputs
+from .inputs import AttentionInputs
 from .shapes import AttentionShape
 
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 33)
-SMS = 132
 
 
 def fused(config: HopperConfig, inputs: AttentionInputs) -> torch.Tensor:
@@ -45,6 +44,7 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     tiles = shape.batch * -(-rows // (64 * own.consumers)) * heads.num_kv
     blocks = -(-max(shape.slow) // (32 if own.consumers == 1 else 176))
     has_half = shape.batch == 1 and own.consumers == 2 and 0 < rows % 128 <= 64
+    slots = heuristics._HOPPER_DECODE_CTAS if own.consumers == 1 else heuristics._HOPPER_SMS
     most_waves = 12 if tiles > 100 else 3 if max(shape.slow) > 50000 else 1
     yield own
     for step in (-6, -3, 3, 6) if own.long_blocks else ():
@@ -63,8 +63,8 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
                     half_units = heads.num_kv // 2 if paired else heads.num_kv
                     clusters = (tiles - heads.num_kv) * groups + half_units * half_groups
                 ctas = clusters * cluster_size
-                waves = -(-ctas // (SMS * (2 if own.consumers == 1 else 1)))
-                fills = ctas >= 60 if own.consumers == 1 else ctas >= 0.8 * waves * SMS
+                waves = -(-ctas // slots)
+                fills = ctas >= 60 if own.consumers == 1 else ctas >= 0.8 * waves * slots
                 config = replace(
                     even, cluster_size=cluster_size, num_groups=groups, half_groups=half_groups, paired_halves=paired
                 )
@@ -72,17 +72,10 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
                     yield config
 
 
-def tune(shape: AttentionShape, device: torch.device, budget_s: float) -> dict:
-    sets = make_inputs(shape, "bfloat16", device, torch.cuda.get_device_properties(device).L2_cache_size)
-    own = own_config(shape)
+def tune(sets: list[AttentionInputs], device: torch.device, budget_s: float) -> dict:
     cuda._counters_of_device.clear()  # every captured launch keeps counters for good; those of past shapes are unused
-    rows = tuning.sweep(list(candidates(shape)), fused, sets, device, budget_s)
-    return {
-        "shape": shape.name,
-        "heuristic": {"us": next(us for us, config in rows if config == own), **asdict(own)},
-        "best": [{"us": us, **asdict(config)} for us, config in rows[:5]],
-        "all": [{"us": us, **asdict(config)} for us, config in rows],
-    }
+    configs = list(candidates(sets[0].shape))
+    return tuning.report(tuning.sweep(configs, fused, sets, device, budget_s), configs[0])
 
 
 def show(entry: dict) -> str:
@@ -91,7 +84,7 @@ def show(entry: dict) -> str:
         uneven = f" whole {row['whole_units']} long {row['long_blocks']}" if row["long_blocks"] else ""
         return f"  {name:9} {row['us']:7.1f} us  cluster {row['cluster_size']} groups {row['num_groups']}{half}{uneven}"
 
-    return "\n".join([line("heuristic", entry["heuristic"])] + [line("best", row) for row in entry["best"]])
+    return "\n".join([line("heuristic", entry["heuristic"])] + [line("best", row) for row in entry["all"][:5]])
 
 
 if __name__ == "__main__":

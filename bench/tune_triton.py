@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -89,23 +89,16 @@ def compile_in_parallel(shapes: list[AttentionShape], device: torch.device) -> N
     torch.cuda.synchronize()
 
 
-def tune(shape: AttentionShape, device: torch.device, budget_s: float) -> dict:
-    sets = make_inputs(shape, "bfloat16", device, torch.cuda.get_device_properties(device).L2_cache_size)
-    own, *others = candidates(shape, device)
-    rows = tuning.sweep([own, *others], fused, sets, device, budget_s)
-    best_us, best = rows[0]
+def tune(sets: list[AttentionInputs], device: torch.device, budget_s: float) -> dict:
+    configs = candidates(sets[0].shape, device)
+    rows = tuning.sweep(configs, fused, sets, device, budget_s)
+    _, best = rows[0]
     without = {}
     for feature in ("dependent_launch", "prefetch"):
         with patch.object(attention, "describe", lambda d, off=feature: replace(describe(d), **{off: False})):
             calls = [partial(fused, best, inputs) for inputs in sets]
             without[feature] = time_calls(calls, device, budget_s).median_us
-    return {
-        "shape": shape.name,
-        "heuristic": {"us": next(us for us, config in rows if config == own), **asdict(own)},
-        "best": {"us": best_us, **asdict(best)},
-        "best_without_us": without,
-        "all": [{"us": us, **asdict(config)} for us, config in rows],
-    }
+    return tuning.report(rows, configs[0]) | {"best_without_us": without}
 
 
 def show(entry: dict) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .inputs import AttentionInputs, reference_context, reference_mixed
+from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
 from .shapes import AttentionShape, parse_attention
 from .timing import time_calls
 
@@ -31,7 +32,7 @@ def sweep(
     device: torch.device,
     budget_s: float,
 ) -> list[tuple[float, Config]]:
-    """(microseconds, config), the best first.
+    """(microseconds, config), the best first, of configs that start with the heuristic's.
 
     The first config's answer is held to the float32 reference and the others' to the first's: AssertionError if wrong.
     """
@@ -53,14 +54,20 @@ def sweep(
     return sorted(((time(config), config) for config in configs), key=lambda row: row[0])
 
 
+def report(rows: list[tuple[float, Config]], own: Config) -> dict:
+    """What ``sweep`` found, for the JSON file; ``own`` is what the heuristic chooses."""
+    timed = [{"us": us, **asdict(config)} for us, config in rows]
+    return {"heuristic": timed[[config for _, config in rows].index(own)], "best": timed[0], "all": timed}
+
+
 def run(
     description: str,
-    tune: Callable[[AttentionShape, torch.device, float], dict],
+    tune: Callable[[list[AttentionInputs], torch.device, float], dict],
     show: Callable[[dict], str],
     prepare: Callable[[list[AttentionShape], torch.device], None] | None = None,
     **versions: str,
 ) -> None:
-    """The command line of a sweep: ``tune(shape, device, seconds a config)`` for every shape asked for."""
+    """The command line of a sweep: ``tune(input sets, device, seconds a config)`` for every shape asked for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write every measurement to this JSON file")
     parser.add_argument("--shapes", nargs="+", default=TABLE, help="BATCHxTEXTxSLOW[@HQ/HKV/D]")
@@ -72,13 +79,15 @@ def run(
     if None in shapes:
         parser.error(f"--shapes: got {arguments.shapes}, want BATCHxTEXTxSLOW[@HQ/HKV/D]")
     device = torch.device("cuda", torch.cuda.current_device())
+    facts = torch.cuda.get_device_properties(device)
     if prepare is not None:
         prepare(shapes, device)
     entries = []
     for shape in shapes:
         print(shape.name, flush=True)
-        entries.append(tune(shape, device, arguments.budget))
+        sets = make_inputs(shape, "bfloat16", device, facts.L2_cache_size)
+        entries.append({"shape": shape.name} | tune(sets, device, arguments.budget))
         print(show(entries[-1]), flush=True)
         if arguments.out:
-            report = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__} | versions
-            arguments.out.write_text(json.dumps(report | {"shapes": entries}, indent=1))
+            result = {"gpu": facts.name, "torch": torch.__version__} | versions | {"shapes": entries}
+            arguments.out.write_text(json.dumps(result, indent=1))

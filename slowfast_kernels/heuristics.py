@@ -392,7 +392,7 @@ def _cluster_plans(
 
 def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
     """(cluster size, groups). Decode is bytes: some 80 CTAs saturate the memory, and more of them only add partials."""
-    if units <= 30 and blocks >= 4:
+    if units <= _HOPPER_CLUSTERS[4] and blocks >= 4:
         ctas = _HOPPER_FEW_DECODE_CTAS if blocks < _HOPPER_LONG_DECODE_BLOCKS else _HOPPER_FEW_DECODE_CTAS_LONG
         return 4, max(1, min(blocks // 4, ctas // (4 * units)))
     return 1, max(1, min(blocks, _HOPPER_DECODE_CTAS // units))

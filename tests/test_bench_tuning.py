@@ -5,6 +5,7 @@ import torch
 
 from bench import inputs, tune_cuda, tuning
 from bench.shapes import parse_attention
+from slowfast_kernels.heuristics import HopperConfig
 
 SHAPE = parse_attention("2x3x70@4/2/16")
 CPU = torch.device("cpu")
@@ -52,3 +53,11 @@ def test_the_hopper_sweep_starts_from_the_heuristic_and_repeats_nothing(name):
     block = 32 if configs[0].consumers == 1 else 176
     assert all(config.num_splits <= -(-max(shape.slow) // block) for config in configs)
     assert {config.max_tiles for config in configs} == {configs[0].max_tiles}
+
+
+def test_a_report_names_the_heuristic_s_choice_among_the_ranked():
+    configs = [HopperConfig(2, cluster, 1, 4) for cluster in (2, 4, 8)]
+    found = tuning.report(list(zip([10.0, 11.0, 12.0], configs, strict=True)), own=configs[1])
+    assert (found["heuristic"]["us"], found["heuristic"]["cluster_size"]) == (11.0, 4)
+    assert (found["best"]["us"], found["best"]["cluster_size"]) == (10.0, 2)
+    assert [row["us"] for row in found["all"]] == [10.0, 11.0, 12.0]
