@@ -7,7 +7,11 @@
 
 namespace slowfast::cuda {
 
-// Four columns of a row, summed over parts of the slow tokens that each have a maximum of their own.
+// Two pairs of neighbouring columns of a row, 8 apart, as a thread's accumulators hold them: vector v of a row has the
+// columns from columns_of(v) and from columns_of(v) + 8 on.
+__device__ __forceinline__ int columns_of(int vector) { return vector / 4 * 16 + vector % 4 * 2; }
+
+// A vector of a row, summed over parts of the slow tokens that each have a maximum of their own.
 struct Sum {
   float4 total = {0.0f, 0.0f, 0.0f, 0.0f};  // unnormalised
   float2 merged = {-INFINITY, 0.0f};        // maximum (log2 units) and sum
@@ -21,25 +25,26 @@ struct Sum {
   }
 };
 
-// The result of four columns of a row; `state` is their cell, used if the call has one.
+// The result of a vector of a row; `cells` hold the state of this CTA's rows, if the call has one.
 template <typename Traits>
-__device__ __forceinline__ void store_result(const CrossAttentionParams& p, const typename Traits::RowPlace& place,
-                                             int column, const Sum& sum, const typename Traits::Element* state,
-                                             float gate) {
+__device__ __forceinline__ void store_result(const CrossAttentionParams& p, const typename Traits::RowPlace& place, int row,
+                                             int vector, const Sum& sum, typename Traits::Element* cells, float gate) {
   using T = typename Traits::Element;
   const float inverse = sum.merged.x == -INFINITY ? 0.0f : 1.0f / sum.merged.y;
-  const float x = sum.total.x * inverse, y = sum.total.y * inverse;
-  const float z = sum.total.z * inverse, w = sum.total.w * inverse;
-  if (p.context != nullptr) {
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.context) + place.context + column) =
-        make_uint2(pack2<T>(x, y), pack2<T>(z, w));
-  }
-  if (column == 0) store_lse<Traits>(p, place.lse, sum.merged);
-  if (p.state != nullptr) {
-    const uint2 bits = *reinterpret_cast<const uint2*>(state);
-    const float2 low = unpack2<T>(bits.x), high = unpack2<T>(bits.y);
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + place.out + column) = make_uint2(
-        pack2<T>(fmaf(gate, x, low.x), fmaf(gate, y, low.y)), pack2<T>(fmaf(gate, z, high.x), fmaf(gate, w, high.y)));
+  const float values[4] = {sum.total.x * inverse, sum.total.y * inverse, sum.total.z * inverse, sum.total.w * inverse};
+  if (vector == 0) store_lse<Traits>(p, place.lse, sum.merged);
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    const int column = columns_of(vector) + 8 * pair;
+    const float x = values[2 * pair], y = values[2 * pair + 1];
+    const auto store = [&](void* target, int64_t offset, uint32_t bits) {
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(target) + offset + column) = bits;
+    };
+    if (p.context != nullptr) store(p.context, place.context, pack2<T>(x, y));
+    if (p.state != nullptr) {
+      const float2 state = unpack2<T>(*reinterpret_cast<const uint32_t*>(state_cell<Traits>(cells, row, column)));
+      store(p.out, place.out, pack2<T>(fmaf(gate, x, state.x), fmaf(gate, y, state.y)));
+    }
   }
 }
 
@@ -50,15 +55,14 @@ struct ClusterEpilogue {
   static constexpr int kConsumerThreads = 128 * Traits::kConsumers;
   static constexpr int kConsumerBarrier = 3;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kVectors = kHeadDim / 4;  // a thread's unit of work is four neighbouring columns of a row
+  static constexpr int kVectors = kHeadDim / 4;  // of a row; a thread's unit of work
 
   const Gates<Traits>& gates;
 
   __device__ __forceinline__ void sync_consumers() const {
     ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
   }
-  __device__ __forceinline__ void sync_cluster() const {
-    ptx::cluster_arrive();
+  __device__ __forceinline__ void wait_for_cluster() const {
     ptx::cluster_wait();
     sync_consumers();  // says the same again, in a way that compute-sanitizer's racecheck understands
   }
@@ -72,13 +76,15 @@ struct ClusterEpilogue {
     const Unit& unit = gates.unit;
     const bool mixes = gates.p.state != nullptr;
     const int consumer = warpgroup * 128 + thread;
+    ptx::cluster_arrive();
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     if (unit.num_groups == 1 && mixes) finish_gates(consumer);
-    sync_cluster();  // nobody reads the KV stages and Q any more
+    wait_for_cluster();  // nobody reads the KV stages and Q any more
     if (mixes) gates.fetch_state(gates.shared.q, 0, gates.num_rows, consumer, kConsumerThreads);
     send(rows, warpgroup, thread);
+    ptx::cluster_arrive();
     cp_async_wait<0>();
-    sync_cluster();
+    wait_for_cluster();
 
     if (unit.num_groups == 1) {
       add<false>(consumer, unit.size * unit.parts_per_cta);
@@ -101,10 +107,11 @@ struct ClusterEpilogue {
       const int row = warpgroup_row + 8 * r + (unit.parts_per_cta == 1 ? warpgroup * 64 : 0);
       if (row >= gates.tile.num_rows) continue;
       const int owner = row / gates.share, slot = part * gates.share + row - owner * gates.share;
-      const uint32_t out = ptx::peer_address(&shared.received.out[slot][2 * (lane % 4)], unit.first_rank + owner);
+      const uint32_t out = ptx::peer_address(&shared.received.out[slot][4 * (lane % 4)], unit.first_rank + owner);
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 8; ++i) {
-        ptx::store_peer2(out + i * 8 * sizeof(float), rows.out[4 * i + 2 * r], rows.out[4 * i + 2 * r + 1]);
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        const float* x = rows.out + 8 * i + 2 * r;
+        ptx::store_peer4(out + i * 16 * sizeof(float), make_float4(x[0], x[1], x[4], x[5]));
       }
       if (lane % 4 == 0) {
         const uint32_t stats = ptx::peer_address(&shared.received.stats[slot], unit.first_rank + owner);
@@ -113,16 +120,16 @@ struct ClusterEpilogue {
     }
   }
 
-  // Four columns of an own row over the unit's parts (shared memory) or over its groups (global memory), in order.
+  // A vector of an own row over the unit's parts (shared memory) or over its groups (global memory), in order.
   template <bool kOverGroups>
-  __device__ __forceinline__ Sum sum_over(int row, int column, int count) const {
+  __device__ __forceinline__ Sum sum_over(int row, int vector, int count) const {
     const Shared& shared = gates.shared;
     const auto stats = [&](int i) {
       return kOverGroups ? __ldcg(partial_stats(i) + row) : shared.received.stats[i * gates.share + row];
     };
     const auto values = [&](int i) {
-      return kOverGroups ? __ldcg(partial_out(i) + row * kVectors + column / 4)
-                         : *reinterpret_cast<const float4*>(&shared.received.out[i * gates.share + row][column]);
+      return kOverGroups ? __ldcg(partial_out(i) + row * kVectors + vector)
+                         : *reinterpret_cast<const float4*>(&shared.received.out[i * gates.share + row][4 * vector]);
     };
     Sum sum;
     constexpr int kLoads = kOverGroups ? 8 : 1;  // in flight together
@@ -150,10 +157,10 @@ struct ClusterEpilogue {
     Shared& shared = gates.shared;
 #pragma unroll 1
     for (int index = consumer; index < gates.num_rows * kVectors; index += kConsumerThreads) {
-      const int row = index / kVectors, column = index % kVectors * 4;
+      const int row = index / kVectors, vector = index % kVectors;
       const auto& place = shared.place[row];
-      store_result<Traits>(gates.p, place, column, sum_over<kOverGroups>(row, column, count),
-                           state_cell<Traits>(shared.q, row, column), shared.gate[place.gate]);
+      store_result<Traits>(gates.p, place, row, vector, sum_over<kOverGroups>(row, vector, count), shared.q,
+                           shared.gate[place.gate]);
     }
   }
 
@@ -163,10 +170,10 @@ struct ClusterEpilogue {
     const Unit& unit = gates.unit;
 #pragma unroll 1
     for (int index = consumer; index < gates.num_rows * kVectors; index += kConsumerThreads) {
-      const int row = index / kVectors, column = index % kVectors * 4;
-      const Sum sum = sum_over<false>(row, column, unit.size * unit.parts_per_cta);
+      const int row = index / kVectors, vector = index % kVectors;
+      const Sum sum = sum_over<false>(row, vector, unit.size * unit.parts_per_cta);
       __stcg(partial_out(unit.group) + index, sum.total);
-      if (column == 0) __stcg(partial_stats(unit.group) + row, sum.merged);
+      if (vector == 0) __stcg(partial_stats(unit.group) + row, sum.merged);
     }
   }
   __device__ __forceinline__ int64_t partial_row(int group) const {
