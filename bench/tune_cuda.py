@@ -42,7 +42,7 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     own, heads = own_config(shape), shape.heads
     rows = max(shape.text) * heads.num_q // heads.num_kv
     tiles = shape.batch * -(-rows // (64 * own.consumers)) * heads.num_kv
-    blocks = -(-max(shape.slow) // (32 if own.consumers == 1 else 176))
+    blocks = -(-max(shape.slow) // own.block_n)
     has_half = shape.batch == 1 and own.consumers == 2 and 0 < rows % 128 <= 64
     slots = heuristics._HOPPER_DECODE_CTAS if own.consumers == 1 else heuristics._HOPPER_SMS
     most_waves = 12 if tiles > 100 else 3 if max(shape.slow) > 50000 else 1

@@ -276,20 +276,26 @@ class HopperConfig:
     def num_splits(self) -> int:
         return self.cluster_size * self.num_groups
 
+    @property
+    def block_n(self) -> int:
+        """Slow tokens of a KV block."""
+        return _HOPPER_BLOCK_N[self.consumers]
+
     def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
         """Floats of partial outputs, statistics and gates, and counters, for more than one group."""
-        tiles, rows = self.max_tiles * num_kv_heads, 64 * self.consumers
+        units, rows = self.max_tiles * num_kv_heads - self.whole_units, 64 * self.consumers
         return (
-            tiles * self.num_groups * rows * head_dim,
-            tiles * self.num_groups * rows * 2,
-            tiles * self.cluster_size * rows * 3,
-            tiles * (self.cluster_size if self.cluster_size > 1 else self.consumers * self.num_groups),
+            units * self.num_groups * rows * head_dim,
+            units * self.num_groups * rows * 2,
+            units * self.cluster_size * rows * 3,
+            units * (self.cluster_size if self.cluster_size > 1 else self.consumers * self.num_groups),
         )
 
 
 # Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size. Decode
 # CTAs share an SM in pairs.
 _HOPPER_SMS = 132
+_HOPPER_BLOCK_N = {1: 32, 2: 128}  # by consumers, as in csrc/cuda/cross_attention/traits.h
 _HOPPER_CLUSTERS = {2: 66, 4: 30, 8: 15}
 _HOPPER_DECODE_CTAS = 264
 _HOPPER_FEW_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS_LONG, _HOPPER_LONG_DECODE_BLOCKS = 80, 96, 1024
@@ -297,8 +303,8 @@ _HOPPER_L2_BYTES = 50 * 2**20
 # Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
 # which groups add up, or, for clusters, the last group's reading of all partial rows. A tile with half its rows that
 # a cluster takes needs less time a block, but more than half of it.
-_HOPPER_CTA_US = 8.0
-_HOPPER_BLOCK_US = {128: 2.05, 64: 1.25}
+_HOPPER_CTA_US = 7.5
+_HOPPER_BLOCK_US = {128: 1.49, 64: 0.91}
 _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 8.0, 60e3
 _HOPPER_LEVEL_US = 3.0
 _HOPPER_HALF_TILE = 0.6
@@ -313,7 +319,7 @@ def hopper_attention_config(
     group = num_q_heads // num_kv_heads
     rows = -(-num_text // batch) * group  # packed rows of a KV head, a sequence
     consumers = 2 if num_splits or rows > 64 else 1
-    block_m, block_n = 64 * consumers, 32 if consumers == 1 else 176
+    block_m, block_n = 64 * consumers, _HOPPER_BLOCK_N[consumers]
     max_tiles = -(-num_text * group // block_m) if batch == 1 else (num_text * group + batch * (block_m - 1)) // block_m
     evict_first = rows <= block_m and num_slow * num_kv_heads * head_dim * 4 > _HOPPER_L2_BYTES
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slowfast_kernels.heuristics import OpCall, choose_backend, hopper_attention_config, unsupported_reason
+from slowfast_kernels.heuristics import HopperConfig, OpCall, choose_backend, hopper_attention_config, unsupported_reason
 
 HALF = OpCall("text_cross_attention", "cuda", torch.bfloat16, (9, 0), head_dim=128)
 EVERYTHING_IS_HERE = dict.fromkeys(("cuda", "triton", "cpu", "eager"))
@@ -37,8 +40,14 @@ def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
     uneven = config.whole_units or config.long_blocks
     assert not uneven or (batch == config.cluster_size == 1 and config.num_groups > 1)  # the kernel knows no other
     assert config.whole_units < config.max_tiles * num_kv_heads
-    blocks = -(-num_slow // 176)
+    blocks = -(-num_slow // config.block_n)
     assert config.long_blocks * (config.num_groups - 1) < max(blocks, 1)  # the last group has some left
+
+
+def test_blocks_are_as_long_as_the_kernel_s():
+    traits = (Path(__file__).parent.parent / "csrc/cuda/cross_attention/traits.h").read_text()
+    decode, prefill = re.search(r"kBlockN = kConsumers == 1 \? (\d+) : (\d+);", traits).groups()
+    assert [HopperConfig(consumers, 1, 1, 1).block_n for consumers in (1, 2)] == [int(decode), int(prefill)]
 
 
 def test_tiles_are_enough_for_the_worst_distribution_of_rows_over_sequences():
@@ -74,7 +83,7 @@ def test_many_rows_over_a_long_video_leave_no_sm_idle_for_long():
     """Blocks of the busiest SM against an even share: long groups first, the short ones one after another."""
     for rows, slow in ((256, 10368), (256, 98304), (1024, 98304)):
         config = hopper_attention_config(rows, slow, 1, 28, 4, 128)
-        blocks, units, sms = -(-slow // 176), config.max_tiles * 4, 132
+        blocks, units, sms = -(-slow // config.block_n), config.max_tiles * 4, 132
         split = units - config.whole_units
         long_ctas = split * (config.num_groups - 1)
         assert config.whole_units % sms == 0

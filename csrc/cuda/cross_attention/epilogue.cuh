@@ -17,7 +17,7 @@ struct Tile {
 
 // The CTAs that work on one tile of one KV head: `size` neighbours of a cluster, in each of `num_groups` clusters.
 struct Unit {
-  int64_t index;  // (tile, KV head)
+  int64_t index;  // in the workspace: counts the units that groups share
   int kv_head, group, num_groups;
   int first_rank, size, rank;  // in the cluster; rank is relative to first_rank
   int parts_per_cta;           // 2 where both warpgroups hold the same rows and share out the tokens of a block
@@ -86,6 +86,9 @@ struct Gates {
     return unit.num_groups == 1 ? shared.gate_parts[0] : workspace();
   }
 
+  // With few rows to form, their loads may go ahead of those of Q; many would hold Q up.
+  __device__ __forceinline__ bool are_few() const { return text_end() - text_begin() <= 8; }
+
   // Rows of state that the gates need, into L2 before the KV stream takes all of the memory's queue.
   __device__ __forceinline__ void prefetch(int thread) const {
     const int bytes = p.num_q_heads * kHeadDim * static_cast<int>(sizeof(T)), lane = thread % 32, end = text_end();
@@ -115,44 +118,77 @@ struct Gates {
     ptx::mbarrier_arrive(&shared.gate_full);
   }
 
-  // Dots of the state rows with the gate's weight, a third of C a warp.
+  // Dots of the state rows with the gate's weight, a third of C a warp, by tensor cores: a fifth of the instructions, which
+  // compete with those of the main loop. Of A (16 x 16), row s takes slice s of one text row's channels and row 8 + s the
+  // same slice of the next one's, and column s of B (16 x 8) that slice of the weight; the dots are the two diagonals' sums.
   __device__ __forceinline__ void form_dots(int warp, int lane) const {
-    const int vectors = p.num_q_heads * kHeadDim / 8, end = text_end();
+    const int end = text_end();
     float* parts = dots();
-    for (int text = text_begin() + unit.group; text < end; text += unit.num_groups) {
-      const uint4* state = reinterpret_cast<const uint4*>(state_row(text));
-      float dot = 0.0f;
-      constexpr int kLoads = 5, kStep = 32 * Traits::kGateWarps;  // a row of 3584 is one round of loads
-      for (int first = warp * 32 + lane; first < vectors; first += kStep * kLoads) {
-        uint4 bits[kLoads];
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          const int vector = first + i * kStep;
-          bits[i] = vector < vectors ? __ldg(state + vector) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          float x[8], w[8];
-          unpack<T>(bits[i], x);
-          load_weights(min(first + i * kStep, vectors - 1), w);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) dot = fmaf(x[j], w[j], dot);
-        }
+    for (int text = text_begin() + unit.group; text < end; text += 2 * unit.num_groups) {
+      const int next = text + unit.num_groups;
+      const T* states[2] = {state_row(text), next < end ? state_row(next) : nullptr};
+      float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (p.gate.dtype == DType::kFloat32) {
+        multiply_by_floats(products, states, warp * 32 + lane);
+      } else {
+        multiply_by_halves(products, states, warp * 32 + lane);
       }
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-      if (lane == 0) parts[text * Traits::kGateWarps + warp] = dot;
+      for (int j = 0; j < 2; ++j) {
+        // A lane has columns 2 (lane % 4) and the one after it of rows lane / 4 and 8 + lane / 4.
+        float dot = lane % 8 < 4 ? products[2 * j] : products[2 * j + 1];
+        if (lane % 4 != lane / 8) dot = 0.0f;
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
+        if (lane == 0 && states[j] != nullptr) parts[(j == 0 ? text : next) * Traits::kGateWarps + warp] = dot;
+      }
     }
   }
 
-  __device__ __forceinline__ void load_weights(int vector, float (&w)[8]) const {
-    if (p.gate.dtype == DType::kFloat32) {
-      const float4* weights = static_cast<const float4*>(p.gate.weight) + 2 * vector;
-      const float4 low = __ldg(weights), high = __ldg(weights + 1);
-      w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w;
-      w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
-    } else {
-      unpack<T>(__ldg(static_cast<const uint4*>(p.gate.weight) + vector), w);
+  __device__ __forceinline__ int num_vectors() const { return p.num_q_heads * kHeadDim / 8; }  // of 8 channels
+  __device__ __forceinline__ uint4 state_vector(const T* row, int vector) const {
+    return row != nullptr && vector < num_vectors() ? __ldg(reinterpret_cast<const uint4*>(row) + vector)
+                                                    : make_uint4(0, 0, 0, 0);
+  }
+  static __device__ __forceinline__ void multiply(float (&products)[4], const uint4& a, const uint4& b, const uint4& weight) {
+    ptx::mma_16x8x16<T>(products, {a.x, b.x, a.y, b.y}, {weight.x, weight.y});
+    ptx::mma_16x8x16<T>(products, {a.z, b.z, a.w, b.w}, {weight.z, weight.w});
+  }
+
+  // `vector` is a lane's first. All lanes of a warp go round equally often.
+  __device__ __forceinline__ void multiply_by_halves(float (&products)[4], const T* const (&states)[2], int vector) const {
+    constexpr int kStep = 32 * Traits::kGateWarps, kLoads = Traits::kConsumers == 1 ? 5 : 3;  // in flight together
+    const int end = num_vectors();
+    for (int lane = vector % 32; vector - lane < end; vector += kStep * kLoads) {
+      uint4 a[kLoads], b[kLoads], weight[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int mine = vector + i * kStep;
+        a[i] = state_vector(states[0], mine);
+        b[i] = state_vector(states[1], mine);
+        weight[i] = __ldg(static_cast<const uint4*>(p.gate.weight) + min(mine, end - 1));
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) multiply(products, a[i], b[i], weight[i]);
+    }
+  }
+
+  // A float32 weight is the sum of three halves.
+  __device__ __forceinline__ void multiply_by_floats(float (&products)[4], const T* const (&states)[2], int vector) const {
+    const int end = num_vectors();
+    for (int lane = vector % 32; vector - lane < end; vector += 32 * Traits::kGateWarps) {
+      const uint4 a = state_vector(states[0], vector), b = state_vector(states[1], vector);
+      const float4* weight = static_cast<const float4*>(p.gate.weight) + 2 * min(vector, end - 1);
+      const float4 low = __ldg(weight), high = __ldg(weight + 1);
+      float rest[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}, rounded[8];
+#pragma unroll 1
+      for (int part = 0; part < 3; ++part) {
+        const uint4 bits = pack<T>(rest);
+        multiply(products, a, b, bits);
+        unpack<T>(bits, rounded);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) rest[j] -= rounded[j];
+      }
     }
   }
 

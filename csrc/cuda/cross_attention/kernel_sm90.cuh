@@ -167,6 +167,7 @@ __device__ __forceinline__ bool find_unit(const CrossAttentionParams& p, const S
     }
     tile = number % full_tiles;
     unit.kv_head = number / full_tiles;
+    unit.index = number - plan.whole_units;
   } else {
     cluster = in_groups - split_units * plan.num_groups;
     tile = full_tiles;
@@ -181,9 +182,9 @@ __device__ __forceinline__ bool find_unit(const CrossAttentionParams& p, const S
       unit.group = cluster / p.num_kv_heads;
       unit.kv_head = cluster % p.num_kv_heads;
     }
+    unit.index = split_units + unit.kv_head;
   }
   unit.rank = cluster_rank - unit.first_rank;
-  unit.index = static_cast<int64_t>(tile) * p.num_kv_heads + unit.kv_head;
   return unit.kv_head < p.num_kv_heads;
 }
 
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   QueryRows<Traits> query;
   if (warpgroup > 0) {
     query.load(p, plan, tile, unit.kv_head, shares_rows ? 0 : consumer * 64, thread);
-  } else if (thread >= 32 && p.state != nullptr) {
+  } else if (thread >= 32 && p.state != nullptr && gates.are_few()) {
     gates.prefetch(thread - 32);
   } else if (thread == 0) {
     for (int i = 0; i < Traits::kNumStages; ++i) {
@@ -262,6 +263,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     if constexpr (Traits::kConsumers == 2) ptx::register_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     if (warp > 0) {
+      if (p.state != nullptr && !gates.are_few()) gates.prefetch(thread - 32);
       gates.prepare(warp - 1, lane);
     } else if (lane == 0) {
       producer.finish();
@@ -276,21 +278,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     query.store(shared.q + consumer * 64 * Traits::kHeadDim, thread);
     ptx::named_barrier_sync(1 + consumer, 128);
     const DirectEpilogue<Traits> direct = {gates, consumer, thread};
-    const auto before_last_pv = [&] {
+    const auto under_last_pv = [&] {
       if (plan.cluster_size == 1) direct.prepare();
     };
-    const auto attend = [&](auto mainloop) {
-      mainloop.run(shared, rows, consumer, thread, num_blocks, last_valid, scale_log2, before_last_pv);
+    const auto attend = [&](auto mainloop, int first_column) {
+      mainloop.run(shared, rows, consumer, thread, num_blocks, first_column, last_valid, scale_log2, under_last_pv);
     };
     constexpr int kBlockN = Traits::kBlockN;
     if constexpr (Traits::kConsumers == 1) {
-      attend(Mainloop<Traits, kBlockN, 0, false>());
+      attend(Mainloop<Traits, kBlockN, false>(), 0);
     } else if (!shares_rows) {
-      attend(Mainloop<Traits, kBlockN, 0, true>());
-    } else if (consumer == 0) {
-      attend(Mainloop<Traits, Traits::kFirstPart, 0, false>());
+      attend(Mainloop<Traits, kBlockN, true>(), 0);
     } else {
-      attend(Mainloop<Traits, kBlockN - Traits::kFirstPart, Traits::kFirstPart, false>());
+      attend(Mainloop<Traits, kBlockN / 2, false>(), consumer * kBlockN / 2);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

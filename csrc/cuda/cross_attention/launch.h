@@ -17,12 +17,12 @@ struct SplitPlan {
   int32_t half_groups;   // one sequence, whose last tile has at most half the rows: its groups; else 0
   bool paired_halves;    // a cluster takes that tile of two KV heads
   bool kv_evict_first;   // each KV byte is read once
-  // Workspace, for more than one group:
-  float* partial_out;    // [max_tiles * Hkv, num_groups, kBlockM * D]
-  float* partial_stats;  // [max_tiles * Hkv, num_groups, kBlockM, 2]
-  float* partial_gates;  // [max_tiles * Hkv, cluster_size, kBlockM, 3]
-  int32_t* counters;     // [max_tiles * Hkv, cluster_size == 1 ? kConsumers * num_groups : cluster_size]; zero before and
-                         // after a launch
+  // Workspace, for more than one group. Its units are those that groups share: max_tiles * Hkv - whole_units.
+  float* partial_out;    // [units, num_groups, kBlockM * D]
+  float* partial_stats;  // [units, num_groups, kBlockM, 2]
+  float* partial_gates;  // [units, cluster_size, kBlockM, 3]
+  int32_t* counters;     // [units, cluster_size == 1 ? kConsumers * num_groups : cluster_size]; zero before and after a
+                         // launch
   int32_t heads;              // query heads of a KV head, and
   uint32_t heads_reciprocal;  // 2^32 / heads, rounded up (0 for one head): see text_of
 };

@@ -1,7 +1,6 @@
 // The main loop of one consumer warpgroup: online softmax(Q K^T) V over the KV blocks of its split.
-// The product Q K^T of the next block and P V of the current one are in flight together while neither is waited for;
-// softmax of the next block may then run under P V (but ptxas moves the wait for P V ahead of it: bench/NOTES.md, 12) and,
-// with two warpgroups, runs under the other one's products.
+// The product Q K^T of the next block and P V of the current one are issued together. A warp is held at products with an
+// operand in registers until they are nearly done, so the softmax behind them runs under the other warpgroup's products.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,41 +39,72 @@ struct RowState {
   float sum[2] = {0.0f, 0.0f};            // this thread's columns only, until the end
 };
 
-// A warpgroup's share of every KV block: kColumns tokens from kFirstColumn on. It is the whole block where each warpgroup
-// has 64 rows of its own (and with kTakeTurns they issue their products in turn, so that one's softmax runs under the
-// other's products), and a part of it where both hold the same rows.
-template <typename Traits, int kColumns, int kFirstColumn, bool kTakeTurns>
+// Q as the left operand of Q K^T: fragments of the warpgroup's 64 rows, or the tile in shared memory.
+template <typename Traits>
+struct QueryOperand {
+  static constexpr bool kInRegisters = Traits::kQueryInRegisters;
+  static constexpr int kSteps = Traits::kHeadDim / 16;
+  uint32_t fragments[kInRegisters ? kSteps : 1][4];
+  uint64_t tile;
+
+  __device__ __forceinline__ QueryOperand(const typename Traits::Element* q, int thread) {
+    tile = ptx::wgmma_descriptor(q, 0, 1024);
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, vector = step % 4 * 2 + i / 2;
+          const auto* span = q + (step / 4 * 64 + row) * Traits::kSpan;
+          const auto* pair = span + (vector ^ row % 8) * 8 + thread % 4 * 2;
+          fragments[step][i] = *reinterpret_cast<const uint32_t*>(pair);
+        }
+      }
+    }
+  }
+};
+
+// A warpgroup's share of every KV block, kColumns tokens. It is the whole block where each warpgroup has 64 rows of its own
+// (and with kTakeTurns they issue their products in turn, so that one's softmax runs under the other's products), and half
+// of it where both hold the same rows.
+template <typename Traits, int kColumns, bool kTakeTurns>
 struct Mainloop {
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kSteps = kColumns / 16;
-  static constexpr int kOffset = kFirstColumn * Traits::kSpan;  // elements, in a column block of a tile
-  static_assert(kColumns % 16 == 0 && kFirstColumn % 8 == 0);
+  static_assert(kColumns % 16 == 0);
   using Scores = float[kColumns / 2];
   using Probs = uint32_t[kSteps][4];
 
-  static __device__ __forceinline__ void issue_qk(Scores& scores, const T* q, const T* k) {
+  // `k` and `v` are the first row of the warpgroup's share in the first column block of a tile.
+  static __device__ __forceinline__ void issue_qk(Scores& scores, const QueryOperand<Traits>& q, const T* k) {
     ptx::wgmma_fence();
-    const uint64_t a = ptx::wgmma_descriptor(q, 0, 1024);
-    const uint64_t b = ptx::wgmma_descriptor(k + kOffset, 0, 1024);
+    const uint64_t tile = ptx::wgmma_descriptor(k, 0, 1024);
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const int span = step / 4, column = step % 4;  // 16 columns are 32 bytes of a 128-byte row
-      ptx::wgmma_ss<T, kColumns>(scores, a + ((span * 64 * 128 + column * 32) >> 4),
-                                 b + ((span * kBlockN * 128 + column * 32) >> 4), step != 0);
+      const uint64_t b = tile + ((span * kBlockN * 128 + column * 32) >> 4);
+      if constexpr (Traits::kQueryInRegisters) {
+        ptx::wgmma_rs<T, kColumns, 0>(scores, q.fragments[step], b, step != 0);
+      } else {
+        ptx::wgmma_ss<T, kColumns>(scores, q.tile + ((span * 64 * 128 + column * 32) >> 4), b, step != 0);
+      }
     }
     ptx::wgmma_commit();
   }
 
-  static __device__ __forceinline__ void issue_pv(RowState<Traits>& rows, const Probs& probs, const T* v) {
+  template <typename Hook>
+  static __device__ __forceinline__ void issue_pv(RowState<Traits>& rows, const Probs& probs, const T* v,
+                                                  const Hook& before_last_step) {
     ptx::wgmma_fence_operand(rows.out);
     ptx::wgmma_fence();
-    const uint64_t b = ptx::wgmma_descriptor(v + kOffset, kBlockN * 128, 1024);
+    const uint64_t b = ptx::wgmma_descriptor(v, kBlockN * 128, 1024);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      ptx::wgmma_rs<T, kHeadDim>(rows.out, probs[step], b + ((step * 16 * 128) >> 4), 1);
+      if (step == kSteps - 1) before_last_step();
+      ptx::wgmma_rs<T, kHeadDim, 1>(rows.out, probs[step], b + ((step * 16 * 128) >> 4), 1);
     }
     ptx::wgmma_commit();
   }
@@ -133,20 +163,21 @@ struct Mainloop {
   static __device__ __forceinline__ void clear_rows(T* v, int valid, int thread) {
     constexpr int kVectors = kHeadDim / 8;
     for (int i = thread; i < (kColumns - valid) * kVectors; i += 128) {
-      const int row = kFirstColumn + valid + i / kVectors, vector = i % kVectors;
+      const int row = valid + i / kVectors, vector = i % kVectors;
       T* span = v + (vector / 8) * kBlockN * Traits::kSpan;
       *reinterpret_cast<uint4*>(span + row * Traits::kSpan + (vector % 8) * 8) = make_uint4(0, 0, 0, 0);
     }
     ptx::fence_proxy_async();
   }
 
-  // `last_valid` tokens of the first block are the sequence's. `before_last_pv` runs when Q is no longer read.
+  // The share begins at `first_column` of a block. `last_valid` tokens of the first block are the sequence's.
+  // `under_last_pv` runs when Q is no longer read.
   template <typename Hook>
   static __device__ __forceinline__ void run(Shared& shared, RowState<Traits>& rows, int warpgroup, int thread,
-                                             int num_blocks, int last_valid, float scale_log2,
-                                             const Hook& before_last_pv) {
-    const T* q = shared.q + warpgroup * 64 * kHeadDim;
-    const int valid = min(max(last_valid - kFirstColumn, 0), kColumns);
+                                             int num_blocks, int first_column, int last_valid, float scale_log2,
+                                             const Hook& under_last_pv) {
+    const int valid = min(max(last_valid - first_column, 0), kColumns), share = first_column * Traits::kSpan;
+    const QueryOperand<Traits> q(shared.q + warpgroup * 64 * kHeadDim, thread);
     Ring<Traits::kNumStages> k_ring, v_ring;
     Scores scores;
     Probs probs;
@@ -164,14 +195,15 @@ struct Mainloop {
     const auto pass_turn = [&] {
       if (kTakeTurns) ptx::named_barrier_arrive(kTurnBarrier + 1 - warpgroup, 256);
     };
+    const auto no_hook = [] {};
 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) rows.out[i] = 0.0f;
-    if (num_blocks == 0) return before_last_pv();
+    if (num_blocks == 0) return under_last_pv();
     if (warpgroup == 1 && num_blocks > 1) pass_turn();
 
     ptx::mbarrier_wait(&shared.k_full[k_ring.stage], 0);
-    issue_qk(scores, q, shared.kv[k_ring.stage].k);
+    issue_qk(scores, q, shared.kv[k_ring.stage].k + share);
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_operand(scores);
     if (!Traits::kLoadsTogether) release(&shared.k_empty[k_ring.stage]);
@@ -181,17 +213,19 @@ struct Mainloop {
     pack(scores, probs);
     if (valid < kColumns) {
       wait_v();
-      clear_rows(shared.kv[0].v, valid, thread);
+      clear_rows(shared.kv[0].v + share, valid, thread);
       ptx::named_barrier_sync(1 + warpgroup, 128);
     }
 
     for (int block = 1; block < num_blocks; ++block) {
       ptx::mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.phase);
       wait_turn();
-      issue_qk(scores, q, shared.kv[k_ring.stage].k);
+      issue_qk(scores, q, shared.kv[k_ring.stage].k + share);
       wait_v();
-      issue_pv(rows, probs, shared.kv[v_ring.stage].v);
-      if (warpgroup == 0 || block + 1 < num_blocks) pass_turn();
+      // The turn passes one step early, so that the other's first product is there when this one's last ends.
+      issue_pv(rows, probs, shared.kv[v_ring.stage].v + share, [&] {
+        if (warpgroup == 0 || block + 1 < num_blocks) pass_turn();
+      });
       ptx::wgmma_wait<1>();
       ptx::wgmma_fence_operand(scores);
       if (!Traits::kLoadsTogether) release(&shared.k_empty[k_ring.stage]);
@@ -206,9 +240,9 @@ struct Mainloop {
       for (int i = 0; i < kHeadDim / 2; ++i) rows.out[i] *= alpha[(i / 2) % 2];
     }
 
-    before_last_pv();
     wait_v();
-    issue_pv(rows, probs, shared.kv[v_ring.stage].v);
+    issue_pv(rows, probs, shared.kv[v_ring.stage].v + share, no_hook);
+    under_last_pv();
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_operand(rows.out);
   }

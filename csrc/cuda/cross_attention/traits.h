@@ -15,17 +15,18 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kConsumers == 1 ? 32 : 176;
-  // Of a block's tokens, those of the first warpgroup where both hold the same rows: near the half, in steps of 16.
-  static constexpr int kFirstPart = 96;
+  static constexpr int kBlockN = kConsumers == 1 ? 32 : 128;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kCtasPerSM = kConsumers == 1 ? 2 : 1;
   static constexpr int kNumStages = kConsumers == 1 ? (kHeadDim == 128 ? 5 : 9) : (kHeadDim == 128 ? 2 : 4);
   // 64 columns of a row are the 128 bytes of one swizzle span; a tile is kHeadDim / 64 such column blocks.
   static constexpr int kSpan = 64;
   static constexpr int kSpans = kHeadDim / kSpan;
-  // Two warpgroups of 128 threads hold S, P and O (88 + 44 + 64 registers); the producer's threads give theirs up.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  // Two warpgroups of 128 threads hold Q, S, P and O (32 + 64 + 32 + 64 registers); the producer's threads give theirs up.
+  // One warpgroup has too few for Q, and reads it from shared memory in every block.
+  static constexpr bool kQueryInRegisters = kConsumers == 2;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "more than a CTA is launched with: it would wait for ever");
   static constexpr int kGateWarps = 3;
   // Rows that a CTA of the epilogue receives: its share of the tile from every part of the unit.
   static constexpr int kReceivedRows = kBlockM + 32;
@@ -40,7 +41,7 @@ struct Traits {
   };
   // What the epilogue lays over the KV stages once every CTA of the cluster is done with them.
   struct Received {
-    float out[kReceivedRows][kOutStride];  // [part][row of the share]: unnormalised rows of O
+    float out[kReceivedRows][kOutStride];  // [part][row of the share]: unnormalised rows of O, by vectors
     float2 stats[kReceivedRows];           // their maximum (log2 units) and sum
   };
   // Where a packed row of this CTA's share goes.
