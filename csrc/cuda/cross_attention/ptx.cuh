@@ -1,8 +1,11 @@
-// The sm_90 instructions the kernel is made of, one thin wrapper each: mbarrier, TMA, clusters, named barriers,
-// register reallocation. Names follow the PTX ISA.
+// The instructions the kernel is made of, one thin wrapper each: mbarrier, TMA, clusters, named barriers, register
+// reallocation, the warp's mma (for wgmma see wgmma.cuh). Names follow the PTX ISA.
 #pragma once
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cstdint>
+#include <type_traits>
 
 namespace slowfast::ptx {
 
