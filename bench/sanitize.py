@@ -48,8 +48,8 @@ def main() -> None:
         attention(sequences, (14, 2), head_dim, dtype, fused=dtype == torch.bfloat16)
     for cluster, groups in ((1, 1), (1, 3), (2, 2), (4, 1), (8, 1), (16, 1)):
         attention(((1, 1500),), (28, 4), 128, torch.bfloat16, HopperConfig(1, cluster, groups, 1))
-    for cluster, groups, half, paired in ((1, 1, 1, False), (2, 2, 2, True), (8, 1, 1, True), (1, 3, 2, False)):
-        config = HopperConfig(2, cluster, groups, 2, half, paired)
+    for cluster, groups in ((1, 1), (2, 2), (8, 1), (1, 3)):
+        config = HopperConfig(2, cluster, groups, 2)
         attention(((24, 1900),), (14, 2), 128, torch.bfloat16, config)  # 168 rows: a full tile and a half one
     for groups, whole, length in ((5, 0, 0), (3, 0, 5), (2, 2, 7)):
         config = HopperConfig(2, 1, groups, 2, whole_units=whole, long_blocks=length)

@@ -43,33 +43,21 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     rows = max(shape.text) * heads.num_q // heads.num_kv
     tiles = shape.batch * -(-rows // (64 * own.consumers)) * heads.num_kv
     blocks = -(-max(shape.slow) // own.block_n)
-    has_half = shape.batch == 1 and own.consumers == 2 and 0 < rows % 128 <= 64
+    idle = shape.batch * (heads.num_kv // 2) if own.consumers == 2 and 0 < rows % 128 <= 64 else 0  # half tiles in pairs
     slots = heuristics._HOPPER_DECODE_CTAS if own.consumers == 1 else heuristics._HOPPER_SMS
     most_waves = 12 if tiles > 100 else 3 if max(shape.slow) > 50000 else 1
     yield own
     for step in (-6, -3, 3, 6) if own.long_blocks else ():
         yield replace(own, long_blocks=max(1, own.long_blocks + step))
     even = replace(own, whole_units=0, long_blocks=0)
-    for cluster_size in (1, 2, 4, 8, 16):
+    for cluster_size in (1, 2, 3, 4, 5, 6, 7, 8, 16):
         for groups in GROUPS:
-            halves = {(0, False): None}
-            if has_half:
-                halves |= {(max(1, round(groups * x)), False): None for x in (0.55, 0.7)}
-                if cluster_size > 1:
-                    halves[groups, True] = None
-            for half_groups, paired in halves:
-                clusters = tiles * groups
-                if half_groups:
-                    half_units = heads.num_kv // 2 if paired else heads.num_kv
-                    clusters = (tiles - heads.num_kv) * groups + half_units * half_groups
-                ctas = clusters * cluster_size
-                waves = -(-ctas // slots)
-                fills = ctas >= 60 if own.consumers == 1 else ctas >= 0.8 * waves * slots
-                config = replace(
-                    even, cluster_size=cluster_size, num_groups=groups, half_groups=half_groups, paired_halves=paired
-                )
-                if cluster_size * groups <= blocks and waves <= most_waves and fills and config != own:
-                    yield config
+            ctas = (tiles - idle) * groups * cluster_size
+            waves = -(-ctas // slots)
+            fills = ctas >= 60 if own.consumers == 1 else ctas >= 0.8 * waves * slots
+            config = replace(even, cluster_size=cluster_size, num_groups=groups)
+            if cluster_size * groups <= blocks and waves <= most_waves and fills and config != own:
+                yield config
 
 
 def tune(sets: list[AttentionInputs], device: torch.device, budget_s: float) -> dict:
@@ -80,9 +68,8 @@ def tune(sets: list[AttentionInputs], device: torch.device, budget_s: float) -> 
 
 def show(entry: dict) -> str:
     def line(name: str, row: dict) -> str:
-        half = f" half groups {row['half_groups']}{' paired' * row['paired_halves']}" if row["half_groups"] else ""
         uneven = f" whole {row['whole_units']} long {row['long_blocks']}" if row["long_blocks"] else ""
-        return f"  {name:9} {row['us']:7.1f} us  cluster {row['cluster_size']} groups {row['num_groups']}{half}{uneven}"
+        return f"  {name:9} {row['us']:7.1f} us  cluster {row['cluster_size']} groups {row['num_groups']}{uneven}"
 
     return "\n".join([line("heuristic", entry["heuristic"])] + [line("best", row) for row in entry["all"][:5]])
 

@@ -17,9 +17,8 @@ namespace {
 
 #ifdef SLOWFAST_WITH_SM90
 void cross_attention(CrossAttentionParams& p, int32_t consumers, int32_t cluster_size, int32_t num_groups,
-                     int32_t max_tiles, int32_t whole_units, int32_t long_blocks, int32_t half_groups, bool paired_halves,
-                     bool kv_evict_first, Address partial_out, Address partial_stats, Address partial_gates, Address counters,
-                     Address stream) {
+                     int32_t max_tiles, int32_t whole_units, int32_t long_blocks, bool kv_evict_first, Address partial_out,
+                     Address partial_stats, Address partial_gates, Address counters, Address stream) {
   p.num_splits = cluster_size * num_groups;
   const cuda::SplitPlan plan = {consumers,
                                 cluster_size,
@@ -27,8 +26,6 @@ void cross_attention(CrossAttentionParams& p, int32_t consumers, int32_t cluster
                                 max_tiles,
                                 whole_units,
                                 long_blocks,
-                                half_groups,
-                                paired_halves,
                                 kv_evict_first,
                                 pointer<float>(partial_out),
                                 pointer<float>(partial_stats),
@@ -59,8 +56,8 @@ void bind_cuda(py::module_& m) {
         no_gil);
 #ifdef SLOWFAST_WITH_SM90
   m.def("cuda_cross_attention",
-        attention_binding<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool, Address, Address, Address, Address,
-                          Address>(&cross_attention),
+        attention_binding<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, Address, Address, Address, Address, Address>(
+            &cross_attention),
         no_gil);
 #endif
 }

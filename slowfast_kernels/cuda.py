@@ -197,8 +197,6 @@ def _attend(
         config.max_tiles,
         config.whole_units,
         config.long_blocks,
-        config.half_groups,
-        config.paired_halves,
         config.kv_evict_first,
         partial_out,
         partial_stats,

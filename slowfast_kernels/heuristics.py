@@ -266,11 +266,9 @@ class HopperConfig:
     cluster_size: int  # splits that add up through distributed shared memory
     num_groups: int  # clusters a tile, adding up through global memory
     max_tiles: int  # row tiles of one KV head over all sequences: a bound from shapes alone
-    half_groups: int = 0  # groups of a single sequence's last tile where it has at most half the rows; else 0
-    paired_halves: bool = False  # a cluster takes that tile of two KV heads
-    kv_evict_first: bool = False
     whole_units: int = 0  # the first (tile, KV head) units, which a CTA each takes without a split
     long_blocks: int = 0  # KV blocks of every group but the last, which gets the rest; 0: equal groups
+    kv_evict_first: bool = False
 
     @property
     def num_splits(self) -> int:
@@ -301,13 +299,11 @@ _HOPPER_DECODE_CTAS = 264
 _HOPPER_FEW_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS_LONG, _HOPPER_LONG_DECODE_BLOCKS = 80, 96, 1024
 _HOPPER_L2_BYTES = 50 * 2**20
 # Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
-# which groups add up, or, for clusters, the last group's reading of all partial rows. A tile with half its rows that
-# a cluster takes needs less time a block, but more than half of it.
+# which groups add up, or, for clusters, the last group's reading of all partial rows.
 _HOPPER_CTA_US = 7.5
 _HOPPER_BLOCK_US = {128: 1.49, 64: 0.91}
 _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 8.0, 60e3
 _HOPPER_LEVEL_US = 3.0
-_HOPPER_HALF_TILE = 0.6
 _HOPPER_MAX_GROUPS = 32
 
 
@@ -327,28 +323,27 @@ def hopper_attention_config(
         cluster_size = next(size for size in (8, 4, 2, 1) if num_splits % size == 0)
         return HopperConfig(consumers, cluster_size, num_splits // cluster_size, max_tiles, kv_evict_first=evict_first)
 
-    tiles = min(max_tiles, batch * -(-rows // block_m))
+    units = min(max_tiles, batch * -(-rows // block_m)) * num_kv_heads
     blocks = max(1, -(-(num_slow // batch) // block_n))
-    units = tiles * num_kv_heads
     if consumers == 1:
         cluster_size, groups = _hopper_decode_splits(units, blocks)
         return HopperConfig(consumers, cluster_size, groups, max_tiles, kv_evict_first=evict_first)
 
-    half_tile = batch == 1 and 0 < rows % block_m <= 64
+    idle = batch * (num_kv_heads // 2) if 0 < rows % block_m <= 64 else 0  # two half tiles share a CTA
     plans = [
-        *_direct_plans(units, blocks, _HOPPER_BLOCK_US[head_dim], uneven=batch == 1),
-        *_cluster_plans(units, blocks, num_kv_heads, head_dim, half_tile),
+        *_direct_plans(units, idle, blocks, _HOPPER_BLOCK_US[head_dim]),
+        *_cluster_plans(units - idle, blocks, head_dim),
     ]
     _, choice = min(plans, key=lambda plan: plan[0])
     return HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, **choice)
 
 
-def _direct_plans(units: int, blocks: int, block_us: float, uneven: bool) -> Iterator[tuple[float, dict]]:
-    """(microseconds, fields of HopperConfig) of the ways without clusters.
+def _direct_plans(units: int, idle: int, blocks: int, block_us: float) -> Iterator[tuple[float, dict]]:
+    """(microseconds, fields of HopperConfig) of the ways without clusters; ``idle`` of the units have nothing to do.
 
-    Units as they come or in equal groups, wave after wave; or (``uneven``) first full waves of whole units, and then
-    the rest in groups of which one is short: the long ones fill most of the SMs for one wave, and on the others the
-    short ones run one after another. CTAs that share K and V thus walk it abreast, and read it from L2.
+    Units as they come or in equal groups, wave after wave. Or first full waves of whole units, and then the rest in
+    groups of which one is short: the long ones fill most of the SMs for one wave, and on the others the short ones run
+    one after another. CTAs that share K and V thus walk it abreast, and read it from L2.
     """
 
     def wave(length: int) -> float:
@@ -358,10 +353,10 @@ def _direct_plans(units: int, blocks: int, block_us: float, uneven: bool) -> Ite
         return (groups - 1).bit_length() * _HOPPER_LEVEL_US
 
     for groups in range(1, min(_HOPPER_MAX_GROUPS, blocks) + 1):
-        waves = -(-units * groups // _HOPPER_SMS)
+        waves = -(-(units - idle) * groups // _HOPPER_SMS)
         yield waves * wave(-(-blocks // groups)) + levels(groups), {"cluster_size": 1, "num_groups": groups}
-    for whole in range(0, units if uneven else 0, _HOPPER_SMS):
-        rest = units - whole
+    for whole in range(0, 1 if idle else units, _HOPPER_SMS):
+        rest = units - idle - whole
         before = whole // _HOPPER_SMS * wave(blocks)
         for long_groups in range(1, min(_HOPPER_MAX_GROUPS, (_HOPPER_SMS - 1) // rest + 1)):
             rounds = -(-rest // (_HOPPER_SMS - rest * long_groups))
@@ -373,27 +368,17 @@ def _direct_plans(units: int, blocks: int, block_us: float, uneven: bool) -> Ite
                 )
 
 
-def _cluster_plans(
-    units: int, blocks: int, num_kv_heads: int, head_dim: int, half_tile: bool
-) -> Iterator[tuple[float, dict]]:
-    """The same of the ways with clusters; a last tile with half its rows can be split otherwise than the full ones."""
-    block_us, full_units = _HOPPER_BLOCK_US[head_dim], units - half_tile * num_kv_heads
+def _cluster_plans(units: int, blocks: int, head_dim: int) -> Iterator[tuple[float, dict]]:
+    """The same of the ways with clusters."""
     for cluster_size, slots in _HOPPER_CLUSTERS.items():
         for groups in range(1, min(_HOPPER_MAX_GROUPS, blocks // cluster_size) + 1):
             overhead = _HOPPER_CLUSTER_US
             if groups > 1:
                 overhead += _HOPPER_CLUSTER_GROUP_US
                 overhead += groups * 128 * head_dim * 4 / cluster_size / _HOPPER_PARTIAL_BYTES_A_US
-            halves = {(groups, False), (max(1, round(groups * _HOPPER_HALF_TILE)), False), (groups, True)}
-            for half_groups, paired in sorted(halves) if half_tile else [(0, False)]:
-                clusters, us = full_units * groups, -(-blocks // (cluster_size * groups)) * block_us * (full_units > 0)
-                if half_tile:
-                    clusters += half_groups * (-(-num_kv_heads // 2) if paired else num_kv_heads)
-                    half_splits = half_groups * (cluster_size // 2 if paired else cluster_size)
-                    us = max(us, -(-blocks // half_splits) * block_us * _HOPPER_HALF_TILE)
-                fields = {"cluster_size": cluster_size, "num_groups": groups}
-                fields |= {"half_groups": half_groups, "paired_halves": paired}
-                yield -(-clusters // slots) * (_HOPPER_CTA_US + us) + overhead, fields
+            us = -(-blocks // (cluster_size * groups)) * _HOPPER_BLOCK_US[head_dim]
+            waves = -(-units * groups // slots)
+            yield waves * (_HOPPER_CTA_US + us) + overhead, {"cluster_size": cluster_size, "num_groups": groups}
 
 
 def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:

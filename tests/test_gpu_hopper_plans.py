@@ -19,10 +19,11 @@ if reason := unavailable_reason("cuda", torch.device("cuda")):
     pytest.skip(reason, allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
-# 24 text rows x 7 heads are 168 packed rows a KV head: a full tile of 128 and one of 40. 11 blocks of 128 slow tokens,
+# 24 text rows x 7 heads are 168 packed rows a KV head: a full tile of 128 and one of 40, which two heads share. 11 blocks of 128 slow tokens,
 # the first of which, with 100, is cut short by the end of the sequence.
 ONE = Shape(((24, 1380),), (14, 2), 128)
 RAGGED = Shape(((24, 1380), (1, 60), (0, 300), (40, 0), (3, 200), (20, 768)), (14, 2), 128)
+ODD = Shape(((24, 1380),), (21, 3), 128)
 DECODE = Shape(((1, 1500),), (28, 4), 128)
 PLANS = {
     "whole": (ONE, HopperConfig(2, 1, 1, 2)),
@@ -33,17 +34,22 @@ PLANS = {
     "a short group": (ONE, HopperConfig(2, 1, 3, 2, long_blocks=5)),
     "an empty group": (ONE, HopperConfig(2, 1, 3, 2, long_blocks=6)),
     "whole units first": (ONE, HopperConfig(2, 1, 2, 2, whole_units=2, long_blocks=7)),
-    "a half tile in its own groups": (ONE, HopperConfig(2, 1, 4, 2, half_groups=3)),
     "cluster 2": (ONE, HopperConfig(2, 2, 1, 2)),
-    "cluster 8, paired halves": (ONE, HopperConfig(2, 8, 1, 2, 1, True)),
-    "cluster 4, groups, half tile": (ONE, HopperConfig(2, 4, 2, 2, 1, False)),
-    "cluster 2, groups, paired halves": (ONE, HopperConfig(2, 2, 3, 2, 3, True)),
+    "cluster 7": (ONE, HopperConfig(2, 7, 1, 2)),
+    "cluster 8": (ONE, HopperConfig(2, 8, 1, 2)),
+    "cluster 4, groups": (ONE, HopperConfig(2, 4, 2, 2)),
+    "a half tile without a partner": (ODD, HopperConfig(2, 1, 1, 2)),
+    "a half tile without a partner, groups": (ODD, HopperConfig(2, 1, 3, 2)),
+    "a half tile without a partner, whole": (ODD, HopperConfig(2, 1, 2, 2, whole_units=3, long_blocks=7)),
+    "a half tile without a partner, cluster": (ODD, HopperConfig(2, 4, 1, 2)),
+    "a half tile without a partner, cluster and groups": (ODD, HopperConfig(2, 2, 3, 2)),
     "cluster 16": (ONE, HopperConfig(2, 16, 1, 2)),
     "one warpgroup": (ONE, HopperConfig(1, 1, 1, 3)),
     "one warpgroup, groups": (ONE, HopperConfig(1, 1, 5, 3)),
     "one warpgroup, cluster": (ONE, HopperConfig(1, 4, 3, 3)),
     "ragged": (RAGGED, HopperConfig(2, 1, 1, 10)),
     "ragged, groups": (RAGGED, HopperConfig(2, 1, 5, 10)),
+    "ragged, a short group": (RAGGED, HopperConfig(2, 1, 2, 10, long_blocks=7)),
     "ragged, cluster": (RAGGED, HopperConfig(2, 4, 1, 10)),
     "decode, groups": (DECODE, HopperConfig(1, 1, 33, 1)),
     "decode, cluster and groups": (DECODE, HopperConfig(1, 4, 5, 1)),

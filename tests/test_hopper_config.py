@@ -33,14 +33,11 @@ def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
     assert config.max_tiles * rows_a_tile >= num_text * group
     assert config.cluster_size in (1, 2, 4, 8)
     assert config.num_groups >= 1
-    assert 0 <= config.half_groups <= config.num_groups  # the workspace is sized by num_groups
-    assert not config.paired_halves or (config.half_groups and config.cluster_size % 2 == 0)
-    assert not config.half_groups or batch == 1
     assert all(size >= 0 for size in config.workspace(num_kv_heads, head_dim))
     uneven = config.whole_units or config.long_blocks
-    assert not uneven or (batch == config.cluster_size == 1 and config.num_groups > 1)  # the kernel knows no other
+    assert not uneven or (config.cluster_size == 1 and config.num_groups > 1)  # the kernel knows no other
     assert config.whole_units < config.max_tiles * num_kv_heads
-    blocks = -(-num_slow // config.block_n)
+    blocks = -(-(num_slow // batch) // config.block_n)
     assert config.long_blocks * (config.num_groups - 1) < max(blocks, 1)  # the last group has some left
 
 
@@ -66,16 +63,13 @@ def test_a_fixed_number_of_splits_fixes_what_bits_depend_on(num_splits):
         in_batch.cluster_size,
         in_batch.num_groups,
     )
-    assert not alone.paired_halves
-    assert alone.half_groups == in_batch.half_groups == 0
 
 
 def test_the_published_shapes_fill_the_gpu_in_one_wave():
     for rows, slow in ((64, 5184), (64, 10368)):
         config = hopper_attention_config(rows, slow, 1, 28, 4, 128)
-        full, half = 3 * 4 * config.num_groups, 2 * config.half_groups
-        assert config.paired_halves
-        assert config.cluster_size == 8
+        assert (config.cluster_size, config.num_groups) == (8, 1)
+        full, half = 3 * 4, 4 // 2  # half tiles go two to a cluster
         assert full + half <= 15, "an H100 holds 15 clusters of 8 at once"
 
 

@@ -19,8 +19,8 @@ struct Tile {
 struct Unit {
   int64_t index;  // in the workspace: counts the units that groups share
   int kv_head, group, num_groups;
-  int first_rank, size, rank;  // in the cluster; rank is relative to first_rank
-  int parts_per_cta;           // 2 where both warpgroups hold the same rows and share out the tokens of a block
+  int size, rank;
+  bool paired;  // the rows of the tile, 64 or fewer, of this KV head and then of the next: a warpgroup for each
 };
 
 // The text row of a packed row, without a division.
@@ -57,22 +57,38 @@ struct Gates {
   Shared& shared;
   const Tile& tile;
   const Unit& unit;
-  const int share;              // rows of the tile that a CTA of the unit owns; this one's are:
+  const int total_rows;         // of the unit, and of them
+  const int share;              // those that a CTA of it owns; this one's are:
   const int first_row, num_rows;
 
   static __device__ __forceinline__ Gates make(const CrossAttentionParams& p, const SplitPlan& plan, Shared& shared,
                                                const Tile& tile, const Unit& unit) {
-    const int share = (tile.num_rows + unit.size - 1) / unit.size;
-    const int first_row = min(tile.num_rows, unit.rank * share);
-    return {p, plan, shared, tile, unit, share, first_row, min(share, tile.num_rows - first_row)};
+    const int total = tile.num_rows * (unit.paired ? 2 : 1), share = (total + unit.size - 1) / unit.size;
+    const int first_row = min(total, unit.rank * share);
+    return {p, plan, shared, tile, unit, total, share, first_row, min(share, total - first_row)};
+  }
+
+  // Rows of the unit that a warpgroup holds.
+  __device__ __forceinline__ int first_row_of(int warpgroup) const {
+    return min(total_rows, warpgroup * (unit.paired ? tile.num_rows : 64));
+  }
+  __device__ __forceinline__ int num_rows_of(int warpgroup) const {
+    return min(unit.paired ? tile.num_rows : 64, total_rows - first_row_of(warpgroup));
+  }
+  __device__ __forceinline__ bool is_next_head(int row) const { return unit.paired && row >= tile.num_rows; }
+  __device__ __forceinline__ int packed(int row) const {  // packed row of the sequence
+    return tile.row_begin + row - (is_next_head(row) ? tile.num_rows : 0);
   }
 
   // Text rows are counted from the tile's first; those of this CTA's rows are text_begin() .. text_end().
   __device__ __forceinline__ int tile_text() const { return text_of(plan, tile.row_begin); }
-  __device__ __forceinline__ int text(int row) const { return text_of(plan, tile.row_begin + row) - tile_text(); }
-  __device__ __forceinline__ int text_begin() const { return text(first_row); }
+  __device__ __forceinline__ int text(int row) const { return text_of(plan, packed(row)) - tile_text(); }
+  __device__ __forceinline__ bool spans_heads() const {
+    return !is_next_head(first_row) && is_next_head(first_row + num_rows - 1);
+  }
+  __device__ __forceinline__ int text_begin() const { return num_rows == 0 || spans_heads() ? 0 : text(first_row); }
   __device__ __forceinline__ int text_end() const {
-    return num_rows > 0 ? text_of(plan, tile.row_begin + first_row + num_rows - 1) + 1 - tile_text() : text_begin();
+    return num_rows == 0 ? 0 : text(spans_heads() ? tile.num_rows - 1 : first_row + num_rows - 1) + 1;
   }
   __device__ __forceinline__ const T* state_row(int text) const {
     const int64_t row = p.text_rows[tile.text_begin + tile_text() + text];
@@ -107,8 +123,9 @@ struct Gates {
   __device__ void prepare(int warp, int lane) const {
     if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate));
     for (int i = warp * 32 + lane; i < num_rows; i += 32 * Traits::kGateWarps) {
-      const int packed = tile.row_begin + first_row + i, text = text_of(plan, packed);
-      const int64_t text_index = tile.text_begin + text, head = unit.kv_head * plan.heads + packed - text * plan.heads;
+      const int row_of_head = packed(first_row + i), text = text_of(plan, row_of_head);
+      const int kv_head = unit.kv_head + is_next_head(first_row + i);
+      const int64_t text_index = tile.text_begin + text, head = kv_head * plan.heads + row_of_head - text * plan.heads;
       const int64_t row = p.text_rows[text_index], channels = static_cast<int64_t>(p.num_q_heads) * kHeadDim;
       shared.place[i] = {row * p.state_row_stride + head * kHeadDim, row * channels + head * kHeadDim,
                          text_index * channels + head * kHeadDim, text_index * p.num_q_heads + head,
@@ -157,7 +174,7 @@ struct Gates {
 
   // `vector` is a lane's first. All lanes of a warp go round equally often.
   __device__ __forceinline__ void multiply_by_halves(float (&products)[4], const T* const (&states)[2], int vector) const {
-    constexpr int kStep = 32 * Traits::kGateWarps, kLoads = Traits::kConsumers == 1 ? 5 : 3;  // in flight together
+    constexpr int kStep = 32 * Traits::kGateWarps, kLoads = Traits::kConsumers == 1 ? 5 : 2;  // in flight together
     const int end = num_vectors();
     for (int lane = vector % 32; vector - lane < end; vector += kStep * kLoads) {
       uint4 a[kLoads], b[kLoads], weight[kLoads];

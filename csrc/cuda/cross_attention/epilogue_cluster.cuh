@@ -80,14 +80,14 @@ struct ClusterEpilogue {
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     if (unit.num_groups == 1 && mixes) finish_gates(consumer);
     wait_for_cluster();  // nobody reads the KV stages and Q any more
-    if (mixes) gates.fetch_state(gates.shared.q, 0, gates.num_rows, consumer, kConsumerThreads);
+    if (mixes) gates.fetch_state(gates.shared.query(0), 0, gates.num_rows, consumer, kConsumerThreads);
     send(rows, warpgroup, thread);
     ptx::cluster_arrive();
     cp_async_wait<0>();
     wait_for_cluster();
 
     if (unit.num_groups == 1) {
-      add<false>(consumer, unit.size * unit.parts_per_cta);
+      add<false>(consumer, unit.size);
     } else {
       leave_partial(consumer);
       if (!arrive_last(consumer)) return;
@@ -101,20 +101,19 @@ struct ClusterEpilogue {
     Shared& shared = gates.shared;
     const Unit& unit = gates.unit;
     const int lane = thread % 32, warpgroup_row = thread / 32 * 16 + lane / 4;
-    const int part = unit.parts_per_cta == 1 ? unit.rank : 2 * unit.rank + warpgroup;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = warpgroup_row + 8 * r + (unit.parts_per_cta == 1 ? warpgroup * 64 : 0);
-      if (row >= gates.tile.num_rows) continue;
-      const int owner = row / gates.share, slot = part * gates.share + row - owner * gates.share;
-      const uint32_t out = ptx::peer_address(&shared.received.out[slot][4 * (lane % 4)], unit.first_rank + owner);
+      if (warpgroup_row + 8 * r >= gates.num_rows_of(warpgroup)) continue;
+      const int row = gates.first_row_of(warpgroup) + warpgroup_row + 8 * r, owner = row / gates.share;
+      const int slot = unit.rank * gates.share + row - owner * gates.share;
+      const uint32_t out = ptx::peer_address(&shared.received.out[slot][4 * (lane % 4)], owner);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         const float* x = rows.out + 8 * i + 2 * r;
         ptx::store_peer4(out + i * 16 * sizeof(float), make_float4(x[0], x[1], x[4], x[5]));
       }
       if (lane % 4 == 0) {
-        const uint32_t stats = ptx::peer_address(&shared.received.stats[slot], unit.first_rank + owner);
+        const uint32_t stats = ptx::peer_address(&shared.received.stats[slot], owner);
         ptx::store_peer2(stats, rows.max[r], rows.sum[r]);
       }
     }
@@ -159,7 +158,7 @@ struct ClusterEpilogue {
     for (int index = consumer; index < gates.num_rows * kVectors; index += kConsumerThreads) {
       const int row = index / kVectors, vector = index % kVectors;
       const auto& place = shared.place[row];
-      store_result<Traits>(gates.p, place, row, vector, sum_over<kOverGroups>(row, vector, count), shared.q,
+      store_result<Traits>(gates.p, place, row, vector, sum_over<kOverGroups>(row, vector, count), shared.query(0),
                            shared.gate[place.gate]);
     }
   }
@@ -171,7 +170,7 @@ struct ClusterEpilogue {
 #pragma unroll 1
     for (int index = consumer; index < gates.num_rows * kVectors; index += kConsumerThreads) {
       const int row = index / kVectors, vector = index % kVectors;
-      const Sum sum = sum_over<false>(row, vector, unit.size * unit.parts_per_cta);
+      const Sum sum = sum_over<false>(row, vector, unit.size);
       __stcg(partial_out(unit.group) + index, sum.total);
       if (vector == 0) __stcg(partial_stats(unit.group) + row, sum.merged);
     }

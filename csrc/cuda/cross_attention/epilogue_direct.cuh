@@ -15,14 +15,19 @@ struct DirectEpilogue {
   static constexpr int kVectors = kHeadDim / 16;  // float4 of a row that a thread holds
 
   const Gates<Traits>& gates;
-  const int warpgroup, thread;
+  const int warpgroup, thread, num_blocks;
 
-  // The warpgroup's rows in the tile, 64 or fewer; a thread holds row(0) and row(1).
-  __device__ __forceinline__ int first_row() const { return warpgroup * 64; }
-  __device__ __forceinline__ int num_rows() const { return min(64, max(0, gates.tile.num_rows - first_row())); }
+  // The warpgroup's rows in the unit, 64 or fewer; a thread holds row(0) and row(1).
+  __device__ __forceinline__ int first_row() const { return gates.first_row_of(warpgroup); }
+  __device__ __forceinline__ int num_rows() const { return gates.num_rows_of(warpgroup); }
   __device__ __forceinline__ int row(int r) const { return thread / 32 * 16 + thread % 32 / 4 + 8 * r; }
   __device__ __forceinline__ bool mixes() const { return gates.p.state != nullptr; }
-  __device__ __forceinline__ T* cells() const { return gates.shared.q + warpgroup * 64 * kHeadDim; }  // Q of these rows
+  // In the place of Q, or, where that belongs to a ring, in the slot of the warpgroup's ring that it would take next.
+  __device__ __forceinline__ T* cells() const {
+    constexpr int kSlots = Traits::kHalfRingSlots;
+    if (gates.unit.paired) return gates.shared.slots[warpgroup * kSlots + 2 * num_blocks % kSlots];
+    return gates.shared.query(warpgroup);
+  }
   __device__ __forceinline__ float* gate() const { return gates.shared.gate + warpgroup * 64; }
   __device__ __forceinline__ int text(int row) const {  // of a row of this warpgroup, from the tile's first
     return gates.text(first_row() + row);

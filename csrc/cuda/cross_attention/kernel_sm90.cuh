@@ -77,23 +77,28 @@ struct Producer {
   static constexpr bool kLoadsTogether = Traits::kLoadsTogether;
   const CUtensorMap& kv_map;
   typename Traits::SharedStorage& shared;
-  const int kv_head, first_token, num_blocks;  // token of the first block
+  const Unit& unit;
+  const int first_token, num_blocks;  // token of the first block
   const uint64_t policy;
-  Ring<Traits::kNumStages> k_ring = {}, v_ring = {};
+  Ring rings[2] = {make_ring<Traits>(unit.paired, 0), make_ring<Traits>(unit.paired, 1)};  // the second for paired units
 
-  __device__ __forceinline__ void load(int pair, int i, T* dst, uint64_t* full) const {
-    ptx::mbarrier_expect_tx(full, Traits::kBlockN * Traits::kHeadDim * sizeof(T) * (kLoadsTogether ? 2 : 1));
-    ptx::tma_load_5d(&kv_map, full, dst, 0, first_token + (num_blocks - 1 - i) * Traits::kBlockN, 0, pair, kv_head, policy);
+  __device__ __forceinline__ void load(int pair, int i, int which) {  // with kLoadsTogether, K and V
+    const Ring::Turn turn = rings[which].next();
+    ptx::mbarrier_wait(&shared.empty[turn.slot], turn.phase ^ 1);
+    if (unit.paired && turn.slot == Traits::kRingSlots) ptx::mbarrier_wait(&shared.query_read, 0);
+    uint64_t* full = &shared.full[turn.slot];
+    ptx::mbarrier_expect_tx(full, Traits::kSlotSize * sizeof(T));
+    ptx::tma_load_5d(&kv_map, full, shared.slots[turn.slot], 0, first_token + (num_blocks - 1 - i) * Traits::kBlockN, 0, pair,
+                     unit.kv_head + which, policy);
   }
-  __device__ __forceinline__ void load_k(int i) {  // with kLoadsTogether, K and V
-    ptx::mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.phase ^ 1);
-    load(0, i, shared.kv[k_ring.stage].k, &shared.k_full[k_ring.stage]);
-    k_ring.advance();
+  __device__ __forceinline__ void load_k(int i) {
+    load(0, i, 0);
+    if (unit.paired) load(0, i, 1);
   }
   __device__ __forceinline__ void load_v(int i) {
-    ptx::mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.phase ^ 1);
-    load(1, i, shared.kv[v_ring.stage].v, &shared.v_full[v_ring.stage]);
-    v_ring.advance();
+    if (kLoadsTogether) return;
+    load(1, i, 0);
+    if (unit.paired) load(1, i, 1);
   }
 
   // One block ahead of the loads of Q, which would wait for microseconds behind a full stream.
@@ -103,9 +108,9 @@ struct Producer {
   __device__ __forceinline__ void finish() {
     for (int i = 1; i < num_blocks; ++i) {
       load_k(i);
-      if (!kLoadsTogether) load_v(i - 1);  // after the K of the next block, as they are needed
+      load_v(i - 1);
     }
-    if (!kLoadsTogether && num_blocks > 0) load_v(num_blocks - 1);
+    if (num_blocks > 0) load_v(num_blocks - 1);
   }
 };
 
@@ -148,44 +153,21 @@ struct QueryRows {
 };
 
 // Grid: CTA of the cluster, tile, KV head, group, the first fastest: tiles that share K and V run side by side. Whole units
-// come first. The units of a last tile with half its rows (plan.half_groups > 0) come after all others, with paired halves
-// two KV heads to a cluster. False: this CTA has nothing to do.
-__device__ __forceinline__ bool find_unit(const CrossAttentionParams& p, const SplitPlan& plan, Unit& unit, int& tile) {
-  const int cluster_rank = blockIdx.x % plan.cluster_size;
-  int cluster = blockIdx.x / plan.cluster_size;
-  const int full_tiles = plan.max_tiles - (plan.half_groups > 0), full_units = full_tiles * p.num_kv_heads;
-  const int split_units = full_units - plan.whole_units, in_groups = cluster - plan.whole_units;
-  unit.first_rank = unit.group = 0;
+// come first.
+__device__ __forceinline__ Unit find_unit(const CrossAttentionParams& p, const SplitPlan& plan, int& tile) {
+  const int cluster = blockIdx.x / plan.cluster_size, split_units = plan.max_tiles * p.num_kv_heads - plan.whole_units;
+  const int in_groups = cluster - plan.whole_units;
+  Unit unit;
+  unit.group = in_groups < 0 ? 0 : in_groups / split_units;
+  unit.num_groups = in_groups < 0 ? 1 : plan.num_groups;
+  unit.index = in_groups < 0 ? in_groups : in_groups % split_units;
+  const int number = static_cast<int>(unit.index) + plan.whole_units;
+  tile = number % plan.max_tiles;
+  unit.kv_head = number / plan.max_tiles;
   unit.size = plan.cluster_size;
-  if (in_groups < split_units * plan.num_groups) {
-    int number = cluster;
-    unit.num_groups = 1;
-    if (in_groups >= 0) {
-      unit.num_groups = plan.num_groups;
-      unit.group = in_groups / split_units;
-      number = plan.whole_units + in_groups % split_units;
-    }
-    tile = number % full_tiles;
-    unit.kv_head = number / full_tiles;
-    unit.index = number - plan.whole_units;
-  } else {
-    cluster = in_groups - split_units * plan.num_groups;
-    tile = full_tiles;
-    unit.num_groups = plan.half_groups;
-    if (plan.paired_halves) {
-      const int pairs = (p.num_kv_heads + 1) / 2, half = cluster_rank / (unit.size / 2);
-      unit.size /= 2;
-      unit.first_rank = half * unit.size;
-      unit.group = cluster / pairs;
-      unit.kv_head = cluster % pairs * 2 + half;
-    } else {
-      unit.group = cluster / p.num_kv_heads;
-      unit.kv_head = cluster % p.num_kv_heads;
-    }
-    unit.index = split_units + unit.kv_head;
-  }
-  unit.rank = cluster_rank - unit.first_rank;
-  return unit.kv_head < p.num_kv_heads;
+  unit.rank = blockIdx.x % plan.cluster_size;
+  unit.paired = false;
+  return unit;
 }
 
 // Small inputs that everything else waits for, into L2 while the previous kernel ends. What is in L2 is what a later read
@@ -220,17 +202,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
 
   if (threadIdx.x == 0) ptx::prefetch_tensor_map(&kv_map);
   if (warpgroup == 0 && thread >= 32) prefetch_inputs<T>(p, thread - 32);
-  ptx::wait_for_previous_kernel();
-  Unit unit;
   Tile tile;
   int tile_number;
-  bool works = find_unit(p, plan, unit, tile_number);
-  works = works && find_tile<Traits>(p, plan.heads, tile_number, lane, tile);
-  if (!works) return;  // all CTAs of a unit alike; no other CTA of the cluster reads this one's memory
-  // Both warpgroups hold the same rows of a half-filled tile where a cluster adds them up. Otherwise one has none, and works
-  // on zeros: that keeps it abreast of the full tiles beside it, which read the same K and V, so that L2 has them.
-  const bool shares_rows = Traits::kConsumers == 2 && plan.cluster_size > 1 && tile.num_rows <= 64;
-  unit.parts_per_cta = shares_rows ? 2 : 1;
+  Unit unit = find_unit(p, plan, tile_number);
+  if (p.batch > 1) ptx::wait_for_previous_kernel();
+  if (!find_tile<Traits>(p, plan.heads, tile_number, lane, tile)) return;
+  // Two KV heads with half a tile each share a CTA, a warpgroup for each: the CTAs of the second have nothing to do. What
+  // leaves here are all CTAs of a unit, and no other of the cluster reads their memory.
+  if (Traits::kConsumers == 2 && tile.num_rows <= 64) {
+    if (unit.kv_head % 2 == 1) return;
+    unit.paired = unit.kv_head + 1 < p.num_kv_heads;
+  }
+  if (p.batch == 1) ptx::wait_for_previous_kernel();
 
   const int total_blocks = (tile.num_slow + Traits::kBlockN - 1) / Traits::kBlockN;
   const BlockRange blocks = find_blocks(plan, unit, total_blocks);
@@ -238,21 +221,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   const int last_valid = min(Traits::kBlockN, tile.num_slow - (blocks.end - 1) * Traits::kBlockN);
 
   const Gates<Traits> gates = Gates<Traits>::make(p, plan, shared, tile, unit);
-  Producer<Traits> producer = {kv_map, shared, unit.kv_head, tile.slow_begin + blocks.begin * Traits::kBlockN, num_blocks,
+  Producer<Traits> producer = {kv_map, shared, unit, tile.slow_begin + blocks.begin * Traits::kBlockN, num_blocks,
                                plan.kv_evict_first ? ptx::kEvictFirst : ptx::kEvictNormal};
   const int consumer = warpgroup - 1;
   QueryRows<Traits> query;
   if (warpgroup > 0) {
-    query.load(p, plan, tile, unit.kv_head, shares_rows ? 0 : consumer * 64, thread);
+    query.load(p, plan, tile, unit.kv_head + (unit.paired ? consumer : 0), unit.paired ? 0 : consumer * 64, thread);
   } else if (thread >= 32 && p.state != nullptr && gates.are_few()) {
     gates.prefetch(thread - 32);
   } else if (thread == 0) {
-    for (int i = 0; i < Traits::kNumStages; ++i) {
-      ptx::mbarrier_init(&shared.k_full[i], 1);
-      ptx::mbarrier_init(&shared.v_full[i], 1);
-      ptx::mbarrier_init(&shared.k_empty[i], Traits::kConsumers);
-      ptx::mbarrier_init(&shared.v_empty[i], Traits::kConsumers);
+    for (int i = 0; i < Traits::kNumSlots; ++i) {
+      ptx::mbarrier_init(&shared.full[i], 1);
+      ptx::mbarrier_init(&shared.empty[i], unit.paired ? 1 : Traits::kConsumers);
     }
+    ptx::mbarrier_init(&shared.query_read, 4 * Traits::kConsumers);
     ptx::mbarrier_init(&shared.gate_full, 32 * Traits::kGateWarps);
     ptx::mbarrier_init_fence();
     producer.start();
@@ -273,25 +255,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     if constexpr (Traits::kConsumers == 2) ptx::register_alloc<Traits::kConsumerRegisters>();
     const float scale_log2 = p.softmax_scale * 1.4426950408889634f;
     RowState<Traits> rows;
-    // A warpgroup without rows (its Q is zero) keeps its CTA abreast of its neighbours; with P zero too it costs less power.
-    if (!shares_rows && consumer * 64 >= tile.num_rows) rows.max[0] = rows.max[1] = 1e30f;
-    query.store(shared.q + consumer * 64 * Traits::kHeadDim, thread);
+    // A warpgroup without rows keeps its CTA abreast of the full tiles beside it, which read the same K and V, so that L2 has
+    // them. Its Q is zero; with P zero too it costs less power.
+    if (!unit.paired && consumer * 64 >= tile.num_rows) rows.max[0] = rows.max[1] = 1e30f;
+    query.store(shared.query(consumer), thread);
     ptx::named_barrier_sync(1 + consumer, 128);
-    const DirectEpilogue<Traits> direct = {gates, consumer, thread};
-    const auto under_last_pv = [&] {
+    const DirectEpilogue<Traits> direct = {gates, consumer, thread, num_blocks};
+    Mainloop<Traits>::run(shared, rows, unit.paired, consumer, thread, num_blocks, last_valid, scale_log2, [&] {
       if (plan.cluster_size == 1) direct.prepare();
-    };
-    const auto attend = [&](auto mainloop, int first_column) {
-      mainloop.run(shared, rows, consumer, thread, num_blocks, first_column, last_valid, scale_log2, under_last_pv);
-    };
-    constexpr int kBlockN = Traits::kBlockN;
-    if constexpr (Traits::kConsumers == 1) {
-      attend(Mainloop<Traits, kBlockN, false>(), 0);
-    } else if (!shares_rows) {
-      attend(Mainloop<Traits, kBlockN, true>(), 0);
-    } else {
-      attend(Mainloop<Traits, kBlockN / 2, false>(), consumer * kBlockN / 2);
-    }
+    });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       rows.max[r] *= scale_log2;

@@ -14,8 +14,6 @@ struct SplitPlan {
   int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
   int32_t whole_units;   // the first units, which a CTA each takes without a split; 0 unless cluster_size is 1
   int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
-  int32_t half_groups;   // one sequence, whose last tile has at most half the rows: its groups; else 0
-  bool paired_halves;    // a cluster takes that tile of two KV heads
   bool kv_evict_first;   // each KV byte is read once
   // Workspace, for more than one group. Its units are those that groups share: max_tiles * Hkv - whole_units.
   float* partial_out;    // [units, num_groups, kBlockM * D]

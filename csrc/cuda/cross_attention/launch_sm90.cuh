@@ -61,9 +61,8 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   if (plan.cluster_size > 8) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
   }
-  const int full_units = (plan.max_tiles - (plan.half_groups > 0)) * p.num_kv_heads;
-  const int half_units = plan.paired_halves ? (p.num_kv_heads + 1) / 2 : p.num_kv_heads;
-  const int clusters = plan.whole_units + (full_units - plan.whole_units) * plan.num_groups + half_units * plan.half_groups;
+  const int split_units = plan.max_tiles * p.num_kv_heads - plan.whole_units;
+  const int clusters = plan.whole_units + split_units * plan.num_groups;
   // Launched as clusters, be it of one, CTAs scatter over the GPCs. Otherwise neighbours share a TPC, and where they read the
   // same K and V in step, one request to L2 serves both: 8x64x10368 650 MB instead of 960 (ncu, lts__t_bytes).
   cudaLaunchAttribute attributes[2];

@@ -18,18 +18,33 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Position in a ring of stages; the phase flips each time round.
-template <int kNumStages>
+// `size` slots from `first` on, used one after another; the phase flips each time round.
 struct Ring {
-  int stage = 0;
+  int first, size;
+  int index = 0;
   uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kNumStages) {
-      stage = 0;
+
+  struct Turn {
+    int slot;
+    uint32_t phase;
+  };
+  __device__ __forceinline__ Turn next() {
+    const Turn turn = {first + index, phase};
+    if (++index == size) {
+      index = 0;
       phase ^= 1;
     }
+    return turn;
   }
 };
+
+// K and V of the blocks go through a ring in the order of their use: K of a block, then V of the one before. Both warpgroups
+// use each block, or, with half tiles of two KV heads, each warpgroup has blocks and a ring of its own.
+template <typename Traits>
+__device__ __forceinline__ Ring make_ring(bool own_blocks, int warpgroup) {
+  if (!own_blocks) return {0, Traits::kRingSlots};
+  return {warpgroup * Traits::kHalfRingSlots, Traits::kHalfRingSlots};
+}
 
 // A warpgroup's accumulators cover 64 rows; a thread holds two of them, lane / 4 and lane / 4 + 8 of its warp's 16.
 template <typename Traits>
@@ -64,21 +79,18 @@ struct QueryOperand {
   }
 };
 
-// A warpgroup's share of every KV block, kColumns tokens. It is the whole block where each warpgroup has 64 rows of its own
-// (and with kTakeTurns they issue their products in turn, so that one's softmax runs under the other's products), and half
-// of it where both hold the same rows.
-template <typename Traits, int kColumns, bool kTakeTurns>
+// With two warpgroups they issue their products in turn, so that one's softmax runs under the other's products.
+template <typename Traits>
 struct Mainloop {
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kSteps = kColumns / 16;
-  static_assert(kColumns % 16 == 0);
-  using Scores = float[kColumns / 2];
+  static constexpr int kSteps = kBlockN / 16;
+  static constexpr bool kTakeTurns = Traits::kConsumers == 2;
+  using Scores = float[kBlockN / 2];
   using Probs = uint32_t[kSteps][4];
 
-  // `k` and `v` are the first row of the warpgroup's share in the first column block of a tile.
   static __device__ __forceinline__ void issue_qk(Scores& scores, const QueryOperand<Traits>& q, const T* k) {
     ptx::wgmma_fence();
     const uint64_t tile = ptx::wgmma_descriptor(k, 0, 1024);
@@ -87,9 +99,9 @@ struct Mainloop {
       const int span = step / 4, column = step % 4;  // 16 columns are 32 bytes of a 128-byte row
       const uint64_t b = tile + ((span * kBlockN * 128 + column * 32) >> 4);
       if constexpr (Traits::kQueryInRegisters) {
-        ptx::wgmma_rs<T, kColumns, 0>(scores, q.fragments[step], b, step != 0);
+        ptx::wgmma_rs<T, kBlockN, 0>(scores, q.fragments[step], b, step != 0);
       } else {
-        ptx::wgmma_ss<T, kColumns>(scores, q.tile + ((span * 64 * 128 + column * 32) >> 4), b, step != 0);
+        ptx::wgmma_ss<T, kBlockN>(scores, q.tile + ((span * 64 * 128 + column * 32) >> 4), b, step != 0);
       }
     }
     ptx::wgmma_commit();
@@ -116,19 +128,17 @@ struct Mainloop {
     for (int r = 0; r < 2; ++r) {
       float peak = rows.max[r];
 #pragma unroll
-      for (int i = 0; i < kColumns / 8; ++i) {
+      for (int i = 0; i < kBlockN / 8; ++i) {
         peak = fmaxf(peak, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
       }
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
-      // A part of a block may have no token of the sequence at all; a whole block has one.
-      const float base = kColumns < kBlockN && peak == -INFINITY ? 0.0f : peak;
-      alpha[r] = exp2_approx((rows.max[r] - base) * scale_log2);
-      rows.max[r] = peak;
-      const float offset = base * scale_log2;
+      alpha[r] = exp2_approx((rows.max[r] - peak) * scale_log2);
+      rows.max[r] = peak;  // finite: a block has at least one token of the sequence
+      const float offset = peak * scale_log2;
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kColumns / 8; ++i) {
+      for (int i = 0; i < kBlockN / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = scores[4 * i + 2 * r + j];
@@ -151,7 +161,7 @@ struct Mainloop {
 
   static __device__ __forceinline__ void mask(Scores& scores, int valid, int lane) {
 #pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) {
+    for (int i = 0; i < kBlockN / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (8 * i + 2 * (lane % 4) + (j & 1) >= valid) scores[4 * i + j] = -INFINITY;
@@ -162,7 +172,7 @@ struct Mainloop {
   // Rows of V past the sequence belong to the next video and may hold Inf: 0 * Inf is NaN, so they become 0.
   static __device__ __forceinline__ void clear_rows(T* v, int valid, int thread) {
     constexpr int kVectors = kHeadDim / 8;
-    for (int i = thread; i < (kColumns - valid) * kVectors; i += 128) {
+    for (int i = thread; i < (kBlockN - valid) * kVectors; i += 128) {
       const int row = valid + i / kVectors, vector = i % kVectors;
       T* span = v + (vector / 8) * kBlockN * Traits::kSpan;
       *reinterpret_cast<uint4*>(span + row * Traits::kSpan + (vector % 8) * 8) = make_uint4(0, 0, 0, 0);
@@ -170,24 +180,28 @@ struct Mainloop {
     ptx::fence_proxy_async();
   }
 
-  // The share begins at `first_column` of a block. `last_valid` tokens of the first block are the sequence's.
-  // `under_last_pv` runs when Q is no longer read.
+  // `valid` tokens of the first block are the sequence's. `under_last_pv` runs when Q is no longer read.
   template <typename Hook>
-  static __device__ __forceinline__ void run(Shared& shared, RowState<Traits>& rows, int warpgroup, int thread,
-                                             int num_blocks, int first_column, int last_valid, float scale_log2,
+  static __device__ __forceinline__ void run(Shared& shared, RowState<Traits>& rows, bool own_blocks, int warpgroup,
+                                             int thread, int num_blocks, int valid, float scale_log2,
                                              const Hook& under_last_pv) {
-    const int valid = min(max(last_valid - first_column, 0), kColumns), share = first_column * Traits::kSpan;
-    const QueryOperand<Traits> q(shared.q + warpgroup * 64 * kHeadDim, thread);
-    Ring<Traits::kNumStages> k_ring, v_ring;
+    const QueryOperand<Traits> q(shared.query(warpgroup), thread);
+    if (own_blocks) {
+      __syncwarp();
+      if (thread % 32 == 0) ptx::mbarrier_arrive(&shared.query_read);  // V of a block comes into its place
+    }
+    Ring ring = make_ring<Traits>(own_blocks, warpgroup);
     Scores scores;
     Probs probs;
     float alpha[2];
     constexpr int kTurnBarrier = 4;  // and 5
-    const auto wait_v = [&] {
-      if (!Traits::kLoadsTogether) ptx::mbarrier_wait(&shared.v_full[v_ring.stage], v_ring.phase);
+    const auto wait = [&](Ring::Turn turn) { ptx::mbarrier_wait(&shared.full[turn.slot], turn.phase); };
+    const auto release = [&](Ring::Turn turn) {
+      if (thread == 0) ptx::mbarrier_arrive(&shared.empty[turn.slot]);
     };
-    const auto release = [&](uint64_t* empty) {
-      if (thread == 0) ptx::mbarrier_arrive(empty);
+    const auto keys = [&](Ring::Turn turn) { return shared.slots[turn.slot]; };
+    const auto values = [&](Ring::Turn turn) {
+      return shared.slots[turn.slot] + (Traits::kLoadsTogether ? kBlockN * kHeadDim : 0);
     };
     const auto wait_turn = [&] {
       if (kTakeTurns) ptx::named_barrier_sync(kTurnBarrier + warpgroup, 256);
@@ -202,46 +216,56 @@ struct Mainloop {
     if (num_blocks == 0) return under_last_pv();
     if (warpgroup == 1 && num_blocks > 1) pass_turn();
 
-    ptx::mbarrier_wait(&shared.k_full[k_ring.stage], 0);
-    issue_qk(scores, q, shared.kv[k_ring.stage].k + share);
+    Ring::Turn k = ring.next(), v = k;
+    wait(k);
+    issue_qk(scores, q, keys(k));
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_operand(scores);
-    if (!Traits::kLoadsTogether) release(&shared.k_empty[k_ring.stage]);
-    k_ring.advance();
-    if (valid < kColumns) mask(scores, valid, thread % 32);
+    if (!Traits::kLoadsTogether) release(k);
+    if (valid < kBlockN) mask(scores, valid, thread % 32);
     softmax(scores, rows, alpha, scale_log2);
     pack(scores, probs);
-    if (valid < kColumns) {
-      wait_v();
-      clear_rows(shared.kv[0].v + share, valid, thread);
+    if (valid < kBlockN) {
+      if (!Traits::kLoadsTogether) {
+        v.slot = ring.first + (num_blocks > 1 ? 2 : 1);  // K of the second block comes first
+        wait(v);
+      }
+      clear_rows(values(v), valid, thread);
       ptx::named_barrier_sync(1 + warpgroup, 128);
     }
 
     for (int block = 1; block < num_blocks; ++block) {
-      ptx::mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.phase);
+      v = k;
+      k = ring.next();
+      wait(k);
       wait_turn();
-      issue_qk(scores, q, shared.kv[k_ring.stage].k + share);
-      wait_v();
+      issue_qk(scores, q, keys(k));
+      if (!Traits::kLoadsTogether) {
+        v = ring.next();
+        wait(v);
+      }
       // The turn passes one step early, so that the other's first product is there when this one's last ends.
-      issue_pv(rows, probs, shared.kv[v_ring.stage].v + share, [&] {
+      issue_pv(rows, probs, values(v), [&] {
         if (warpgroup == 0 || block + 1 < num_blocks) pass_turn();
       });
       ptx::wgmma_wait<1>();
       ptx::wgmma_fence_operand(scores);
-      if (!Traits::kLoadsTogether) release(&shared.k_empty[k_ring.stage]);
-      k_ring.advance();
+      if (!Traits::kLoadsTogether) release(k);
       softmax(scores, rows, alpha, scale_log2);
       ptx::wgmma_wait<0>();
       ptx::wgmma_fence_operand(rows.out);
-      release(Traits::kLoadsTogether ? &shared.k_empty[v_ring.stage] : &shared.v_empty[v_ring.stage]);
-      v_ring.advance();
+      release(v);
       pack(scores, probs);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) rows.out[i] *= alpha[(i / 2) % 2];
     }
 
-    wait_v();
-    issue_pv(rows, probs, shared.kv[v_ring.stage].v + share, no_hook);
+    v = k;
+    if (!Traits::kLoadsTogether) {
+      v = ring.next();
+      wait(v);
+    }
+    issue_pv(rows, probs, values(v), no_hook);
     under_last_pv();
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_operand(rows.out);

@@ -18,7 +18,6 @@ struct Traits {
   static constexpr int kBlockN = kConsumers == 1 ? 32 : 128;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kCtasPerSM = kConsumers == 1 ? 2 : 1;
-  static constexpr int kNumStages = kConsumers == 1 ? (kHeadDim == 128 ? 5 : 9) : (kHeadDim == 128 ? 2 : 4);
   // 64 columns of a row are the 128 bytes of one swizzle span; a tile is kHeadDim / 64 such column blocks.
   static constexpr int kSpan = 64;
   static constexpr int kSpans = kHeadDim / kSpan;
@@ -35,11 +34,15 @@ struct Traits {
   // With one consumer, which waits for memory, K and V of a block come in one TMA instruction and under one barrier.
   static constexpr bool kLoadsTogether = kConsumers == 1;
 
-  struct KVStage {
-    T k[kBlockN * kHeadDim];  // column blocks of 64, each [kBlockN][64]
-    T v[kBlockN * kHeadDim];
-  };
-  // What the epilogue lays over the KV stages once every CTA of the cluster is done with them.
+  // A slot of shared memory holds K or V of a block (with kLoadsTogether one behind the other), as column blocks of 64, each
+  // [kBlockN][64]. Q is as large and has the last slot; the others are a ring. In a CTA of two half tiles each warpgroup has
+  // a ring of its own, half of all slots, which takes in that of Q once it is read.
+  static constexpr int kSlotSize = kBlockN * kHeadDim * (kLoadsTogether ? 2 : 1);
+  static constexpr int kNumSlots = kConsumers == 1 ? (kHeadDim == 128 ? 6 : 10) : (kHeadDim == 128 ? 6 : 12);
+  static constexpr int kRingSlots = kNumSlots - 1, kHalfRingSlots = kNumSlots / 2;
+  static_assert(kSlotSize == kBlockM * kHeadDim);
+
+  // What the epilogue lays over the ring once every CTA of the cluster is done with it.
   struct Received {
     float out[kReceivedRows][kOutStride];  // [part][row of the share]: unnormalised rows of O, by vectors
     float2 stats[kReceivedRows];           // their maximum (log2 units) and sum
@@ -51,19 +54,21 @@ struct Traits {
     int gate;                     // text row in the tile
   };
   struct SharedStorage {
-    alignas(1024) T q[kBlockM * kHeadDim];
     union {
-      alignas(1024) KVStage kv[kNumStages];
+      alignas(1024) T slots[kNumSlots][kSlotSize];
       Received received;
     };
     RowPlace place[kBlockM];
     float gate_parts[kBlockM][kGateWarps];
     float gate[kBlockM];  // a text row of this CTA's each, or, without clusters, 64 of them a warpgroup
     Gate gate_function;   // read by the gate warps while the consumers attend
-    uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
-    uint64_t gate_full;
+    uint64_t full[kNumSlots], empty[kNumSlots];
+    uint64_t query_read, gate_full;
     int is_last[kConsumers];
+
+    __device__ __forceinline__ T* query(int warpgroup) { return slots[kRingSlots] + warpgroup * 64 * kHeadDim; }
   };
+  static_assert(sizeof(Received) <= kRingSlots * kSlotSize * sizeof(T));
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // the base is aligned to 1024 by hand
   static_assert(kSharedBytes <= 227 * 1024 / kCtasPerSM - 1024 * (kCtasPerSM - 1));
 };
