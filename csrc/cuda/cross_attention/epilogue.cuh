@@ -102,16 +102,24 @@ struct Gates {
     return unit.num_groups == 1 ? shared.gate_parts[0] : workspace();
   }
 
+  // The groups among which the rows are shared out. A short group has no time for them: its CTAs are the many that run one
+  // after another, and gates take longer than their few KV blocks.
+  __device__ __forceinline__ int gate_groups() const {
+    return unit.num_groups - (unit.num_groups > 1 && plan.long_blocks > 0);
+  }
+  __device__ __forceinline__ bool forms_gates() const { return p.state != nullptr && unit.group < gate_groups(); }
+
   // With few rows to form, their loads may go ahead of those of Q; many would hold Q up.
   __device__ __forceinline__ bool are_few() const { return text_end() - text_begin() <= 8; }
 
   // Rows of state that the gates need, into L2 before the KV stream takes all of the memory's queue.
   __device__ __forceinline__ void prefetch(int thread) const {
     const int bytes = p.num_q_heads * kHeadDim * static_cast<int>(sizeof(T)), lane = thread % 32, end = text_end();
-    for (int first = text_begin() + unit.group; first < end; first += 32 * unit.num_groups) {
-      const int mine = first + lane * unit.num_groups;  // a lane reads the index of a row: they arrive together
+    const int step = gate_groups();
+    for (int first = text_begin() + unit.group; first < end; first += 32 * step) {
+      const int mine = first + lane * step;  // a lane reads the index of a row: they arrive together
       const T* row = mine < end ? state_row(mine) : nullptr;
-      for (int i = 0; i < 32 && first + i * unit.num_groups < end; ++i) {
+      for (int i = 0; i < 32 && first + i * step < end; ++i) {
         const char* start = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(row), i));
         for (int offset = thread * 128; offset < bytes; offset += 32 * Traits::kGateWarps * 128) {
           ptx::prefetch_l2(start + offset);
@@ -131,7 +139,7 @@ struct Gates {
                          text_index * channels + head * kHeadDim, text_index * p.num_q_heads + head,
                          text - tile_text()};
     }
-    if (p.state != nullptr) form_dots(warp, lane);
+    if (forms_gates()) form_dots(warp, lane);
     ptx::mbarrier_arrive(&shared.gate_full);
   }
 
@@ -139,10 +147,10 @@ struct Gates {
   // compete with those of the main loop. Of A (16 x 16), row s takes slice s of one text row's channels and row 8 + s the
   // same slice of the next one's, and column s of B (16 x 8) that slice of the weight; the dots are the two diagonals' sums.
   __device__ __forceinline__ void form_dots(int warp, int lane) const {
-    const int end = text_end();
+    const int end = text_end(), step = gate_groups();
     float* parts = dots();
-    for (int text = text_begin() + unit.group; text < end; text += 2 * unit.num_groups) {
-      const int next = text + unit.num_groups;
+    for (int text = text_begin() + unit.group; text < end; text += 2 * step) {
+      const int next = text + step;
       const T* states[2] = {state_row(text), next < end ? state_row(next) : nullptr};
       float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       if (p.gate.dtype == DType::kFloat32) {

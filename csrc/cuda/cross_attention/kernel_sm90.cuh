@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   QueryRows<Traits> query;
   if (warpgroup > 0) {
     query.load(p, plan, tile, unit.kv_head + (unit.paired ? consumer : 0), unit.paired ? 0 : consumer * 64, thread);
-  } else if (thread >= 32 && p.state != nullptr && gates.are_few()) {
+  } else if (thread >= 32 && gates.forms_gates() && gates.are_few()) {
     gates.prefetch(thread - 32);
   } else if (thread == 0) {
     for (int i = 0; i < Traits::kNumSlots; ++i) {
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     if constexpr (Traits::kConsumers == 2) ptx::register_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     if (warp > 0) {
-      if (p.state != nullptr && !gates.are_few()) gates.prefetch(thread - 32);
+      if (gates.forms_gates() && !gates.are_few()) gates.prefetch(thread - 32);
       gates.prepare(warp - 1, lane);
     } else if (lane == 0) {
       producer.finish();
