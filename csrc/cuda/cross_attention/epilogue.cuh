@@ -51,6 +51,7 @@ struct Gates {
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kGateBarrier = 6;
 
   const CrossAttentionParams& p;
   const SplitPlan& plan;
@@ -140,29 +141,29 @@ struct Gates {
                          text - tile_text()};
     }
     if (forms_gates()) form_dots(warp, lane);
+    if (p.state != nullptr && unit.num_groups == 1) {
+      ptx::named_barrier_sync(kGateBarrier, 32 * Traits::kGateWarps);
+      finish(text_begin(), text_end(), shared.gate, warp * 32 + lane, 32 * Traits::kGateWarps);
+    }
     ptx::mbarrier_arrive(&shared.gate_full);
   }
 
-  // Dots of the state rows with the gate's weight, a third of C a warp, by tensor cores: a fifth of the instructions, which
-  // compete with those of the main loop. Of A (16 x 16), row s takes slice s of one text row's channels and row 8 + s the
-  // same slice of the next one's, and column s of B (16 x 8) that slice of the weight; the dots are the two diagonals' sums.
+  // Dots of the state rows with the gate's weight, a third of C a warp.
   __device__ __forceinline__ void form_dots(int warp, int lane) const {
     const int end = text_end(), step = gate_groups();
     float* parts = dots();
     for (int text = text_begin() + unit.group; text < end; text += 2 * step) {
       const int next = text + step;
       const T* states[2] = {state_row(text), next < end ? state_row(next) : nullptr};
-      float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float dots[2] = {0.0f, 0.0f};  // what this lane has of them
       if (p.gate.dtype == DType::kFloat32) {
-        multiply_by_floats(products, states, warp * 32 + lane);
+        multiply_by_floats(dots, states, warp * 32 + lane);
       } else {
-        multiply_by_halves(products, states, warp * 32 + lane);
+        multiply_by_halves(dots, states, warp * 32 + lane);
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        // A lane has columns 2 (lane % 4) and the one after it of rows lane / 4 and 8 + lane / 4.
-        float dot = lane % 8 < 4 ? products[2 * j] : products[2 * j + 1];
-        if (lane % 4 != lane / 8) dot = 0.0f;
+        float dot = dots[j];
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
         if (lane == 0 && states[j] != nullptr) parts[(j == 0 ? text : next) * Traits::kGateWarps + warp] = dot;
@@ -175,14 +176,12 @@ struct Gates {
     return row != nullptr && vector < num_vectors() ? __ldg(reinterpret_cast<const uint4*>(row) + vector)
                                                     : make_uint4(0, 0, 0, 0);
   }
-  static __device__ __forceinline__ void multiply(float (&products)[4], const uint4& a, const uint4& b, const uint4& weight) {
-    ptx::mma_16x8x16<T>(products, {a.x, b.x, a.y, b.y}, {weight.x, weight.y});
-    ptx::mma_16x8x16<T>(products, {a.z, b.z, a.w, b.w}, {weight.z, weight.w});
-  }
-
-  // `vector` is a lane's first. All lanes of a warp go round equally often.
-  __device__ __forceinline__ void multiply_by_halves(float (&products)[4], const T* const (&states)[2], int vector) const {
+  // By tensor cores: a fifth of the instructions, which compete with those of the main loop. Of A (16 x 16), row s takes slice
+  // s of one text row's channels and row 8 + s the same slice of the next one's, and column s of B (16 x 8) that slice of the
+  // weight; the dots are the two diagonals' sums. `vector` is a lane's first. All lanes of a warp go round equally often.
+  __device__ __forceinline__ void multiply_by_halves(float (&dots)[2], const T* const (&states)[2], int vector) const {
     constexpr int kStep = 32 * Traits::kGateWarps, kLoads = Traits::kConsumers == 1 ? 5 : 2;  // in flight together
+    float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const int end = num_vectors();
     for (int lane = vector % 32; vector - lane < end; vector += kStep * kLoads) {
       uint4 a[kLoads], b[kLoads], weight[kLoads];
@@ -194,35 +193,39 @@ struct Gates {
         weight[i] = __ldg(static_cast<const uint4*>(p.gate.weight) + min(mine, end - 1));
       }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) multiply(products, a[i], b[i], weight[i]);
+      for (int i = 0; i < kLoads; ++i) {
+        ptx::mma_16x8x16<T>(products, {a[i].x, b[i].x, a[i].y, b[i].y}, {weight[i].x, weight[i].y});
+        ptx::mma_16x8x16<T>(products, {a[i].z, b[i].z, a[i].w, b[i].w}, {weight[i].z, weight[i].w});
+      }
     }
+    const int lane = vector % 32;  // a lane has columns 2 (lane % 4) and the one after it of rows lane / 4 and 8 + lane / 4
+    if (lane % 4 != lane / 8) return;
+    dots[0] = lane % 8 < 4 ? products[0] : products[1];
+    dots[1] = lane % 8 < 4 ? products[2] : products[3];
   }
 
-  // A float32 weight is the sum of three halves.
-  __device__ __forceinline__ void multiply_by_floats(float (&products)[4], const T* const (&states)[2], int vector) const {
-    const int end = num_vectors();
-    for (int lane = vector % 32; vector - lane < end; vector += 32 * Traits::kGateWarps) {
-      const uint4 a = state_vector(states[0], vector), b = state_vector(states[1], vector);
-      const float4* weight = static_cast<const float4*>(p.gate.weight) + 2 * min(vector, end - 1);
-      const float4 low = __ldg(weight), high = __ldg(weight + 1);
-      float rest[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}, rounded[8];
+  __device__ __forceinline__ void multiply_by_floats(float (&dots)[2], const T* const (&states)[2], int vector) const {
 #pragma unroll 1
-      for (int part = 0; part < 3; ++part) {
-        const uint4 bits = pack<T>(rest);
-        multiply(products, a, b, bits);
-        unpack<T>(bits, rounded);
+    for (const int end = num_vectors(); vector < end; vector += 32 * Traits::kGateWarps) {
+      const float4* weight = static_cast<const float4*>(p.gate.weight) + 2 * vector;
+      const float4 low = __ldg(weight), high = __ldg(weight + 1);
+      const float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-        for (int j = 0; j < 8; ++j) rest[j] -= rounded[j];
+      for (int j = 0; j < 2; ++j) {
+        float x[8];
+        unpack<T>(state_vector(states[j], vector), x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) dots[j] = fmaf(x[i], w[i], dots[j]);
       }
     }
   }
 
-  // Gates of text rows first .. end into target[0 ..]; the caller's next barrier publishes them.
+  // Gates of text rows first .. end into target[first ..]; the caller's next barrier publishes them.
   __device__ __forceinline__ void finish(int first, int end, float* target, int thread, int threads) const {
     const Gate gate = shared.gate_function;
     for (int i = first + thread; i < end; i += threads) {
       const float* dot = dots() + i * Traits::kGateWarps;
-      target[i - first] = gate((dot[0] + dot[1]) + dot[2]);
+      target[i] = gate((dot[0] + dot[1]) + dot[2]);
     }
   }
 

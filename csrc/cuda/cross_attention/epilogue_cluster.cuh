@@ -16,12 +16,21 @@ struct Sum {
   float4 total = {0.0f, 0.0f, 0.0f, 0.0f};  // unnormalised
   float2 merged = {-INFINITY, 0.0f};        // maximum (log2 units) and sum
 
-  __device__ __forceinline__ void add(float2 stats, float4 x) {
-    const float peak = fmaxf(merged.x, stats.x);
-    const float old = weight_of(merged.x, peak), w = weight_of(stats.x, peak);
-    merged = make_float2(peak, fmaf(stats.y, w, merged.y * old));
-    total = make_float4(fmaf(x.x, w, total.x * old), fmaf(x.y, w, total.y * old), fmaf(x.z, w, total.z * old),
-                        fmaf(x.w, w, total.w * old));
+  template <int kParts>  // a maximum of all first, so that their weights do not wait for each other
+  __device__ __forceinline__ void add(const float2 (&stats)[kParts], const float4 (&x)[kParts]) {
+    float peak = merged.x;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) peak = fmaxf(peak, stats[i].x);
+    const float old = weight_of(merged.x, peak);
+    merged = make_float2(peak, merged.y * old);
+    total = make_float4(total.x * old, total.y * old, total.z * old, total.w * old);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const float w = weight_of(stats[i].x, peak);
+      merged.y = fmaf(stats[i].y, w, merged.y);
+      total = make_float4(fmaf(x[i].x, w, total.x), fmaf(x[i].y, w, total.y), fmaf(x[i].z, w, total.z),
+                          fmaf(x[i].w, w, total.w));
+    }
   }
 };
 
@@ -66,9 +75,8 @@ struct ClusterEpilogue {
     ptx::cluster_wait();
     sync_consumers();  // says the same again, in a way that compute-sanitizer's racecheck understands
   }
-  __device__ __forceinline__ void finish_gates(int consumer) const {
-    gates.finish(gates.text_begin(), gates.text_end(), gates.shared.gate + gates.text_begin(), consumer,
-                 kConsumerThreads);
+  __device__ __forceinline__ void finish_gates(int thread) const {
+    gates.finish(gates.text_begin(), gates.text_end(), gates.shared.gate, thread, kConsumerThreads);
   }
 
   // Called by all consumer threads; thread is the index in the warpgroup. Maxima of `rows` are in log2 units.
@@ -78,7 +86,6 @@ struct ClusterEpilogue {
     const int consumer = warpgroup * 128 + thread;
     ptx::cluster_arrive();
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
-    if (unit.num_groups == 1 && mixes) finish_gates(consumer);
     wait_for_cluster();  // nobody reads the KV stages and Q any more
     if (mixes) gates.fetch_state(gates.shared.query(0), 0, gates.num_rows, consumer, kConsumerThreads);
     send(rows, warpgroup, thread);
@@ -90,10 +97,7 @@ struct ClusterEpilogue {
       add<false>(consumer, unit.size);
     } else {
       leave_partial(consumer);
-      if (!arrive_last(consumer)) return;
-      if (mixes) finish_gates(consumer);
-      sync_consumers();
-      add<true>(consumer, unit.num_groups);
+      if (arrive_last(consumer)) add<true>(consumer, unit.num_groups);
     }
   }
 
@@ -131,7 +135,7 @@ struct ClusterEpilogue {
                          : *reinterpret_cast<const float4*>(&shared.received.out[i * gates.share + row][4 * vector]);
     };
     Sum sum;
-    constexpr int kLoads = kOverGroups ? 8 : 1;  // in flight together
+    constexpr int kLoads = 8;  // in flight together
 #pragma unroll 1
     for (int first = 0; first < count; first += kLoads) {
       float2 s[kLoads];
@@ -145,8 +149,8 @@ struct ClusterEpilogue {
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
         if (first + j >= count) s[j].x = -INFINITY;
-        sum.add(s[j], x[j]);
       }
+      sum.add(s, x);
     }
     return sum;
   }
@@ -154,12 +158,19 @@ struct ClusterEpilogue {
   template <bool kOverGroups>
   __device__ __forceinline__ void add(int consumer, int count) const {
     Shared& shared = gates.shared;
+    const int total = gates.num_rows * kVectors;
 #pragma unroll 1
-    for (int index = consumer; index < gates.num_rows * kVectors; index += kConsumerThreads) {
-      const int row = index / kVectors, vector = index % kVectors;
+    for (int first = 0; first < total; first += kConsumerThreads) {
+      const int index = first + consumer, row = index / kVectors, vector = index % kVectors;
+      Sum sum;
+      if (index < total) sum = sum_over<kOverGroups>(row, vector, count);
+      if (kOverGroups && first == 0) {  // the last threads have no rows of a decode tile: they form its gates meanwhile
+        if (gates.p.state != nullptr) finish_gates(kConsumerThreads - 1 - consumer);
+        sync_consumers();
+      }
+      if (index >= total) continue;
       const auto& place = shared.place[row];
-      store_result<Traits>(gates.p, place, row, vector, sum_over<kOverGroups>(row, vector, count), shared.query(0),
-                           shared.gate[place.gate]);
+      store_result<Traits>(gates.p, place, row, vector, sum, shared.query(0), shared.gate[place.gate]);
     }
   }
 

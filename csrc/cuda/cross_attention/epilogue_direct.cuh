@@ -28,7 +28,10 @@ struct DirectEpilogue {
     if (gates.unit.paired) return gates.shared.slots[warpgroup * kSlots + 2 * num_blocks % kSlots];
     return gates.shared.query(warpgroup);
   }
-  __device__ __forceinline__ float* gate() const { return gates.shared.gate + warpgroup * 64; }
+  // By text row of the tile. Formed by the gate warps, or, of groups, by each warpgroup for itself.
+  __device__ __forceinline__ float* gate() const {
+    return gates.shared.gate + (gates.unit.num_groups == 1 ? 0 : warpgroup * 64 - text(0));
+  }
   __device__ __forceinline__ int text(int row) const {  // of a row of this warpgroup, from the tile's first
     return gates.text(first_row() + row);
   }
@@ -51,10 +54,12 @@ struct DirectEpilogue {
     if (num_rows() == 0) return;
     if (gates.unit.num_groups > 1) {
       if (!climb(rows)) return;
-      if (mixes()) fetch_state();
+      if (mixes()) {
+        fetch_state();
+        gates.finish(text(0), text(num_rows() - 1) + 1, gate(), thread, 128);
+      }
     }
     if (mixes()) {
-      gates.finish(text(0), text(num_rows() - 1) + 1, gate(), thread, 128);
       cp_async_wait<0>();
       sync();
       emit<true>(rows);
@@ -67,14 +72,14 @@ struct DirectEpilogue {
   __device__ __forceinline__ void emit(const RowState<Traits>& rows) const {
     const CrossAttentionParams& p = gates.p;
     const auto* place = gates.shared.place + first_row();
-    const int lane = thread % 32, count = num_rows(), first_text = text(0);
+    const int lane = thread % 32, count = num_rows();
     sync();  // the cells are free: of Q, or of the mixed rows
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (row(r) >= count) continue;
       const float2 merged = make_float2(rows.max[r], rows.sum[r]);
       const float inverse = merged.x == -INFINITY ? 0.0f : 1.0f / merged.y;
-      const float g = kMixed ? gate()[place[row(r)].gate - first_text] : 0.0f;
+      const float g = kMixed ? gate()[place[row(r)].gate] : 0.0f;
       if (lane % 4 == 0 && (kMixed || !mixes())) store_lse<Traits>(p, place[row(r)].lse, merged);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
