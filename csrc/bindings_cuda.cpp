@@ -32,6 +32,7 @@ void cross_attention(CrossAttentionParams& p, int32_t consumers, int32_t cluster
                                 pointer<float>(partial_gates),
                                 pointer<int32_t>(counters),
                                 0,
+                                0,
                                 0};
   (p.head_dim == 64 ? cuda::cross_attention_sm90_d64 : cuda::cross_attention_sm90_d128)(p, plan, pointer(stream));
 }

@@ -59,14 +59,15 @@ struct Gates {
   const Tile& tile;
   const Unit& unit;
   const int total_rows;         // of the unit, and of them
-  const int share;              // those that a CTA of it owns; this one's are:
+  const int share_bits;         // log2 of how many of them a CTA owns; this one's are:
   const int first_row, num_rows;
 
   static __device__ __forceinline__ Gates make(const CrossAttentionParams& p, const SplitPlan& plan, Shared& shared,
                                                const Tile& tile, const Unit& unit) {
-    const int total = tile.num_rows * (unit.paired ? 2 : 1), share = (total + unit.size - 1) / unit.size;
-    const int first_row = min(total, unit.rank * share);
-    return {p, plan, shared, tile, unit, total, share, first_row, min(share, total - first_row)};
+    const int total = tile.num_rows * (unit.paired ? 2 : 1);
+    const auto log2_of = [](int x) { return 32 - __clz(x - 1); };  // rounded up
+    const int share_bits = max(0, log2_of(total) - log2_of(unit.size)), first_row = min(total, unit.rank << share_bits);
+    return {p, plan, shared, tile, unit, total, share_bits, first_row, min(1 << share_bits, total - first_row)};
   }
 
   // Rows of the unit that a warpgroup holds.

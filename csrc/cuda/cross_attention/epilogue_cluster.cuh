@@ -1,4 +1,4 @@
-// From the parts of a cluster to the result. Every CTA of a unit owns an equal share of the tile's rows: each part
+// From the parts of a cluster to the result. Every CTA of a unit owns a share of the tile's rows: each part
 // sends its rows to their owners (stores to distributed shared memory, which nobody waits for), and after one cluster
 // barrier the owner adds them up, always in the same order. Groups of clusters go on through global memory, where the
 // last to arrive adds. Then gate, mix and store.
@@ -84,7 +84,7 @@ struct ClusterEpilogue {
     const Unit& unit = gates.unit;
     const bool mixes = gates.p.state != nullptr;
     const int consumer = warpgroup * 128 + thread;
-    ptx::cluster_arrive();
+    ptx::cluster_arrive_relaxed();
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     wait_for_cluster();  // nobody reads the KV stages and Q any more
     if (mixes) gates.fetch_state(gates.shared.query(0), 0, gates.num_rows, consumer, kConsumerThreads);
@@ -108,8 +108,8 @@ struct ClusterEpilogue {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (warpgroup_row + 8 * r >= gates.num_rows_of(warpgroup)) continue;
-      const int row = gates.first_row_of(warpgroup) + warpgroup_row + 8 * r, owner = row / gates.share;
-      const int slot = unit.rank * gates.share + row - owner * gates.share;
+      const int row = gates.first_row_of(warpgroup) + warpgroup_row + 8 * r, owner = row >> gates.share_bits;
+      const int slot = ((unit.rank - owner) << gates.share_bits) + row;
       const uint32_t out = ptx::peer_address(&shared.received.out[slot][4 * (lane % 4)], owner);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -128,11 +128,11 @@ struct ClusterEpilogue {
   __device__ __forceinline__ Sum sum_over(int row, int vector, int count) const {
     const Shared& shared = gates.shared;
     const auto stats = [&](int i) {
-      return kOverGroups ? __ldcg(partial_stats(i) + row) : shared.received.stats[i * gates.share + row];
+      return kOverGroups ? __ldcg(partial_stats(i) + row) : shared.received.stats[(i << gates.share_bits) + row];
     };
     const auto values = [&](int i) {
       return kOverGroups ? __ldcg(partial_out(i) + row * kVectors + vector)
-                         : *reinterpret_cast<const float4*>(&shared.received.out[i * gates.share + row][4 * vector]);
+                         : *reinterpret_cast<const float4*>(&shared.received.out[(i << gates.share_bits) + row][4 * vector]);
     };
     Sum sum;
     constexpr int kLoads = 8;  // in flight together

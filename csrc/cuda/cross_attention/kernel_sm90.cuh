@@ -55,18 +55,48 @@ __device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int hea
   return tile.num_rows > 0;
 }
 
+// Grid: x is the CTA of the cluster and the tile, y the KV head, z the group: tiles that share K and V run side by side.
+// What has no work are all CTAs of a cluster.
+template <typename Traits>
+__device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const SplitPlan& plan, int lane, Unit& unit,
+                                          Tile& tile) {
+  const int tile_index = ptx::cluster_index(), number = blockIdx.y * plan.max_tiles + tile_index;
+  const bool is_whole = number < plan.whole_units;
+  unit.index = number - plan.whole_units;
+  unit.kv_head = blockIdx.y;
+  unit.group = blockIdx.z;
+  unit.num_groups = is_whole ? 1 : plan.num_groups;
+  unit.size = plan.cluster_size;
+  unit.rank = ptx::cluster_rank();
+  unit.paired = false;
+  if (unit.group >= unit.num_groups || !find_tile<Traits>(p, plan.heads, tile_index, lane, tile)) return false;
+  // Two KV heads with half a tile each share a CTA, a warpgroup for each: the CTAs of the second have nothing to do.
+  if (Traits::kConsumers == 2 && tile.num_rows <= 64) {
+    if (unit.kv_head % 2 == 1) return false;
+    unit.paired = unit.kv_head + 1 < p.num_kv_heads;
+  }
+  return true;
+}
+
 // The KV blocks of a CTA.
 struct BlockRange {
   int begin, end;
 };
 
-__device__ __forceinline__ BlockRange find_blocks(const SplitPlan& plan, const Unit& unit, int total) {
-  if (plan.long_blocks > 0 && unit.num_groups > 1) {
+template <typename Traits>
+__device__ __forceinline__ BlockRange find_blocks(const SplitPlan& plan, const Unit& unit, int num_slow) {
+  const int total = (num_slow + Traits::kBlockN - 1) / Traits::kBlockN;
+  const int splits = unit.size * unit.num_groups, split = unit.group * unit.size + unit.rank;
+  if (splits == 1) return {0, total};
+  if (plan.long_blocks > 0) {
     const int begin = min(total, unit.group * plan.long_blocks);
     return {begin, unit.group + 1 == unit.num_groups ? total : min(total, begin + plan.long_blocks)};
   }
-  const int64_t splits = unit.size * unit.num_groups, split = unit.group * unit.size + unit.rank;
-  return {static_cast<int>(total * split / splits), static_cast<int>(total * (split + 1) / splits)};
+  int each = __umulhi(total, plan.splits_reciprocal);  // of each split's blocks, or one too many
+  if (each * splits > total) --each;
+  const int rest = total - each * splits;
+  const auto begin_of = [&](int i) { return each * i + static_cast<int>(__umulhi(rest * i, plan.splits_reciprocal)); };
+  return {begin_of(split), begin_of(split + 1)};
 }
 
 // Issues the KV blocks of a CTA, from the last to the first, so that the one block with a mask is peeled off the consumers'
@@ -114,60 +144,26 @@ struct Producer {
   }
 };
 
-// Rows of Q by index, first into registers, then into the swizzled tile: 16-byte vector v of row r of a column block
-// lies at v ^ (r % 8). The loads are issued before the KV stream starts, behind which they would wait for microseconds.
+// Rows of Q by index, into the swizzled tile of a warpgroup: 16-byte vector v of row r of a column block lies at v ^ (r % 8).
+// A warp loads 16 rows, and with Q in registers they are those it reads. Issued before the KV stream starts, behind which they
+// would wait for microseconds.
 template <typename Traits>
-struct QueryRows {
+__device__ __forceinline__ void load_query(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int kv_head,
+                                           int first_row, typename Traits::Element* q, int thread) {
   using T = typename Traits::Element;
-  static constexpr int kVectors = Traits::kHeadDim / 8, kLoads = 64 * kVectors / 128;
-  uint4 loaded[kLoads];
-
-  __device__ __forceinline__ void load(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile,
-                                       int kv_head, int first_row, int thread) {
-    const int vector = thread % kVectors;
-    int text_row[kLoads], head[kLoads];
+  constexpr int kVectors = Traits::kHeadDim / 8, kRows = 32 / kVectors;  // that a warp loads at once
+  const int lane = thread % 32, warp_row = thread / 32 * 16, vector = lane % kVectors;
+  // A lane finds one of the rows.
+  const int packed = tile.row_begin + min(first_row + warp_row + lane % 16, tile.num_rows - 1), text = text_of(plan, packed);
+  const int head = kv_head * plan.heads + packed - text * plan.heads;
+  const T* start = static_cast<const T*>(p.q) + p.text_rows[tile.text_begin + text] * p.q_row_stride + head * p.q_head_stride;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int packed = tile.row_begin + min(first_row + (thread + i * 128) / kVectors, tile.num_rows - 1);
-      const int text = text_of(plan, packed);
-      text_row[i] = p.text_rows[tile.text_begin + text];
-      head[i] = kv_head * plan.heads + packed - text * plan.heads;
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const T* row = static_cast<const T*>(p.q) + text_row[i] * p.q_row_stride + head[i] * p.q_head_stride;
-      loaded[i] = make_uint4(0, 0, 0, 0);
-      if (first_row + (thread + i * 128) / kVectors < tile.num_rows) loaded[i] = load_once(row + vector * 8);
-    }
+  for (int i = 0; i < 16; i += kRows) {
+    const int source = i + lane / kVectors, row = warp_row + source;
+    const auto row_start = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(start), source));
+    T* cell = q + (vector / 8 * 64 + row) * Traits::kSpan + ((vector ^ row) % 8) * 8;
+    cp_async_16_or_zeros(ptx::smem_address(cell), row_start + vector * 8, first_row + row < tile.num_rows);
   }
-
-  __device__ __forceinline__ void store(T* q, int thread) const {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int row = (thread + i * 128) / kVectors, vector = (thread + i * 128) % kVectors;
-      T* span = q + (vector / 8) * 64 * Traits::kSpan;
-      *reinterpret_cast<uint4*>(span + row * Traits::kSpan + ((vector % 8) ^ (row % 8)) * 8) = loaded[i];
-    }
-    ptx::fence_proxy_async();
-  }
-};
-
-// Grid: CTA of the cluster, tile, KV head, group, the first fastest: tiles that share K and V run side by side. Whole units
-// come first.
-__device__ __forceinline__ Unit find_unit(const CrossAttentionParams& p, const SplitPlan& plan, int& tile) {
-  const int cluster = blockIdx.x / plan.cluster_size, split_units = plan.max_tiles * p.num_kv_heads - plan.whole_units;
-  const int in_groups = cluster - plan.whole_units;
-  Unit unit;
-  unit.group = in_groups < 0 ? 0 : in_groups / split_units;
-  unit.num_groups = in_groups < 0 ? 1 : plan.num_groups;
-  unit.index = in_groups < 0 ? in_groups : in_groups % split_units;
-  const int number = static_cast<int>(unit.index) + plan.whole_units;
-  tile = number % plan.max_tiles;
-  unit.kv_head = number / plan.max_tiles;
-  unit.size = plan.cluster_size;
-  unit.rank = blockIdx.x % plan.cluster_size;
-  unit.paired = false;
-  return unit;
 }
 
 // Small inputs that everything else waits for, into L2 while the previous kernel ends. What is in L2 is what a later read
@@ -175,7 +171,9 @@ __device__ __forceinline__ Unit find_unit(const CrossAttentionParams& p, const S
 template <typename T>
 __device__ __forceinline__ void prefetch_inputs(const CrossAttentionParams& p, int thread) {
   const auto prefetch = [&](const void* data, int64_t bytes) {
-    for (int64_t i = thread * 128; i < min(bytes, int64_t{1} << 16); i += 96 * 128) {
+    const int end = static_cast<int>(min(bytes, int64_t{1} << 16));
+#pragma unroll 1
+    for (int i = thread * 128; i < end; i += 96 * 128) {
       ptx::prefetch_l2(static_cast<const char*>(data) + i);
     }
   };
@@ -203,20 +201,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   if (threadIdx.x == 0) ptx::prefetch_tensor_map(&kv_map);
   if (warpgroup == 0 && thread >= 32) prefetch_inputs<T>(p, thread - 32);
   Tile tile;
-  int tile_number;
-  Unit unit = find_unit(p, plan, tile_number);
+  Unit unit;
   if (p.batch > 1) ptx::wait_for_previous_kernel();
-  if (!find_tile<Traits>(p, plan.heads, tile_number, lane, tile)) return;
-  // Two KV heads with half a tile each share a CTA, a warpgroup for each: the CTAs of the second have nothing to do. What
-  // leaves here are all CTAs of a unit, and no other of the cluster reads their memory.
-  if (Traits::kConsumers == 2 && tile.num_rows <= 64) {
-    if (unit.kv_head % 2 == 1) return;
-    unit.paired = unit.kv_head + 1 < p.num_kv_heads;
-  }
+  if (!find_work<Traits>(p, plan, lane, unit, tile)) return;
+  const BlockRange blocks = find_blocks<Traits>(plan, unit, tile.num_slow);
   if (p.batch == 1) ptx::wait_for_previous_kernel();
 
-  const int total_blocks = (tile.num_slow + Traits::kBlockN - 1) / Traits::kBlockN;
-  const BlockRange blocks = find_blocks(plan, unit, total_blocks);
   const int num_blocks = blocks.end - blocks.begin;
   const int last_valid = min(Traits::kBlockN, tile.num_slow - (blocks.end - 1) * Traits::kBlockN);
 
@@ -224,9 +214,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   Producer<Traits> producer = {kv_map, shared, unit, tile.slow_begin + blocks.begin * Traits::kBlockN, num_blocks,
                                plan.kv_evict_first ? ptx::kEvictFirst : ptx::kEvictNormal};
   const int consumer = warpgroup - 1;
-  QueryRows<Traits> query;
   if (warpgroup > 0) {
-    query.load(p, plan, tile, unit.kv_head + (unit.paired ? consumer : 0), unit.paired ? 0 : consumer * 64, thread);
+    const int kv_head = unit.kv_head + (unit.paired ? consumer : 0), first_row = unit.paired ? 0 : consumer * 64;
+    load_query<Traits>(p, plan, tile, kv_head, first_row, shared.query(consumer), thread);
   } else if (thread >= 32 && gates.forms_gates() && gates.are_few()) {
     gates.prefetch(thread - 32);
   } else if (thread == 0) {
@@ -258,8 +248,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     // A warpgroup without rows keeps its CTA abreast of the full tiles beside it, which read the same K and V, so that L2 has
     // them. Its Q is zero; with P zero too it costs less power.
     if (!unit.paired && consumer * 64 >= tile.num_rows) rows.max[0] = rows.max[1] = 1e30f;
-    query.store(shared.query(consumer), thread);
-    ptx::named_barrier_sync(1 + consumer, 128);
+    cp_async_wait<0>();
+    if constexpr (Traits::kQueryInRegisters) {
+      __syncwarp();
+    } else {
+      ptx::fence_proxy_async();
+      ptx::named_barrier_sync(1 + consumer, 128);
+    }
     const DirectEpilogue<Traits> direct = {gates, consumer, thread, num_blocks};
     Mainloop<Traits>::run(shared, rows, unit.paired, consumer, thread, num_blocks, last_valid, scale_log2, [&] {
       if (plan.cluster_size == 1) direct.prepare();

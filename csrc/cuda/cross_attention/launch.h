@@ -9,7 +9,7 @@ namespace slowfast::cuda {
 // kConsumers below is `consumers`, and kBlockM is 64 of it.
 struct SplitPlan {
   int32_t consumers;     // 1 or 2 warpgroups of 64 rows
-  int32_t cluster_size;  // 1 to 16
+  int32_t cluster_size;  // 1, 2, 4, 8 or 16
   int32_t num_groups;    // >= 1
   int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
   int32_t whole_units;   // the first units, which a CTA each takes without a split; 0 unless cluster_size is 1
@@ -23,6 +23,7 @@ struct SplitPlan {
                          // launch
   int32_t heads;              // query heads of a KV head, and
   uint32_t heads_reciprocal;  // 2^32 / heads, rounded up (0 for one head): see text_of
+  uint32_t splits_reciprocal;  // the same of cluster_size * num_groups
 };
 
 void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);

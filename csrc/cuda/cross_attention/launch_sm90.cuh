@@ -53,7 +53,9 @@ CUtensorMap make_kv_map(const CrossAttentionParams& p) {
 template <typename Traits>
 void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) {
   plan.heads = p.num_q_heads / p.num_kv_heads;
-  plan.heads_reciprocal = static_cast<uint32_t>(((1ull << 32) + plan.heads - 1) / plan.heads);
+  const auto reciprocal = [](int64_t x) { return static_cast<uint32_t>(((int64_t{1} << 32) + x - 1) / x); };
+  plan.heads_reciprocal = reciprocal(plan.heads);
+  plan.splits_reciprocal = reciprocal(plan.cluster_size * plan.num_groups);
   auto* kernel = cross_attention_kernel<Traits>;
   // Per device, hence on every launch: the call is a table look-up.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes),
@@ -61,8 +63,6 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   if (plan.cluster_size > 8) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
   }
-  const int split_units = plan.max_tiles * p.num_kv_heads - plan.whole_units;
-  const int clusters = plan.whole_units + split_units * plan.num_groups;
   // Launched as clusters, be it of one, CTAs scatter over the GPCs. Otherwise neighbours share a TPC, and where they read the
   // same K and V in step, one request to L2 serves both: 8x64x10368 650 MB instead of 960 (ncu, lts__t_bytes).
   cudaLaunchAttribute attributes[2];
@@ -71,7 +71,7 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(plan.cluster_size), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.cluster_size) * clusters);
+  config.gridDim = dim3(plan.cluster_size * plan.max_tiles, p.num_kv_heads, plan.num_groups);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
   config.stream = stream;

@@ -66,14 +66,10 @@ struct QueryOperand {
     tile = ptx::wgmma_descriptor(q, 0, 1024);
     if constexpr (kInRegisters) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, vector = step % 4 * 2 + i / 2;
-          const auto* span = q + (step / 4 * 64 + row) * Traits::kSpan;
-          const auto* pair = span + (vector ^ row % 8) * 8 + thread % 4 * 2;
-          fragments[step][i] = *reinterpret_cast<const uint32_t*>(pair);
-        }
+      for (int step = 0; step < kSteps; ++step) {  // a warp's 16 rows; 16 columns are vectors 2 step and 2 step + 1
+        const int row = thread / 32 * 16 + thread % 16, vector = thread % 32 / 16;
+        const uint32_t cell = ptx::smem_address(q + row * Traits::kSpan + (vector ^ row % 8) * 8);
+        ptx::load_matrices(fragments[step], (cell ^ step % 4 * 32) + step / 4 * 64 * 128);
       }
     }
   }

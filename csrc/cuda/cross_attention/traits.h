@@ -27,8 +27,6 @@ struct Traits {
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "more than a CTA is launched with: it would wait for ever");
   static constexpr int kGateWarps = 3;
-  // Rows that a CTA of the epilogue receives: its share of the tile from every part of the unit.
-  static constexpr int kReceivedRows = kBlockM + 32;
   static constexpr int kOutStride = kHeadDim + 8;  // floats; 8 of padding spread a column of rows over the banks
 
   // With one consumer, which waits for memory, K and V of a block come in one TMA instruction and under one barrier.
@@ -44,8 +42,8 @@ struct Traits {
 
   // What the epilogue lays over the ring once every CTA of the cluster is done with it.
   struct Received {
-    float out[kReceivedRows][kOutStride];  // [part][row of the share]: unnormalised rows of O, by vectors
-    float2 stats[kReceivedRows];           // their maximum (log2 units) and sum
+    float out[kBlockM][kOutStride];  // [part][row of the CTA's share of the tile]: unnormalised rows of O, by vectors
+    float2 stats[kBlockM];           // their maximum (log2 units) and sum
   };
   // Where a packed row of this CTA's share goes.
   struct RowPlace {
