@@ -35,7 +35,6 @@ PLANS = {
     "an empty group": (ONE, HopperConfig(2, 1, 3, 2, long_blocks=6)),
     "whole units first": (ONE, HopperConfig(2, 1, 2, 2, whole_units=2, long_blocks=7)),
     "cluster 2": (ONE, HopperConfig(2, 2, 1, 2)),
-    "cluster 7": (ONE, HopperConfig(2, 7, 1, 2)),
     "cluster 8": (ONE, HopperConfig(2, 8, 1, 2)),
     "cluster 4, groups": (ONE, HopperConfig(2, 4, 2, 2)),
     "a half tile without a partner": (ODD, HopperConfig(2, 1, 1, 2)),

@@ -61,6 +61,7 @@ template <typename Traits>
 struct ClusterEpilogue {
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
+  using Received = typename Traits::Received;
   static constexpr int kConsumerThreads = 128 * Traits::kConsumers;
   static constexpr int kConsumerBarrier = 3;
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -89,9 +90,9 @@ struct ClusterEpilogue {
     wait_for_cluster();  // nobody reads the KV stages and Q any more
     if (mixes) gates.fetch_state(gates.shared.query(0), 0, gates.num_rows, consumer, kConsumerThreads);
     send(rows, warpgroup, thread);
-    ptx::cluster_arrive();
     cp_async_wait<0>();
-    wait_for_cluster();
+    ptx::mbarrier_wait(&gates.shared.parts_full, 0);
+    sync_consumers();
 
     if (unit.num_groups == 1) {
       add<false>(consumer, unit.size);
@@ -110,15 +111,16 @@ struct ClusterEpilogue {
       if (warpgroup_row + 8 * r >= gates.num_rows_of(warpgroup)) continue;
       const int row = gates.first_row_of(warpgroup) + warpgroup_row + 8 * r, owner = row >> gates.share_bits;
       const int slot = ((unit.rank - owner) << gates.share_bits) + row;
-      const uint32_t out = ptx::peer_address(&shared.received.out[slot][4 * (lane % 4)], owner);
+      const uint32_t out = ptx::peer_address(&shared.received.out[Received::cell(slot, lane % 4)], owner);
+      const uint32_t bar = ptx::peer_address(&shared.parts_full, owner);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         const float* x = rows.out + 8 * i + 2 * r;
-        ptx::store_peer4(out + i * 16 * sizeof(float), make_float4(x[0], x[1], x[4], x[5]));
+        ptx::store_peer4(out + i * 32 * sizeof(float4), bar, make_float4(x[0], x[1], x[4], x[5]));
       }
       if (lane % 4 == 0) {
         const uint32_t stats = ptx::peer_address(&shared.received.stats[slot], owner);
-        ptx::store_peer2(stats, rows.max[r], rows.sum[r]);
+        ptx::store_peer2(stats, bar, rows.max[r], rows.sum[r]);
       }
     }
   }
@@ -132,7 +134,7 @@ struct ClusterEpilogue {
     };
     const auto values = [&](int i) {
       return kOverGroups ? __ldcg(partial_out(i) + row * kVectors + vector)
-                         : *reinterpret_cast<const float4*>(&shared.received.out[(i << gates.share_bits) + row][4 * vector]);
+                         : shared.received.out[Received::cell((i << gates.share_bits) + row, vector)];
     };
     Sum sum;
     constexpr int kLoads = 8;  // in flight together

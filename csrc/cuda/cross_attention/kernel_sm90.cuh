@@ -164,6 +164,7 @@ __device__ __forceinline__ void load_query(const CrossAttentionParams& p, const 
     T* cell = q + (vector / 8 * 64 + row) * Traits::kSpan + ((vector ^ row) % 8) * 8;
     cp_async_16_or_zeros(ptx::smem_address(cell), row_start + vector * 8, first_row + row < tile.num_rows);
   }
+  cp_async_commit();
 }
 
 // Small inputs that everything else waits for, into L2 while the previous kernel ends. What is in L2 is what a later read
@@ -226,7 +227,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     }
     ptx::mbarrier_init(&shared.query_read, 4 * Traits::kConsumers);
     ptx::mbarrier_init(&shared.gate_full, 32 * Traits::kGateWarps);
+    ptx::mbarrier_init(&shared.parts_full, 1);
     ptx::mbarrier_init_fence();
+    if (unit.size > 1) ptx::mbarrier_expect_tx(&shared.parts_full, unit.size * gates.num_rows * (Traits::kHeadDim + 2) * 4);
     producer.start();
   }
   __syncthreads();

@@ -117,11 +117,15 @@ __device__ __forceinline__ uint32_t peer_address(const void* p, uint32_t rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(a) : "r"(smem_address(p)), "r"(rank));
   return a;
 }
-__device__ __forceinline__ void store_peer2(uint32_t address, float x, float y) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+// Stores that the barrier `bar` of the same CTA counts as bytes.
+__device__ __forceinline__ void store_peer2(uint32_t address, uint32_t bar, float x, float y) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];" ::"r"(address), "r"(bar),
+               "f"(x), "f"(y)
+               : "memory");
 }
-__device__ __forceinline__ void store_peer4(uint32_t address, float4 x) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+__device__ __forceinline__ void store_peer4(uint32_t address, uint32_t bar, float4 x) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+               "r"(bar), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
 }
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

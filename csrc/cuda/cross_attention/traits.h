@@ -27,7 +27,6 @@ struct Traits {
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "more than a CTA is launched with: it would wait for ever");
   static constexpr int kGateWarps = 3;
-  static constexpr int kOutStride = kHeadDim + 8;  // floats; 8 of padding spread a column of rows over the banks
 
   // With one consumer, which waits for memory, K and V of a block come in one TMA instruction and under one barrier.
   static constexpr bool kLoadsTogether = kConsumers == 1;
@@ -42,8 +41,14 @@ struct Traits {
 
   // What the epilogue lays over the ring once every CTA of the cluster is done with it.
   struct Received {
-    float out[kBlockM][kOutStride];  // [part][row of the CTA's share of the tile]: unnormalised rows of O, by vectors
-    float2 stats[kBlockM];           // their maximum (log2 units) and sum
+    float4 out[kBlockM * kHeadDim / 4];  // unnormalised rows of O, by vectors
+    float2 stats[kBlockM];               // their maximum (log2 units) and sum
+
+    // Of row i of the CTA's share from part j, row j * share + i here. What a warp stores at once, 4 vectors of 8 rows, is
+    // one piece.
+    static __device__ __forceinline__ int cell(int row, int vector) {
+      return (row / 8 * (kHeadDim / 16) + vector / 4) * 32 + row % 8 * 4 + vector % 4;
+    }
   };
   // Where a packed row of this CTA's share goes.
   struct RowPlace {
@@ -61,7 +66,7 @@ struct Traits {
     float gate[kBlockM];  // a text row of this CTA's each, or, without clusters, 64 of them a warpgroup
     Gate gate_function;   // read by the gate warps while the consumers attend
     uint64_t full[kNumSlots], empty[kNumSlots];
-    uint64_t query_read, gate_full;
+    uint64_t query_read, gate_full, parts_full;
     int is_last[kConsumers];
 
     __device__ __forceinline__ T* query(int warpgroup) { return slots[kRingSlots] + warpgroup * 64 * kHeadDim; }
