@@ -106,10 +106,10 @@ struct Gates {
 
   // The groups among which the rows are shared out. A short group has no time for them: its CTAs are the many that run one
   // after another, and gates take longer than their few KV blocks.
-  __device__ __forceinline__ int gate_groups() const {
-    return unit.num_groups - (unit.num_groups > 1 && plan.long_blocks > 0);
-  }
+  __device__ __forceinline__ bool has_short_group() const { return unit.num_groups > 1 && plan.long_blocks > 0; }
+  __device__ __forceinline__ int gate_groups() const { return unit.num_groups - has_short_group(); }
   __device__ __forceinline__ bool forms_gates() const { return p.state != nullptr && unit.group < gate_groups(); }
+  __device__ __forceinline__ bool forms_all_gates() const { return forms_gates() && gate_groups() == 1; }
 
   // With few rows to form, their loads may go ahead of those of Q; many would hold Q up.
   __device__ __forceinline__ bool are_few() const { return text_end() - text_begin() <= 8; }
@@ -142,7 +142,7 @@ struct Gates {
                          text - tile_text()};
     }
     if (forms_gates()) form_dots(warp, lane);
-    if (p.state != nullptr && unit.num_groups == 1) {
+    if (forms_all_gates()) {
       ptx::named_barrier_sync(kGateBarrier, 32 * Traits::kGateWarps);
       finish(text_begin(), text_end(), shared.gate, warp * 32 + lane, 32 * Traits::kGateWarps);
     }

@@ -28,9 +28,9 @@ struct DirectEpilogue {
     if (gates.unit.paired) return gates.shared.slots[warpgroup * kSlots + 2 * num_blocks % kSlots];
     return gates.shared.query(warpgroup);
   }
-  // By text row of the tile. Formed by the gate warps, or, of groups, by each warpgroup for itself.
+  // By text row of the tile. Formed by the gate warps, or, where groups share them out, by each warpgroup for itself.
   __device__ __forceinline__ float* gate() const {
-    return gates.shared.gate + (gates.unit.num_groups == 1 ? 0 : warpgroup * 64 - text(0));
+    return gates.shared.gate + (gates.forms_all_gates() ? 0 : warpgroup * 64 - text(0));
   }
   __device__ __forceinline__ int text(int row) const {  // of a row of this warpgroup, from the tile's first
     return gates.text(first_row() + row);
@@ -42,7 +42,7 @@ struct DirectEpilogue {
 
   // Once Q is no longer read: the state comes into its place while the last product runs.
   __device__ __forceinline__ void prepare() const {
-    if (!mixes() || gates.unit.num_groups > 1) return;
+    if (!gates.forms_all_gates()) return;  // or likely not the last of its groups
     sync();  // all four warps are done with Q
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     fetch_state();
@@ -53,8 +53,8 @@ struct DirectEpilogue {
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     if (num_rows() == 0) return;
     if (gates.unit.num_groups > 1) {
-      if (!climb(rows)) return;
-      if (mixes()) {
+      if (!climb(rows)) return cp_async_wait<0>();
+      if (mixes() && !gates.forms_all_gates()) {
         fetch_state();
         gates.finish(text(0), text(num_rows() - 1) + 1, gate(), thread, 128);
       }
@@ -130,13 +130,19 @@ struct DirectEpilogue {
     return true;
   }
 
+  // A short group is done long before its neighbour, and need not look.
+  __device__ __forceinline__ bool is_short() const { return gates.unit.group == gates.gate_groups(); }
+
   // False for the first of two, who leaves its part; true for the second. One thread arrives for the warpgroup: with the
   // barriers it releases what all its threads and the gate warps wrote, and acquires what the neighbour's wrote.
   __device__ __forceinline__ bool meet(const RowState<Traits>& rows, int mine, int32_t* counter) const {
     volatile int& second = gates.shared.is_last[warpgroup];
-    if (thread == 0) second = ptx::load_acquire(counter) != 0;
-    sync();
-    bool result = second;
+    bool result = false;
+    if (!is_short()) {
+      if (thread == 0) second = ptx::load_acquire(counter) != 0;
+      sync();
+      result = second;
+    }
     if (!result) {
       leave(rows, mine);
       sync();

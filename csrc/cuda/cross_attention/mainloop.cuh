@@ -103,15 +103,12 @@ struct Mainloop {
     ptx::wgmma_commit();
   }
 
-  template <typename Hook>
-  static __device__ __forceinline__ void issue_pv(RowState<Traits>& rows, const Probs& probs, const T* v,
-                                                  const Hook& before_last_step) {
+  static __device__ __forceinline__ void issue_pv(RowState<Traits>& rows, const Probs& probs, const T* v) {
     ptx::wgmma_fence_operand(rows.out);
     ptx::wgmma_fence();
     const uint64_t b = ptx::wgmma_descriptor(v, kBlockN * 128, 1024);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step == kSteps - 1) before_last_step();
       ptx::wgmma_rs<T, kHeadDim, 1>(rows.out, probs[step], b + ((step * 16 * 128) >> 4), 1);
     }
     ptx::wgmma_commit();
@@ -205,7 +202,6 @@ struct Mainloop {
     const auto pass_turn = [&] {
       if (kTakeTurns) ptx::named_barrier_arrive(kTurnBarrier + 1 - warpgroup, 256);
     };
-    const auto no_hook = [] {};
 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) rows.out[i] = 0.0f;
@@ -226,6 +222,7 @@ struct Mainloop {
         v.slot = ring.first + (num_blocks > 1 ? 2 : 1);  // K of the second block comes first
         wait(v);
       }
+      if (own_blocks) ptx::named_barrier_sync(3, 256);  // V may lie in the place of Q, which both warpgroups have read now
       clear_rows(values(v), valid, thread);
       ptx::named_barrier_sync(1 + warpgroup, 128);
     }
@@ -240,10 +237,10 @@ struct Mainloop {
         v = ring.next();
         wait(v);
       }
-      // The turn passes one step early, so that the other's first product is there when this one's last ends.
-      issue_pv(rows, probs, values(v), [&] {
-        if (warpgroup == 0 || block + 1 < num_blocks) pass_turn();
-      });
+      issue_pv(rows, probs, values(v));
+      // Not before the last product: the other's would go ahead of it, and then this warpgroup's softmax would wait for all of
+      // them. Now and then a CTA got into that rhythm and kept to it, 24% slower.
+      if (warpgroup == 0 || block + 1 < num_blocks) pass_turn();
       ptx::wgmma_wait<1>();
       ptx::wgmma_fence_operand(scores);
       if (!Traits::kLoadsTogether) release(k);
@@ -261,7 +258,7 @@ struct Mainloop {
       v = ring.next();
       wait(v);
     }
-    issue_pv(rows, probs, values(v), no_hook);
+    issue_pv(rows, probs, values(v));
     under_last_pv();
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_operand(rows.out);
