@@ -263,7 +263,7 @@ class HopperConfig:
     """How one launch of the Hopper attention is cut into CTAs (``SplitPlan`` in csrc/cuda/cross_attention/launch.h)."""
 
     consumers: int  # warpgroups of 64 packed rows
-    cluster_size: int  # splits that add up through distributed shared memory
+    cluster_size: int  # splits that add up through distributed shared memory: 1, 2, 4, 8 or 16
     num_groups: int  # clusters a tile, adding up through global memory
     max_tiles: int  # row tiles of one KV head over all sequences: a bound from shapes alone
     whole_units: int = 0  # the first (tile, KV head) units, which a CTA each takes without a split
@@ -300,7 +300,7 @@ _HOPPER_FEW_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS_LONG, _HOPPER_LONG_DECODE_BLOCK
 _HOPPER_L2_BYTES = 50 * 2**20
 # Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
 # which groups add up, or, for clusters, the last group's reading of all partial rows.
-_HOPPER_CTA_US = 7.5
+_HOPPER_CTA_US = 6.5
 _HOPPER_BLOCK_US = {128: 1.49, 64: 0.91}
 _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 8.0, 60e3
 _HOPPER_LEVEL_US = 3.0

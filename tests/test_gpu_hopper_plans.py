@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 # 128 slow tokens, the first of which, with 100, is cut short by the end of the sequence.
 ONE = Shape(((24, 1380),), (14, 2), 128)
 RAGGED = Shape(((24, 1380), (1, 60), (0, 300), (40, 0), (3, 200), (20, 768)), (14, 2), 128)
-SHORT = Shape(((24, 1275), (20, 200), (4, 7), (3, 40)), (14, 2), 128)  # an eighth has 159 or 160 tokens, 25, 0 or 1, and 5
+SHORT = Shape(((24, 1275), (20, 200), (4, 7), (3, 40)), (14, 2), 128)
 ODD = Shape(((24, 1380),), (21, 3), 128)
 DECODE = Shape(((1, 1500),), (28, 4), 128)
 PLANS = {
@@ -51,10 +51,10 @@ PLANS = {
     "ragged, groups": (RAGGED, HopperConfig(2, 1, 5, 10)),
     "ragged, a short group": (RAGGED, HopperConfig(2, 1, 2, 10, long_blocks=7)),
     "ragged, cluster": (RAGGED, HopperConfig(2, 4, 1, 10)),
-    "short blocks": (SHORT, HopperConfig(2, 1, 1, 6)),
-    "short blocks, groups": (SHORT, HopperConfig(2, 1, 8, 6)),
-    "short blocks, cluster": (SHORT, HopperConfig(2, 8, 1, 6)),
-    "short blocks, cluster and groups": (SHORT, HopperConfig(2, 4, 2, 6)),
+    "short videos": (SHORT, HopperConfig(2, 1, 1, 6)),
+    "short videos, groups": (SHORT, HopperConfig(2, 1, 8, 6)),
+    "short videos, cluster": (SHORT, HopperConfig(2, 8, 1, 6)),
+    "short videos, cluster and groups": (SHORT, HopperConfig(2, 4, 2, 6)),
     "decode, groups": (DECODE, HopperConfig(1, 1, 33, 1)),
     "decode, cluster and groups": (DECODE, HopperConfig(1, 4, 5, 1)),
     "decode, cluster 16": (DECODE, HopperConfig(1, 16, 2, 1)),
