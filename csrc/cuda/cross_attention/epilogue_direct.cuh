@@ -14,6 +14,18 @@ struct DirectEpilogue {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVectors = kHeadDim / 16;  // float4 of a row that a thread holds
 
+  // What a neighbour left of one of a thread's rows, and of both.
+  struct Part {
+    float2 stats;
+    float4 out[kVectors];
+  };
+  struct Neighbour {
+    bool is_there = false;
+    Part parts[2];
+  };
+  // Two warpgroups have registers to spare for it while the last product runs.
+  static constexpr bool kLooksEarly = Traits::kConsumers == 2;
+
   const Gates<Traits>& gates;
   const int warpgroup, thread, num_blocks;
 
@@ -40,20 +52,43 @@ struct DirectEpilogue {
     gates.fetch_state(cells(), first_row(), num_rows(), thread, 128);
   }
 
-  // Once Q is no longer read: the state comes into its place while the last product runs.
-  __device__ __forceinline__ void prepare() const {
-    if (!gates.forms_all_gates()) return;  // or likely not the last of its groups
+  // By the producer's thread, once it has nothing else to do: has the neighbour left its part already?
+  static __device__ __forceinline__ void look(const Gates<Traits>& gates) {
+    if constexpr (kLooksEarly) {
+      if (gates.unit.num_groups == 1) return;
+#pragma unroll
+      for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
+        const DirectEpilogue of = {gates, warpgroup, 0, 0};
+        const bool looks = of.has_neighbour(1) && !of.is_short() && of.num_rows() > 0;
+        gates.shared.is_neighbour_there[warpgroup] = looks && ptx::load_acquire(of.counter(1)) != 0;
+      }
+      ptx::mbarrier_arrive(&gates.shared.looked);
+    }
+  }
+
+  // While the last product runs: what a neighbour has left comes into the registers of the scores, and, of a group that is
+  // likely the last to arrive, the state into the place of Q.
+  __device__ __forceinline__ void prepare(Neighbour& neighbour) const {
+    if (kLooksEarly && gates.unit.num_groups > 1) {
+      ptx::mbarrier_wait(&gates.shared.looked, 0);
+      neighbour.is_there = gates.shared.is_neighbour_there[warpgroup];
+      if (neighbour.is_there) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) load(neighbour.parts[r], gates.unit.group ^ 1, r);
+      }
+    }
+    if (!gates.forms_all_gates()) return;
     sync();  // all four warps are done with Q
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     fetch_state();
   }
 
   // Maxima of `rows` are in log2 units.
-  __device__ __forceinline__ void run(RowState<Traits>& rows) const {
+  __device__ __forceinline__ void run(RowState<Traits>& rows, Neighbour& neighbour) const {
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     if (num_rows() == 0) return;
     if (gates.unit.num_groups > 1) {
-      if (!climb(rows)) return cp_async_wait<0>();
+      if (!climb(rows, neighbour)) return cp_async_wait<0>();
       if (mixes() && !gates.forms_all_gates()) {
         fetch_state();
         gates.finish(text(0), text(num_rows() - 1) + 1, gate(), thread, 128);
@@ -117,42 +152,49 @@ struct DirectEpilogue {
     return reinterpret_cast<float2*>(gates.plan.partial_stats) + slot(group) * 64 + row(r);
   }
 
+  // At a level of the tree, `width` groups, this one among them, meet as many others, if there are any.
+  __device__ __forceinline__ int left(int width) const { return gates.unit.group / width * width; }
+  __device__ __forceinline__ bool has_neighbour(int width) const { return (left(width) ^ width) < gates.unit.num_groups; }
+  __device__ __forceinline__ int32_t* counter(int width) const { return gates.plan.counters + slot(left(width) | width); }
+  // A short group is done long before its neighbour, and need not look.
+  __device__ __forceinline__ bool is_short() const { return gates.unit.group == gates.gate_groups(); }
+
   // True for the last to arrive of all groups, whose `rows` then hold the sum.
-  __device__ __forceinline__ bool climb(RowState<Traits>& rows) const {
-    const int group = gates.unit.group, num_groups = gates.unit.num_groups;
+  __device__ __forceinline__ bool climb(RowState<Traits>& rows, Neighbour& neighbour) const {
 #pragma unroll 1
-    for (int width = 1; width < num_groups; width *= 2) {  // `rows` is the sum of groups left .. left + width
-      const int mine = group / width * width, other = mine ^ width;
-      if (other >= num_groups) continue;  // no neighbour at this level
-      if (!meet(rows, mine, gates.plan.counters + slot(mine | width))) return false;
-      add(rows, other, other < mine);
+    for (int width = 1; width < gates.unit.num_groups; width *= 2) {  // `rows` is the sum of groups left .. left + width
+      if (!has_neighbour(width)) continue;
+      const int mine = left(width), other = mine ^ width;
+      const bool is_loaded = kLooksEarly && neighbour.is_there;
+      if (!is_loaded && !meet(rows, mine, counter(width), width > 1 || !kLooksEarly)) return false;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        Part here;  // one row after the other, where registers are few
+        Part& part = kLooksEarly ? neighbour.parts[r] : here;
+        if (!is_loaded) load(part, other, r);
+        add(rows, part, r, other < mine);
+      }
+      neighbour.is_there = false;
+      if (thread == 0) *counter(width) = 0;  // ready for the next launch, so that a CUDA graph can replay
+      sync();  // before `arrived` is written again
     }
     return true;
   }
 
-  // A short group is done long before its neighbour, and need not look.
-  __device__ __forceinline__ bool is_short() const { return gates.unit.group == gates.gate_groups(); }
-
   // False for the first of two, who leaves its part; true for the second. One thread arrives for the warpgroup: with the
   // barriers it releases what all its threads and the gate warps wrote, and acquires what the neighbour's wrote.
-  __device__ __forceinline__ bool meet(const RowState<Traits>& rows, int mine, int32_t* counter) const {
-    volatile int& second = gates.shared.is_last[warpgroup];
-    bool result = false;
-    if (!is_short()) {
-      if (thread == 0) second = ptx::load_acquire(counter) != 0;
+  __device__ __forceinline__ bool meet(const RowState<Traits>& rows, int mine, int32_t* counter, bool looks) const {
+    volatile int& arrived = gates.shared.is_last[warpgroup];
+    if (looks) {
+      if (thread == 0) arrived = ptx::load_acquire(counter) != 0;
       sync();
-      result = second;
+      if (arrived) return true;
     }
-    if (!result) {
-      leave(rows, mine);
-      sync();
-      if (thread == 0) second = ptx::add_acquire_release(counter, 1) != 0;
-      sync();
-      result = second;
-    }
-    if (result && thread == 0) *counter = 0;  // ready for the next launch, so that a CUDA graph can replay
-    sync();  // before `second` is written again
-    return result;
+    leave(rows, mine);
+    sync();
+    if (thread == 0) arrived = ptx::add_acquire_release(counter, 1) != 0;
+    sync();
+    return arrived;
   }
 
   __device__ __forceinline__ void leave(const RowState<Traits>& rows, int mine) const {
@@ -168,28 +210,28 @@ struct DirectEpilogue {
     }
   }
 
+  __device__ __forceinline__ void load(Part& part, int group, int r) const {
+    if (row(r) >= num_rows()) return;
+    part.stats = __ldcg(partial_stats(group, r));
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) part.out[i] = __ldcg(partial_out(group, r) + i * 128);
+  }
+
   // The lower groups come first in every sum, so that the bits do not depend on who does it.
-  __device__ __forceinline__ void add(RowState<Traits>& rows, int other, bool other_first) const {
+  __device__ __forceinline__ void add(RowState<Traits>& rows, const Part& part, int r, bool part_first) const {
+    if (row(r) >= num_rows()) return;
+    const float peak = fmaxf(rows.max[r], part.stats.x);
+    const float w = weight_of(rows.max[r], peak), v = weight_of(part.stats.x, peak);
+    const auto merge = [&](float x, float y) { return part_first ? fmaf(y, v, x * w) : fmaf(x, w, y * v); };
+    rows.max[r] = peak;
+    rows.sum[r] = merge(rows.sum[r], part.stats.y);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row(r) >= num_rows()) continue;
-      float4 theirs[kVectors];
-      const float2 stats = __ldcg(partial_stats(other, r));
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) theirs[i] = __ldcg(partial_out(other, r) + i * 128);
-      const float peak = fmaxf(rows.max[r], stats.x);
-      const float w = weight_of(rows.max[r], peak), v = weight_of(stats.x, peak);
-      const auto merge = [&](float x, float y) { return other_first ? fmaf(y, v, x * w) : fmaf(x, w, y * v); };
-      rows.max[r] = peak;
-      rows.sum[r] = merge(rows.sum[r], stats.y);
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        float* x = rows.out + 8 * i + 2 * r;
-        x[0] = merge(x[0], theirs[i].x);
-        x[1] = merge(x[1], theirs[i].y);
-        x[4] = merge(x[4], theirs[i].z);
-        x[5] = merge(x[5], theirs[i].w);
-      }
+    for (int i = 0; i < kVectors; ++i) {
+      float* x = rows.out + 8 * i + 2 * r;
+      x[0] = merge(x[0], part.out[i].x);
+      x[1] = merge(x[1], part.out[i].y);
+      x[4] = merge(x[4], part.out[i].z);
+      x[5] = merge(x[5], part.out[i].w);
     }
   }
 };

@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     ptx::mbarrier_init(&shared.query_read, 4 * Traits::kConsumers);
     ptx::mbarrier_init(&shared.gate_full, 32 * Traits::kGateWarps);
     ptx::mbarrier_init(&shared.parts_full, 1);
+    ptx::mbarrier_init(&shared.looked, 1);
     ptx::mbarrier_init_fence();
     if (unit.size > 1) ptx::mbarrier_expect_tx(&shared.parts_full, unit.size * gates.num_rows * (Traits::kHeadDim + 2) * 4);
     producer.start();
@@ -243,6 +244,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     } else if (lane == 0) {
       producer.finish();
       ptx::let_next_kernel_start();
+      if (plan.cluster_size == 1) DirectEpilogue<Traits>::look(gates);
     }
   } else {
     if constexpr (Traits::kConsumers == 2) ptx::register_alloc<Traits::kConsumerRegisters>();
@@ -259,8 +261,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
       ptx::named_barrier_sync(1 + consumer, 128);
     }
     const DirectEpilogue<Traits> direct = {gates, consumer, thread, num_blocks};
+    typename DirectEpilogue<Traits>::Neighbour neighbour;
     Mainloop<Traits>::run(shared, rows, unit.paired, consumer, thread, num_blocks, last_valid, scale_log2, [&] {
-      if (plan.cluster_size == 1) direct.prepare();
+      if (plan.cluster_size == 1) direct.prepare(neighbour);
     });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -269,7 +272,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
       rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], 2);
     }
     if (plan.cluster_size == 1) {
-      direct.run(rows);
+      direct.run(rows, neighbour);
     } else {
       ClusterEpilogue<Traits>{gates}.run(rows, consumer, thread);
     }

@@ -66,8 +66,8 @@ struct Traits {
     float gate[kBlockM];  // a text row of this CTA's each, or, without clusters, 64 of them a warpgroup
     Gate gate_function;   // read by the gate warps while the consumers attend
     uint64_t full[kNumSlots], empty[kNumSlots];
-    uint64_t query_read, gate_full, parts_full;
-    int is_last[kConsumers];
+    uint64_t query_read, gate_full, parts_full, looked;
+    int is_last[kConsumers], is_neighbour_there[kConsumers];
 
     __device__ __forceinline__ T* query(int warpgroup) { return slots[kRingSlots] + warpgroup * 64 * kHeadDim; }
   };
