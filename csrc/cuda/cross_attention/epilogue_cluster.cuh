@@ -1,7 +1,7 @@
-// From the parts of a cluster to the result. Every CTA of a unit owns a share of the tile's rows: each part
-// sends its rows to their owners (stores to distributed shared memory, which nobody waits for), and after one cluster
-// barrier the owner adds them up, always in the same order. Groups of clusters go on through global memory, where the
-// last to arrive adds. Then gate, mix and store.
+// From the parts of a cluster to the result. Every CTA of a unit owns a share of the tile's rows. Once all are done with their
+// KV slots, each part sends its rows to their owners (st.async, which nobody waits for), and the owner, whose mbarrier counts
+// the bytes, adds them up, always in the same order. Groups of clusters go on through global memory, where the last to arrive
+// adds. Then gate, mix and store.
 #pragma once
 #include "epilogue.cuh"
 
@@ -87,7 +87,7 @@ struct ClusterEpilogue {
     const int consumer = warpgroup * 128 + thread;
     ptx::cluster_arrive_relaxed();
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
-    wait_for_cluster();  // nobody reads the KV stages and Q any more
+    wait_for_cluster();  // nobody reads the KV slots and Q any more
     if (mixes) gates.fetch_state(gates.shared.query(0), 0, gates.num_rows, consumer, kConsumerThreads);
     send(rows, warpgroup, thread);
     cp_async_wait<0>();

@@ -2,7 +2,7 @@
 // the result is formed. Where groups share the slow tokens of a tile, their parts meet in a binary tree: of two
 // neighbours, the first to arrive leaves its rows in global memory and is done, the second adds them to its own and goes
 // on to the next level. A last arrival thus reads log2(groups) parts and not all of them; the sums are the same whoever
-// comes last.
+// comes last. A part that is there before the main loop ends is read under its last product.
 #pragma once
 #include "epilogue.cuh"
 

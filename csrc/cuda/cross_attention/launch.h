@@ -12,7 +12,7 @@ struct SplitPlan {
   int32_t cluster_size;  // 1, 2, 4, 8 or 16
   int32_t num_groups;    // >= 1
   int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
-  int32_t whole_units;   // the first units, which a CTA each takes without a split; 0 unless cluster_size is 1
+  int32_t whole_units;   // the first units (by KV head, then tile), a CTA each without a split; 0 unless cluster_size is 1
   int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
   bool kv_evict_first;   // each KV byte is read once
   // Workspace, for more than one group. Its units are those that groups share: max_tiles * Hkv - whole_units.

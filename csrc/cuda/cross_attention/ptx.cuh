@@ -97,7 +97,6 @@ __device__ __forceinline__ int32_t add_acquire_release(int32_t* p, int32_t x) {
 }
 
 // ---- clusters and barriers ----
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 // Orders nothing that this CTA has written.
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

@@ -77,7 +77,6 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
   }
 #define SLOWFAST_WGMMA(T, TYPE) \
   SLOWFAST_WGMMA_SS(T, TYPE, 32, 16, 16, 17, 18) \
-  SLOWFAST_WGMMA_RS(T, TYPE, 64, 0, 32, 32, 33, 34, 35, 36, 37) \
   SLOWFAST_WGMMA_RS(T, TYPE, 128, 0, 64, 64, 65, 66, 67, 68, 69) \
   SLOWFAST_WGMMA_RS(T, TYPE, 64, 1, 32, 32, 33, 34, 35, 36, 37) \
   SLOWFAST_WGMMA_RS(T, TYPE, 128, 1, 64, 64, 65, 66, 67, 68, 69)
