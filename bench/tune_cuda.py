@@ -43,7 +43,8 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     rows = max(shape.text) * heads.num_q // heads.num_kv
     tiles = shape.batch * -(-rows // (64 * own.consumers)) * heads.num_kv
     blocks = -(-max(shape.slow) // own.block_n)
-    idle = shape.batch * (heads.num_kv // 2) if own.consumers == 2 and 0 < rows % 128 <= 64 else 0  # half tiles in pairs
+    pairs_halves = own.consumers == 2 and 0 < rows % 128 <= 64
+    idle = shape.batch * (heads.num_kv // 2) if pairs_halves else 0
     slots = heuristics._HOPPER_DECODE_CTAS if own.consumers == 1 else heuristics._HOPPER_SMS
     most_waves = 12 if tiles > 100 else 3 if max(shape.slow) > 50000 else 1
     yield own

@@ -19,8 +19,8 @@ if reason := unavailable_reason("cuda", torch.device("cuda")):
     pytest.skip(reason, allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
-# 24 text rows x 7 heads are 168 packed rows a KV head: a full tile of 128 and one of 40, which two heads share. 11 blocks of
-# 128 slow tokens, the first of which, with 100, is cut short by the end of the sequence.
+# 24 text rows x 7 heads are 168 packed rows a KV head: a full tile of 128 and one of 40, which two heads share.
+# 11 blocks of 128 slow tokens, the first of which, with 100, is cut short by the end of the sequence.
 ONE = Shape(((24, 1380),), (14, 2), 128)
 RAGGED = Shape(((24, 1380), (1, 60), (0, 300), (40, 0), (3, 200), (20, 768)), (14, 2), 128)
 SHORT = Shape(((24, 1275), (20, 200), (4, 7), (3, 40)), (14, 2), 128)

@@ -10,7 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slowfast_kernels.heuristics import HopperConfig, OpCall, choose_backend, hopper_attention_config, unsupported_reason
+from slowfast_kernels.heuristics import (
+    HopperConfig,
+    OpCall,
+    choose_backend,
+    hopper_attention_config,
+    unsupported_reason,
+)
 
 HALF = OpCall("text_cross_attention", "cuda", torch.bfloat16, (9, 0), head_dim=128)
 EVERYTHING_IS_HERE = dict.fromkeys(("cuda", "triton", "cpu", "eager"))

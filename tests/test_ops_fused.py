@@ -57,6 +57,14 @@ def test_gating_variants_are_accurate(target, gate, warm_up, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
+def test_a_float32_gate_weight_may_be_larger_than_a_float16(target, rng):
+    inputs = make_inputs(RAGGED, target.dtype, target.device, rng(target.device), gate_dtype=torch.float32)
+    inputs.gate_weight.view(-1)[:2] = 1e5
+    inputs.state[:, :2] = 0
+    check(target, inputs)
+
+
+@pytest.mark.parametrize("target", ALL)
 def test_sequences_without_slow_tokens_keep_their_state_bit_for_bit(target, rng):
     inputs = make_inputs(Shape(((3, 0), (2, 0))), target.dtype, target.device, rng(target.device))
     assert reference.same_bits(target.run(sk.slowfast_cross_attention, *inputs.fused), inputs.state)
