@@ -80,7 +80,7 @@ def _hopper_limit(call: OpCall) -> str | None:
     return limit and f"{limit}; use backend='triton'"
 
 
-MIX_ROWS_FOR_TRITON = 4096  # 8192 rows of 3584 on an H100: 60.8 us, CUDA 67.2; 1024 rows: 8.6, CUDA 8.3
+MIX_ROWS_FOR_TRITON = 4096  # 8192 rows of 3584 on an H100: 59.9 us, CUDA 66.5; 1024 rows: 8.06, CUDA 8.11
 
 
 def _slower_reason(backend: str, call: OpCall) -> str | None:
