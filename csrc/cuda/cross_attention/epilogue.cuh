@@ -51,7 +51,6 @@ struct Gates {
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kGateBarrier = 6;
 
   const CrossAttentionParams& p;
   const SplitPlan& plan;
@@ -143,7 +142,7 @@ struct Gates {
     }
     if (forms_gates()) form_dots(warp, lane);
     if (forms_all_gates()) {
-      ptx::named_barrier_sync(kGateBarrier, 32 * Traits::kGateWarps);
+      ptx::named_barrier_sync(kGatesBarrier, 32 * Traits::kGateWarps);
       finish(text_begin(), text_end(), shared.gate, warp * 32 + lane, 32 * Traits::kGateWarps);
     }
     ptx::mbarrier_arrive(&shared.gate_full);

@@ -63,14 +63,13 @@ struct ClusterEpilogue {
   using Shared = typename Traits::SharedStorage;
   using Received = typename Traits::Received;
   static constexpr int kConsumerThreads = 128 * Traits::kConsumers;
-  static constexpr int kConsumerBarrier = 3;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVectors = kHeadDim / 4;  // of a row; a thread's unit of work
 
   const Gates<Traits>& gates;
 
   __device__ __forceinline__ void sync_consumers() const {
-    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+    ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
   }
   __device__ __forceinline__ void wait_for_cluster() const {
     ptx::cluster_wait();
@@ -203,11 +202,11 @@ struct ClusterEpilogue {
     if (consumer == 0) {
       // One thread arrives for all that synchronised with it: releases what they wrote, acquires what others wrote.
       int32_t* counter = gates.plan.counters + gates.unit.index * gates.plan.cluster_size + gates.unit.rank;
-      gates.shared.is_last[0] = ptx::add_acquire_release(counter, 1) == gates.unit.num_groups - 1;
-      if (gates.shared.is_last[0]) *counter = 0;  // ready for the next launch, so that a CUDA graph can replay
+      gates.shared.has_arrived[0] = ptx::add_acquire_release(counter, 1) == gates.unit.num_groups - 1;
+      if (gates.shared.has_arrived[0]) *counter = 0;  // ready for the next launch, so that a CUDA graph can replay
     }
     sync_consumers();
-    return gates.shared.is_last[0];
+    return gates.shared.has_arrived[0];
   }
 };
 

@@ -47,7 +47,7 @@ struct DirectEpilogue {
   __device__ __forceinline__ int text(int row) const {  // of a row of this warpgroup, from the tile's first
     return gates.text(first_row() + row);
   }
-  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(1 + warpgroup, 128); }
+  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(kWarpgroupBarrier + warpgroup, 128); }
   __device__ __forceinline__ void fetch_state() const {
     gates.fetch_state(cells(), first_row(), num_rows(), thread, 128);
   }
@@ -184,7 +184,7 @@ struct DirectEpilogue {
   // False for the first of two, who leaves its part; true for the second. One thread arrives for the warpgroup: with the
   // barriers it releases what all its threads and the gate warps wrote, and acquires what the neighbour's wrote.
   __device__ __forceinline__ bool meet(const RowState<Traits>& rows, int mine, int32_t* counter, bool looks) const {
-    volatile int& arrived = gates.shared.is_last[warpgroup];
+    volatile int& arrived = gates.shared.has_arrived[warpgroup];
     if (looks) {
       if (thread == 0) arrived = ptx::load_acquire(counter) != 0;
       sync();

@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
       __syncwarp();
     } else {
       ptx::fence_proxy_async();
-      ptx::named_barrier_sync(1 + consumer, 128);
+      ptx::named_barrier_sync(kWarpgroupBarrier + consumer, 128);
     }
     const DirectEpilogue<Traits> direct = {gates, consumer, thread, num_blocks};
     typename DirectEpilogue<Traits>::Neighbour neighbour;

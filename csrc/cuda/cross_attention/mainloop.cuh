@@ -187,7 +187,6 @@ struct Mainloop {
     Scores scores;
     Probs probs;
     float alpha[2];
-    constexpr int kTurnBarrier = 4;  // and 5
     const auto wait = [&](Ring::Turn turn) { ptx::mbarrier_wait(&shared.full[turn.slot], turn.phase); };
     const auto release = [&](Ring::Turn turn) {
       if (thread == 0) ptx::mbarrier_arrive(&shared.empty[turn.slot]);
@@ -222,9 +221,10 @@ struct Mainloop {
         v.slot = ring.first + (num_blocks > 1 ? 2 : 1);  // K of the second block comes first
         wait(v);
       }
-      if (own_blocks) ptx::named_barrier_sync(3, 256);  // V may lie in the place of Q, which both warpgroups have read now
+      // V may lie in the place of Q, which both warpgroups have read then.
+      if (own_blocks) ptx::named_barrier_sync(kConsumersBarrier, 256);
       clear_rows(values(v), valid, thread);
-      ptx::named_barrier_sync(1 + warpgroup, 128);
+      ptx::named_barrier_sync(kWarpgroupBarrier + warpgroup, 128);
     }
 
     for (int block = 1; block < num_blocks; ++block) {

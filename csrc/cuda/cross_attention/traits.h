@@ -6,6 +6,9 @@
 
 namespace slowfast::cuda {
 
+// Named barriers; those of a warpgroup are two in a row, 0 is __syncthreads.
+enum Barrier { kWarpgroupBarrier = 1, kConsumersBarrier = 3, kTurnBarrier = 4, kGatesBarrier = 6 };
+
 // kConsumers = 2: 128 packed rows, for prefill: the softmax of one warpgroup runs under the products of the other.
 // kConsumers = 1: 64 packed rows and small KV blocks, for decode, where bytes in flight and a short tail matter: two CTAs
 // share an SM, so that one streams while the other starts or ends.
@@ -63,11 +66,11 @@ struct Traits {
     };
     RowPlace place[kBlockM];
     float gate_parts[kBlockM][kGateWarps];
-    float gate[kBlockM];  // a text row of this CTA's each, or, without clusters, 64 of them a warpgroup
+    float gate[kBlockM];  // by text row of the tile; without clusters, where groups share them out, 64 for each warpgroup
     Gate gate_function;   // read by the gate warps while the consumers attend
     uint64_t full[kNumSlots], empty[kNumSlots];
     uint64_t query_read, gate_full, parts_full, looked;
-    int is_last[kConsumers], is_neighbour_there[kConsumers];
+    int has_arrived[kConsumers], is_neighbour_there[kConsumers];  // of the other groups
 
     __device__ __forceinline__ T* query(int warpgroup) { return slots[kRingSlots] + warpgroup * 64 * kHeadDim; }
   };
