@@ -110,9 +110,6 @@ struct Gates {
   __device__ __forceinline__ bool forms_gates() const { return p.state != nullptr && unit.group < gate_groups(); }
   __device__ __forceinline__ bool forms_all_gates() const { return forms_gates() && gate_groups() == 1; }
 
-  // With few rows to form, their loads may go ahead of those of Q; many would hold Q up.
-  __device__ __forceinline__ bool are_few() const { return text_end() - text_begin() <= 8; }
-
   // Rows of state that the gates need, into L2 before the KV stream takes all of the memory's queue.
   __device__ __forceinline__ void prefetch(int thread) const {
     const int bytes = p.num_q_heads * kHeadDim * static_cast<int>(sizeof(T)), lane = thread % 32, end = text_end();
@@ -130,6 +127,9 @@ struct Gates {
   }
 
   __device__ void prepare(int warp, int lane) const {
+    // Few rows go ahead of Q; many would hold it up.
+    const bool are_few = text_end() - text_begin() <= 8;
+    if (forms_gates() && are_few) prefetch(warp * 32 + lane);
     if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate));
     for (int i = warp * 32 + lane; i < num_rows; i += 32 * Traits::kGateWarps) {
       const int row_of_head = packed(first_row + i), text = text_of(plan, row_of_head);
@@ -140,7 +140,11 @@ struct Gates {
                          text_index * channels + head * kHeadDim, text_index * p.num_q_heads + head,
                          text - tile_text()};
     }
-    if (forms_gates()) form_dots(warp, lane);
+    ptx::mbarrier_arrive(&shared.places_full);
+    if (forms_gates()) {
+      if (!are_few) prefetch(warp * 32 + lane);
+      form_dots(warp, lane);
+    }
     if (forms_all_gates()) {
       ptx::named_barrier_sync(kGatesBarrier, 32 * Traits::kGateWarps);
       finish(text_begin(), text_end(), shared.gate, warp * 32 + lane, 32 * Traits::kGateWarps);
@@ -180,7 +184,7 @@ struct Gates {
   // s of one text row's channels and row 8 + s the same slice of the next one's, and column s of B (16 x 8) that slice of the
   // weight; the dots are the two diagonals' sums. `vector` is a lane's first. All lanes of a warp go round equally often.
   __device__ __forceinline__ void multiply_by_halves(float (&dots)[2], const T* const (&states)[2], int vector) const {
-    constexpr int kStep = 32 * Traits::kGateWarps, kLoads = Traits::kConsumers == 1 ? 5 : 2;  // in flight together
+    constexpr int kStep = 32 * Traits::kGateWarps, kLoads = Traits::kConsumers == 1 ? 5 : 3;  // in flight together
     float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const int end = num_vectors();
     for (int lane = vector % 32; vector - lane < end; vector += kStep * kLoads) {

@@ -1,7 +1,7 @@
-// From the parts of a cluster to the result. Every CTA of a unit owns a share of the tile's rows. Once all are done with their
-// KV slots, each part sends its rows to their owners (st.async, which nobody waits for), and the owner, whose mbarrier counts
-// the bytes, adds them up, always in the same order. Groups of clusters go on through global memory, where the last to arrive
-// adds. Then gate, mix and store.
+// From the parts of a cluster to the result. Every CTA of a unit owns a share of the tile's rows. Once all are past their last
+// block but one, whose slots are then free, each part sends its rows to their owners (st.async, which nobody waits for), and
+// the owner, whose mbarrier counts the bytes, adds them up, always in the same order. Groups of clusters go on through global
+// memory, where the last to arrive adds. Then gate, mix and store.
 #pragma once
 #include "epilogue.cuh"
 
@@ -65,43 +65,52 @@ struct ClusterEpilogue {
   static constexpr int kConsumerThreads = 128 * Traits::kConsumers;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVectors = kHeadDim / 4;  // of a row; a thread's unit of work
+  // Rows that a CTA keeps need not go through the network between SMs, which many rows keep busy for a microsecond. With few
+  // rows the branch costs more.
+  static constexpr bool kKeepsOwn = Traits::kConsumers == 2;
 
   const Gates<Traits>& gates;
+  const int warpgroup, thread;
 
+  __device__ __forceinline__ int consumer() const { return warpgroup * 128 + thread; }
   __device__ __forceinline__ void sync_consumers() const {
     ptx::named_barrier_sync(kConsumersBarrier, kConsumerThreads);
-  }
-  __device__ __forceinline__ void wait_for_cluster() const {
-    ptx::cluster_wait();
-    sync_consumers();  // says the same again, in a way that compute-sanitizer's racecheck understands
   }
   __device__ __forceinline__ void finish_gates(int thread) const {
     gates.finish(gates.text_begin(), gates.text_end(), gates.shared.gate, thread, kConsumerThreads);
   }
 
-  // Called by all consumer threads; thread is the index in the warpgroup. Maxima of `rows` are in log2 units.
-  __device__ __forceinline__ void run(const RowState<Traits>& rows, int warpgroup, int thread) const {
-    const Unit& unit = gates.unit;
-    const bool mixes = gates.p.state != nullptr;
-    const int consumer = warpgroup * 128 + thread;
-    ptx::cluster_arrive_relaxed();
-    ptx::mbarrier_wait(&gates.shared.gate_full, 0);
-    wait_for_cluster();  // nobody reads the KV slots and Q any more
-    if (mixes) gates.fetch_state(gates.shared.query(0), 0, gates.num_rows, consumer, kConsumerThreads);
-    send(rows, warpgroup, thread);
+  // Bytes of the parts that come from other CTAs.
+  static __device__ __forceinline__ int received_bytes(const Gates<Traits>& gates) {
+    return (gates.unit.size - kKeepsOwn) * gates.num_rows * (kHeadDim + 2) * 4;
+  }
+
+  // By all consumer threads. While the last product runs, which reads the last slot: the first ones may now receive.
+  __device__ __forceinline__ void prepare() const {
+    __syncwarp();
+    if (thread % 32 < gates.unit.size) ptx::mbarrier_arrive_at(&gates.shared.peers_ready, thread % 32);
+    ptx::mbarrier_wait(&gates.shared.places_full, 0);
+    if (gates.p.state != nullptr) gates.fetch_state(gates.shared.state, 0, gates.num_rows, consumer(), kConsumerThreads);
+  }
+
+  // Maxima of `rows` are in log2 units.
+  __device__ __forceinline__ void run(const RowState<Traits>& rows) const {
+    ptx::mbarrier_wait(&gates.shared.peers_ready, 0);
+    send(rows);
     cp_async_wait<0>();
+    ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     ptx::mbarrier_wait(&gates.shared.parts_full, 0);
     sync_consumers();
 
-    if (unit.num_groups == 1) {
-      add<false>(consumer, unit.size);
+    if (gates.unit.num_groups == 1) {
+      add<false>(gates.unit.size);
     } else {
-      leave_partial(consumer);
-      if (arrive_last(consumer)) add<true>(consumer, unit.num_groups);
+      leave_partial();
+      if (arrive_last()) add<true>(gates.unit.num_groups);
     }
   }
 
-  __device__ __forceinline__ void send(const RowState<Traits>& rows, int warpgroup, int thread) const {
+  __device__ __forceinline__ void send(const RowState<Traits>& rows) const {
     Shared& shared = gates.shared;
     const Unit& unit = gates.unit;
     const int lane = thread % 32, warpgroup_row = thread / 32 * 16 + lane / 4;
@@ -110,6 +119,16 @@ struct ClusterEpilogue {
       if (warpgroup_row + 8 * r >= gates.num_rows_of(warpgroup)) continue;
       const int row = gates.first_row_of(warpgroup) + warpgroup_row + 8 * r, owner = row >> gates.share_bits;
       const int slot = ((unit.rank - owner) << gates.share_bits) + row;
+      if (kKeepsOwn && owner == unit.rank) {
+        float4* out = &shared.received.out[Received::cell(slot, lane % 4)];
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 16; ++i) {
+          const float* x = rows.out + 8 * i + 2 * r;
+          out[i * 32] = make_float4(x[0], x[1], x[4], x[5]);
+        }
+        if (lane % 4 == 0) shared.received_stats[slot] = make_float2(rows.max[r], rows.sum[r]);
+        continue;
+      }
       const uint32_t out = ptx::peer_address(&shared.received.out[Received::cell(slot, lane % 4)], owner);
       const uint32_t bar = ptx::peer_address(&shared.parts_full, owner);
 #pragma unroll
@@ -118,7 +137,7 @@ struct ClusterEpilogue {
         ptx::store_peer4(out + i * 32 * sizeof(float4), bar, make_float4(x[0], x[1], x[4], x[5]));
       }
       if (lane % 4 == 0) {
-        const uint32_t stats = ptx::peer_address(&shared.received.stats[slot], owner);
+        const uint32_t stats = ptx::peer_address(&shared.received_stats[slot], owner);
         ptx::store_peer2(stats, bar, rows.max[r], rows.sum[r]);
       }
     }
@@ -129,7 +148,7 @@ struct ClusterEpilogue {
   __device__ __forceinline__ Sum sum_over(int row, int vector, int count) const {
     const Shared& shared = gates.shared;
     const auto stats = [&](int i) {
-      return kOverGroups ? __ldcg(partial_stats(i) + row) : shared.received.stats[(i << gates.share_bits) + row];
+      return kOverGroups ? __ldcg(partial_stats(i) + row) : shared.received_stats[(i << gates.share_bits) + row];
     };
     const auto values = [&](int i) {
       return kOverGroups ? __ldcg(partial_out(i) + row * kVectors + vector)
@@ -157,30 +176,30 @@ struct ClusterEpilogue {
   }
 
   template <bool kOverGroups>
-  __device__ __forceinline__ void add(int consumer, int count) const {
+  __device__ __forceinline__ void add(int count) const {
     Shared& shared = gates.shared;
     const int total = gates.num_rows * kVectors;
 #pragma unroll 1
     for (int first = 0; first < total; first += kConsumerThreads) {
-      const int index = first + consumer, row = index / kVectors, vector = index % kVectors;
+      const int index = first + consumer(), row = index / kVectors, vector = index % kVectors;
       Sum sum;
       if (index < total) sum = sum_over<kOverGroups>(row, vector, count);
       if (kOverGroups && first == 0) {  // the last threads have no rows of a decode tile: they form its gates meanwhile
-        if (gates.p.state != nullptr) finish_gates(kConsumerThreads - 1 - consumer);
+        if (gates.p.state != nullptr) finish_gates(kConsumerThreads - 1 - consumer());
         sync_consumers();
       }
       if (index >= total) continue;
       const auto& place = shared.place[row];
-      store_result<Traits>(gates.p, place, row, vector, sum, shared.query(0), shared.gate[place.gate]);
+      store_result<Traits>(gates.p, place, row, vector, sum, shared.state, shared.gate[place.gate]);
     }
   }
 
   // ---- groups, through global memory
 
-  __device__ __forceinline__ void leave_partial(int consumer) const {
+  __device__ __forceinline__ void leave_partial() const {
     const Unit& unit = gates.unit;
 #pragma unroll 1
-    for (int index = consumer; index < gates.num_rows * kVectors; index += kConsumerThreads) {
+    for (int index = consumer(); index < gates.num_rows * kVectors; index += kConsumerThreads) {
       const int row = index / kVectors, vector = index % kVectors;
       const Sum sum = sum_over<false>(row, vector, unit.size);
       __stcg(partial_out(unit.group) + index, sum.total);
@@ -197,9 +216,9 @@ struct ClusterEpilogue {
     return reinterpret_cast<float2*>(gates.plan.partial_stats) + partial_row(group);
   }
 
-  __device__ __forceinline__ bool arrive_last(int consumer) const {
+  __device__ __forceinline__ bool arrive_last() const {
     sync_consumers();
-    if (consumer == 0) {
+    if (consumer() == 0) {
       // One thread arrives for all that synchronised with it: releases what they wrote, acquires what others wrote.
       int32_t* counter = gates.plan.counters + gates.unit.index * gates.plan.cluster_size + gates.unit.rank;
       gates.shared.has_arrived[0] = ptx::add_acquire_release(counter, 1) == gates.unit.num_groups - 1;

@@ -37,7 +37,7 @@ struct DirectEpilogue {
   // In the place of Q, or, where that belongs to a ring, in the slot of the warpgroup's ring that it would take next.
   __device__ __forceinline__ T* cells() const {
     constexpr int kSlots = Traits::kHalfRingSlots;
-    if (gates.unit.paired) return gates.shared.slots[warpgroup * kSlots + 2 * num_blocks % kSlots];
+    if (gates.unit.paired) return gates.shared.slots[warpgroup == 0 ? 0 : kSlots + 2 * num_blocks % kSlots];
     return gates.shared.query(warpgroup);
   }
   // By text row of the tile. Formed by the gate warps, or, where groups share them out, by each warpgroup for itself.
@@ -79,7 +79,7 @@ struct DirectEpilogue {
     }
     if (!gates.forms_all_gates()) return;
     sync();  // all four warps are done with Q
-    ptx::mbarrier_wait(&gates.shared.gate_full, 0);
+    ptx::mbarrier_wait(&gates.shared.places_full, 0);
     fetch_state();
   }
 

@@ -95,7 +95,10 @@ __device__ __forceinline__ BlockRange find_blocks(const SplitPlan& plan, const U
   int each = __umulhi(total, plan.splits_reciprocal);  // of each split's blocks, or one too many
   if (each * splits > total) --each;
   const int rest = total - each * splits;
-  const auto begin_of = [&](int i) { return each * i + static_cast<int>(__umulhi(rest * i, plan.splits_reciprocal)); };
+  // Counted from the end, so that the last split, whose last block may need a mask, has none of the longer ones.
+  const auto begin_of = [&](int i) {
+    return total - each * (splits - i) - static_cast<int>(__umulhi(rest * (splits - i), plan.splits_reciprocal));
+  };
   return {begin_of(split), begin_of(split + 1)};
 }
 
@@ -110,7 +113,8 @@ struct Producer {
   const Unit& unit;
   const int first_token, num_blocks;  // token of the first block
   const uint64_t policy;
-  Ring rings[2] = {make_ring<Traits>(unit.paired, 0), make_ring<Traits>(unit.paired, 1)};  // the second for paired units
+  Ring rings[2] = {make_ring<Traits>(unit.paired, 0, num_blocks),
+                   make_ring<Traits>(unit.paired, 1, num_blocks)};  // the second for paired units
 
   __device__ __forceinline__ void load(int pair, int i, int which) {  // with kLoadsTogether, K and V
     const Ring::Turn turn = rings[which].next();
@@ -131,7 +135,7 @@ struct Producer {
     if (unit.paired) load(1, i, 1);
   }
 
-  // One block ahead of the loads of Q, which would wait for microseconds behind a full stream.
+  // One block goes ahead of the loads of Q, which would wait for microseconds behind a full stream.
   __device__ __forceinline__ void start() {
     if (num_blocks > 0) load_k(0);
   }
@@ -145,26 +149,52 @@ struct Producer {
 };
 
 // Rows of Q by index, into the swizzled tile of a warpgroup: 16-byte vector v of row r of a column block lies at v ^ (r % 8).
-// A warp loads 16 rows, and with Q in registers they are those it reads. Issued before the KV stream starts, behind which they
-// would wait for microseconds.
+// A warp loads 16 rows, and with Q in registers they are those it reads. The constructor reads no memory.
 template <typename Traits>
-__device__ __forceinline__ void load_query(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int kv_head,
-                                           int first_row, typename Traits::Element* q, int thread) {
+struct QueryLoader {
   using T = typename Traits::Element;
-  constexpr int kVectors = Traits::kHeadDim / 8, kRows = 32 / kVectors;  // that a warp loads at once
-  const int lane = thread % 32, warp_row = thread / 32 * 16, vector = lane % kVectors;
-  // A lane finds one of the rows.
-  const int packed = tile.row_begin + min(first_row + warp_row + lane % 16, tile.num_rows - 1), text = text_of(plan, packed);
-  const int head = kv_head * plan.heads + packed - text * plan.heads;
-  const T* start = static_cast<const T*>(p.q) + p.text_rows[tile.text_begin + text] * p.q_row_stride + head * p.q_head_stride;
-#pragma unroll
-  for (int i = 0; i < 16; i += kRows) {
-    const int source = i + lane / kVectors, row = warp_row + source;
-    const auto row_start = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(start), source));
-    T* cell = q + (vector / 8 * 64 + row) * Traits::kSpan + ((vector ^ row) % 8) * 8;
-    cp_async_16_or_zeros(ptx::smem_address(cell), row_start + vector * 8, first_row + row < tile.num_rows);
+  const CrossAttentionParams& p;
+  const Tile& tile;
+  const int first_row, warp_row, lane;
+  int64_t text, column;  // of one of the rows: each lane finds one
+
+  __device__ __forceinline__ QueryLoader(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int kv_head,
+                                         int first_row, int thread)
+      : p(p), tile(tile), first_row(first_row), warp_row(thread / 32 * 16), lane(thread % 32) {
+    const int packed = tile.row_begin + min(first_row + warp_row + lane % 16, tile.num_rows - 1);
+    const int text_of_sequence = text_of(plan, packed), head = kv_head * plan.heads + packed - text_of_sequence * plan.heads;
+    text = tile.text_begin + text_of_sequence;
+    column = head * p.q_head_stride;
   }
-  cp_async_commit();
+
+  __device__ __forceinline__ void load(T* q) const {
+    constexpr int kVectors = Traits::kHeadDim / 8, kRows = 32 / kVectors;  // that a warp loads at once
+    const int vector = lane % kVectors;
+    const T* start = static_cast<const T*>(p.q) + p.text_rows[text] * p.q_row_stride + column;
+#pragma unroll
+    for (int i = 0; i < 16; i += kRows) {
+      const int source = i + lane / kVectors, row = warp_row + source;
+      const auto row_start = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(start), source));
+      T* cell = q + (vector / 8 * 64 + row) * Traits::kSpan + ((vector ^ row) % 8) * 8;
+      cp_async_16_or_zeros(ptx::smem_address(cell), row_start + vector * 8, first_row + row < tile.num_rows);
+    }
+    cp_async_commit();
+  }
+};
+
+template <typename Traits>
+__device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& shared, int cluster_size) {
+  for (int i = 0; i < Traits::kNumSlots; ++i) {
+    ptx::mbarrier_init(&shared.full[i], 1);
+    ptx::mbarrier_init(&shared.empty[i], Traits::kConsumers);
+  }
+  ptx::mbarrier_init(&shared.query_read, 4 * Traits::kConsumers);
+  ptx::mbarrier_init(&shared.places_full, 32 * Traits::kGateWarps);
+  ptx::mbarrier_init(&shared.gate_full, 32 * Traits::kGateWarps);
+  ptx::mbarrier_init(&shared.peers_ready, cluster_size * 4 * Traits::kConsumers);
+  ptx::mbarrier_init(&shared.parts_full, 1);
+  ptx::mbarrier_init(&shared.looked, 1);
+  ptx::mbarrier_init_fence();
 }
 
 // Small inputs that everything else waits for, into L2 while the previous kernel ends. What is in L2 is what a later read
@@ -198,55 +228,53 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   Shared& shared = *reinterpret_cast<Shared*>(raw + ((1024 - (ptx::smem_address(raw) & 1023)) & 1023));
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int thread = threadIdx.x % 128, lane = thread % 32;
+  constexpr int kQueryThreads = 32 + 128 * Traits::kConsumers;  // the producer's warp and the consumers
 
-  if (threadIdx.x == 0) ptx::prefetch_tensor_map(&kv_map);
+  // What comes before wait_for_previous_kernel is done while that kernel ends. With one sequence this is all but the loads;
+  // with more of them, their lengths are read first.
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&kv_map);
+    init_barriers<Traits>(shared, plan.cluster_size);
+  }
   if (warpgroup == 0 && thread >= 32) prefetch_inputs<T>(p, thread - 32);
+  ptx::cluster_arrive_relaxed();
+  ptx::cluster_wait();
   Tile tile;
   Unit unit;
   if (p.batch > 1) ptx::wait_for_previous_kernel();
   if (!find_work<Traits>(p, plan, lane, unit, tile)) return;
   const BlockRange blocks = find_blocks<Traits>(plan, unit, tile.num_slow);
-  if (p.batch == 1) ptx::wait_for_previous_kernel();
-
   const int num_blocks = blocks.end - blocks.begin;
   const int last_valid = min(Traits::kBlockN, tile.num_slow - (blocks.end - 1) * Traits::kBlockN);
 
   const Gates<Traits> gates = Gates<Traits>::make(p, plan, shared, tile, unit);
   Producer<Traits> producer = {kv_map, shared, unit, tile.slow_begin + blocks.begin * Traits::kBlockN, num_blocks,
                                plan.kv_evict_first ? ptx::kEvictFirst : ptx::kEvictNormal};
-  const int consumer = warpgroup - 1;
-  if (warpgroup > 0) {
-    const int kv_head = unit.kv_head + (unit.paired ? consumer : 0), first_row = unit.paired ? 0 : consumer * 64;
-    load_query<Traits>(p, plan, tile, kv_head, first_row, shared.query(consumer), thread);
-  } else if (thread >= 32 && gates.forms_gates() && gates.are_few()) {
-    gates.prefetch(thread - 32);
-  } else if (thread == 0) {
-    for (int i = 0; i < Traits::kNumSlots; ++i) {
-      ptx::mbarrier_init(&shared.full[i], 1);
-      ptx::mbarrier_init(&shared.empty[i], unit.paired ? 1 : Traits::kConsumers);
-    }
-    ptx::mbarrier_init(&shared.query_read, 4 * Traits::kConsumers);
-    ptx::mbarrier_init(&shared.gate_full, 32 * Traits::kGateWarps);
-    ptx::mbarrier_init(&shared.parts_full, 1);
-    ptx::mbarrier_init(&shared.looked, 1);
-    ptx::mbarrier_init_fence();
-    if (unit.size > 1) ptx::mbarrier_expect_tx(&shared.parts_full, unit.size * gates.num_rows * (Traits::kHeadDim + 2) * 4);
-    producer.start();
-  }
-  __syncthreads();
 
   if (warpgroup == 0) {
+    if (p.batch == 1) ptx::wait_for_previous_kernel();
     if constexpr (Traits::kConsumers == 2) ptx::register_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     if (warp > 0) {
-      if (gates.forms_gates() && !gates.are_few()) gates.prefetch(thread - 32);
       gates.prepare(warp - 1, lane);
-    } else if (lane == 0) {
-      producer.finish();
-      ptx::let_next_kernel_start();
-      if (plan.cluster_size == 1) DirectEpilogue<Traits>::look(gates);
+    } else {
+      if (lane == 0) producer.start();
+      __syncwarp();
+      ptx::named_barrier_sync(kQueryBarrier, kQueryThreads);
+      if (lane == 0) {
+        if (unit.size > 1) ptx::mbarrier_expect_tx(&shared.parts_full, ClusterEpilogue<Traits>::received_bytes(gates));
+        producer.finish();
+        ptx::let_next_kernel_start();
+        if (unit.size == 1) DirectEpilogue<Traits>::look(gates);
+      }
     }
   } else {
+    const int consumer = warpgroup - 1;
+    const int kv_head = unit.kv_head + (unit.paired ? consumer : 0), first_row = unit.paired ? 0 : consumer * 64;
+    const QueryLoader<Traits> query(p, plan, tile, kv_head, first_row, thread);
+    if (p.batch == 1) ptx::wait_for_previous_kernel();
+    query.load(shared.query(consumer));
+    ptx::named_barrier_arrive(kQueryBarrier, kQueryThreads);  // asked for: the stream may follow
     if constexpr (Traits::kConsumers == 2) ptx::register_alloc<Traits::kConsumerRegisters>();
     const float scale_log2 = p.softmax_scale * 1.4426950408889634f;
     RowState<Traits> rows;
@@ -262,8 +290,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     }
     const DirectEpilogue<Traits> direct = {gates, consumer, thread, num_blocks};
     typename DirectEpilogue<Traits>::Neighbour neighbour;
+    const ClusterEpilogue<Traits> cluster = {gates, consumer, thread};
     Mainloop<Traits>::run(shared, rows, unit.paired, consumer, thread, num_blocks, last_valid, scale_log2, [&] {
-      if (plan.cluster_size == 1) direct.prepare(neighbour);
+      unit.size == 1 ? direct.prepare(neighbour) : cluster.prepare();
     });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -271,11 +300,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
       rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], 1);
       rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], 2);
     }
-    if (plan.cluster_size == 1) {
-      direct.run(rows, neighbour);
-    } else {
-      ClusterEpilogue<Traits>{gates}.run(rows, consumer, thread);
-    }
+    unit.size == 1 ? direct.run(rows, neighbour) : cluster.run(rows);
   }
 }
 

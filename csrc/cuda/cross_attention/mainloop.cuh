@@ -18,10 +18,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// `size` slots from `first` on, used one after another; the phase flips each time round.
+// `size` slots from `first` on, used one after another from `start`; the phase flips each time round.
 struct Ring {
-  int first, size;
-  int index = 0;
+  int first, size, start;
+  int index = start;
   uint32_t phase = 0;
 
   struct Turn {
@@ -30,27 +30,31 @@ struct Ring {
   };
   __device__ __forceinline__ Turn next() {
     const Turn turn = {first + index, phase};
-    if (++index == size) {
-      index = 0;
-      phase ^= 1;
-    }
+    if (++index == size) index = 0;
+    if (index == start) phase ^= 1;
     return turn;
+  }
+  __device__ __forceinline__ int slot_of(int load) const {  // one of the first
+    return first + start + load - (start + load < size ? 0 : size);
   }
 };
 
 // K and V of the blocks go through a ring in the order of their use: K of a block, then V of the one before. Both warpgroups
-// use each block, or, with half tiles of two KV heads, each warpgroup has blocks and a ring of its own.
+// use each block, or, with half tiles of two KV heads, each warpgroup has blocks and a ring of its own. The last load comes
+// into the ring's last slot, so that the first two, where parts of a cluster are received, are free early. The second
+// warpgroup's ring has none of these, and Q in its last slot to begin with.
 template <typename Traits>
-__device__ __forceinline__ Ring make_ring(bool own_blocks, int warpgroup) {
-  if (!own_blocks) return {0, Traits::kRingSlots};
-  return {warpgroup * Traits::kHalfRingSlots, Traits::kHalfRingSlots};
+__device__ __forceinline__ Ring make_ring(bool own_blocks, int warpgroup, int num_blocks) {
+  const int size = own_blocks ? Traits::kHalfRingSlots : Traits::kRingSlots;
+  const int rest = (Traits::kLoadsTogether ? 1 : 2) * num_blocks % size;
+  return own_blocks && warpgroup == 1 ? Ring{size, size, 0} : Ring{0, size, rest == 0 ? 0 : size - rest};
 }
 
 // A warpgroup's accumulators cover 64 rows; a thread holds two of them, lane / 4 and lane / 4 + 8 of its warp's 16.
 template <typename Traits>
 struct RowState {
   float out[Traits::kHeadDim / 2];
-  float max[2] = {-INFINITY, -INFINITY};  // raw scores
+  float max[2] = {-INFINITY, -INFINITY};  // raw scores; of the blocks so far, or of fewer: see Mainloop::kMaxSum
   float sum[2] = {0.0f, 0.0f};            // this thread's columns only, until the end
 };
 
@@ -84,6 +88,13 @@ struct Mainloop {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kSteps = kBlockN / 16;
   static constexpr bool kTakeTurns = Traits::kConsumers == 2;
+
+  // Probabilities are exp2 of the distance to a row's reference, its maximum over some of the blocks: any reference gives the
+  // same result as long as nothing overflows. So most blocks need no maximum, no shuffle and no scaling of O. Only where a
+  // thread's sum over its columns exceeds this, and hence perhaps a probability, do its warp's references move to the maxima
+  // so far. Well within half precision, which P is rounded to.
+  static constexpr float kMaxSum = 4096.0f;
+
   using Scores = float[kBlockN / 2];
   using Probs = uint32_t[kSteps][4];
 
@@ -114,41 +125,38 @@ struct Mainloop {
     ptx::wgmma_commit();
   }
 
-  // Scores become probabilities in place; alpha is what earlier sums and outputs must be scaled by.
-  static __device__ __forceinline__ void softmax(Scores& scores, RowState<Traits>& rows, float (&alpha)[2],
-                                                 float scale_log2) {
+  // Probabilities against the references as they are, and their sums over this thread's columns. The accumulator layout of S
+  // is the operand layout of P: no shuffle.
+  static __device__ __forceinline__ void exponentiate(const Scores& scores, const RowState<Traits>& rows, float scale_log2,
+                                                      Probs& probs, float (&sum)[2]) {
+    const float offset[2] = {rows.max[0] * scale_log2, rows.max[1] * scale_log2};
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; i += 2) {
+      const int r = i / 2 % 2;
+      const float x = exp2_approx(fmaf(scores[i], scale_log2, -offset[r]));
+      const float y = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset[r]));
+      sum[r] += x;
+      sum[r] += y;
+      probs[i / 8][i / 2 % 4] = pack2<T>(x, y);
+    }
+  }
+
+  // The rows' references become their maxima so far; what was summed, after the first block, is scaled to them.
+  static __device__ __forceinline__ void move_references(const Scores& scores, RowState<Traits>& rows, float scale_log2,
+                                                         bool is_first) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float peak = rows.max[r];
 #pragma unroll
-      for (int i = 0; i < kBlockN / 8; ++i) {
-        peak = fmaxf(peak, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-      }
+      for (int i = 0; i < kBlockN / 8; ++i) peak = fmaxf(peak, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
-      alpha[r] = exp2_approx((rows.max[r] - peak) * scale_log2);
+      const float alpha = exp2_approx((rows.max[r] - peak) * scale_log2);
       rows.max[r] = peak;  // finite: a block has at least one token of the sequence
-      const float offset = peak * scale_log2;
-      float sum = 0.0f;
+      if (is_first) continue;
+      rows.sum[r] *= alpha;
 #pragma unroll
-      for (int i = 0; i < kBlockN / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = scores[4 * i + 2 * r + j];
-          x = exp2_approx(fmaf(x, scale_log2, -offset));
-          sum += x;
-        }
-      }
-      rows.sum[r] = rows.sum[r] * alpha[r] + sum;
-    }
-  }
-
-  // The accumulator layout of S is the operand layout of P: no shuffle.
-  static __device__ __forceinline__ void pack(const Scores& scores, Probs& probs) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) probs[step][i] = pack2<T>(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
+      for (int i = 0; i < kHeadDim / 4; ++i) rows.out[i / 2 * 4 + 2 * r + i % 2] *= alpha;
     }
   }
 
@@ -183,13 +191,12 @@ struct Mainloop {
       __syncwarp();
       if (thread % 32 == 0) ptx::mbarrier_arrive(&shared.query_read);  // V of a block comes into its place
     }
-    Ring ring = make_ring<Traits>(own_blocks, warpgroup);
+    Ring ring = make_ring<Traits>(own_blocks, warpgroup, num_blocks);
     Scores scores;
     Probs probs;
-    float alpha[2];
     const auto wait = [&](Ring::Turn turn) { ptx::mbarrier_wait(&shared.full[turn.slot], turn.phase); };
-    const auto release = [&](Ring::Turn turn) {
-      if (thread == 0) ptx::mbarrier_arrive(&shared.empty[turn.slot]);
+    const auto release = [&](Ring::Turn turn) {  // for both warpgroups, where the ring is this one's own
+      if (thread == 0) ptx::mbarrier_arrive(&shared.empty[turn.slot], own_blocks ? Traits::kConsumers : 1);
     };
     const auto keys = [&](Ring::Turn turn) { return shared.slots[turn.slot]; };
     const auto values = [&](Ring::Turn turn) {
@@ -214,11 +221,11 @@ struct Mainloop {
     ptx::wgmma_fence_operand(scores);
     if (!Traits::kLoadsTogether) release(k);
     if (valid < kBlockN) mask(scores, valid, thread % 32);
-    softmax(scores, rows, alpha, scale_log2);
-    pack(scores, probs);
+    move_references(scores, rows, scale_log2, true);
+    exponentiate(scores, rows, scale_log2, probs, rows.sum);
     if (valid < kBlockN) {
       if (!Traits::kLoadsTogether) {
-        v.slot = ring.first + (num_blocks > 1 ? 2 : 1);  // K of the second block comes first
+        v.slot = ring.slot_of(num_blocks > 1 ? 2 : 1);  // K of the second block comes first
         wait(v);
       }
       // V may lie in the place of Q, which both warpgroups have read then.
@@ -244,13 +251,18 @@ struct Mainloop {
       ptx::wgmma_wait<1>();
       ptx::wgmma_fence_operand(scores);
       if (!Traits::kLoadsTogether) release(k);
-      softmax(scores, rows, alpha, scale_log2);
       ptx::wgmma_wait<0>();
       ptx::wgmma_fence_operand(rows.out);
       release(v);
-      pack(scores, probs);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) rows.out[i] *= alpha[(i / 2) % 2];
+      float sum[2] = {0.0f, 0.0f};
+      exponentiate(scores, rows, scale_log2, probs, sum);
+      if (__any_sync(0xffffffffu, !(sum[0] + sum[1] <= kMaxSum))) {  // or not a number
+        move_references(scores, rows, scale_log2, false);
+        sum[0] = sum[1] = 0.0f;
+        exponentiate(scores, rows, scale_log2, probs, sum);
+      }
+      rows.sum[0] += sum[0];
+      rows.sum[1] += sum[1];
     }
 
     v = k;

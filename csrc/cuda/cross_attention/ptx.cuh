@@ -24,8 +24,8 @@ __device__ __forceinline__ void mbarrier_expect_tx(uint64_t* bar, uint32_t bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* bar, uint32_t arrivals = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   asm volatile(
@@ -97,7 +97,7 @@ __device__ __forceinline__ int32_t add_acquire_release(int32_t* p, int32_t x) {
 }
 
 // ---- clusters and barriers ----
-// Orders nothing that this CTA has written.
+// Orders nothing that this CTA has written but mbarriers, after mbarrier_init_fence. Without a cluster, __syncthreads.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -117,6 +117,9 @@ __device__ __forceinline__ uint32_t peer_address(const void* p, uint32_t rank) {
   uint32_t a;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(a) : "r"(smem_address(p)), "r"(rank));
   return a;
+}
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* bar, uint32_t rank) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_address(bar, rank)) : "memory");
 }
 // Stores that the barrier `bar` of the same CTA counts as bytes.
 __device__ __forceinline__ void store_peer2(uint32_t address, uint32_t bar, float x, float y) {

@@ -7,7 +7,7 @@
 namespace slowfast::cuda {
 
 // Named barriers; those of a warpgroup are two in a row, 0 is __syncthreads.
-enum Barrier { kWarpgroupBarrier = 1, kConsumersBarrier = 3, kTurnBarrier = 4, kGatesBarrier = 6 };
+enum Barrier { kWarpgroupBarrier = 1, kConsumersBarrier = 3, kTurnBarrier = 4, kGatesBarrier = 6, kQueryBarrier = 7 };
 
 // kConsumers = 2: 128 packed rows, for prefill: the softmax of one warpgroup runs under the products of the other.
 // kConsumers = 1: 64 packed rows and small KV blocks, for decode, where bytes in flight and a short tail matter: two CTAs
@@ -42,13 +42,11 @@ struct Traits {
   static constexpr int kRingSlots = kNumSlots - 1, kHalfRingSlots = kNumSlots / 2;
   static_assert(kSlotSize == kBlockM * kHeadDim);
 
-  // What the epilogue lays over the ring once every CTA of the cluster is done with it.
+  // Unnormalised rows of O by vectors, from the CTAs of a cluster: of row i of the CTA's share from part j, row j * share + i
+  // here. What a warp stores at once, 4 vectors of 8 rows, is one piece. They lie over the first two slots.
   struct Received {
-    float4 out[kBlockM * kHeadDim / 4];  // unnormalised rows of O, by vectors
-    float2 stats[kBlockM];               // their maximum (log2 units) and sum
+    float4 out[kBlockM * kHeadDim / 4];
 
-    // Of row i of the CTA's share from part j, row j * share + i here. What a warp stores at once, 4 vectors of 8 rows, is
-    // one piece.
     static __device__ __forceinline__ int cell(int row, int vector) {
       return (row / 8 * (kHeadDim / 16) + vector / 4) * 32 + row % 8 * 4 + vector % 4;
     }
@@ -64,17 +62,19 @@ struct Traits {
       alignas(1024) T slots[kNumSlots][kSlotSize];
       Received received;
     };
+    T state[kBlockM / 2 * kHeadDim];  // of the rows that a CTA of a cluster owns
+    float2 received_stats[kBlockM];   // maximum (log2 units) and sum of the rows received
     RowPlace place[kBlockM];
     float gate_parts[kBlockM][kGateWarps];
     float gate[kBlockM];  // by text row of the tile; without clusters, where groups share them out, 64 for each warpgroup
     Gate gate_function;   // read by the gate warps while the consumers attend
     uint64_t full[kNumSlots], empty[kNumSlots];
-    uint64_t query_read, gate_full, parts_full, looked;
+    uint64_t query_read, places_full, gate_full, peers_ready, parts_full, looked;
     int has_arrived[kConsumers], is_neighbour_there[kConsumers];  // of the other groups
 
     __device__ __forceinline__ T* query(int warpgroup) { return slots[kRingSlots] + warpgroup * 64 * kHeadDim; }
   };
-  static_assert(sizeof(Received) <= kRingSlots * kSlotSize * sizeof(T));
+  static_assert(sizeof(Received) == 2 * kSlotSize * sizeof(T));
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // the base is aligned to 1024 by hand
   static_assert(kSharedBytes <= 227 * 1024 / kCtasPerSM - 1024 * (kCtasPerSM - 1));
 };
