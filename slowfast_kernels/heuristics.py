@@ -382,11 +382,18 @@ def _cluster_plans(units: int, blocks: int, head_dim: int) -> Iterator[tuple[flo
 
 
 def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
-    """(cluster size, groups). Decode is bytes: some 80 CTAs saturate the memory, and more of them only add partials."""
+    """(cluster size, groups). Decode is bytes: some 80 CTAs saturate the memory, and more of them only add partials.
+
+    Clusters add up faster than groups, so that somewhat fewer CTAs without groups are better for two short videos, and
+    clusters of 2 for batches that fill the GPU.
+    """
+    if 4 < units <= 8 <= blocks < _HOPPER_LONG_DECODE_BLOCKS:
+        return 8, 1
     if units <= _HOPPER_CLUSTERS[4] and blocks >= 4:
         ctas = _HOPPER_FEW_DECODE_CTAS if blocks < _HOPPER_LONG_DECODE_BLOCKS else _HOPPER_FEW_DECODE_CTAS_LONG
         return 4, max(1, min(blocks // 4, ctas // (4 * units)))
-    return 1, max(1, min(blocks, _HOPPER_DECODE_CTAS // units))
+    cluster_size = 2 if 2 * units <= _HOPPER_DECODE_CTAS and blocks >= 2 else 1
+    return cluster_size, max(1, min(blocks, _HOPPER_DECODE_CTAS // units) // cluster_size)
 
 
 # ------------------------------------------------------------------------------------------------- cpu: attention
