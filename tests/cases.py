@@ -197,3 +197,12 @@ def make_frames(
     size = (sum(video.frame_counts), video.grid[0] * video.grid[1], video.channels)
     frames = torch.randn(size, generator=generator, device=device).to(dtype)
     return _laid_out(frames, layout)
+
+
+def add_ramp(inputs: Inputs, rise: float) -> None:
+    """Scores of even heads gain up to ``rise`` along the slow tokens, those of odd heads lose as much."""
+    dim = inputs.q.shape[2]
+    heads = torch.arange(inputs.q.shape[1], device=inputs.q.device)
+    inputs.q[..., 0] = torch.where(heads % 2 == 0, dim**0.5, -(dim**0.5)).to(inputs.q.dtype)
+    ramp = torch.linspace(0, rise, len(inputs.slow_kv), device=inputs.q.device)
+    inputs.slow_kv[:, :, 0, 0] = ramp[:, None].to(inputs.q.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from cases import Shape, make_inputs
+from cases import Shape, add_ramp, make_inputs
 from targets import HAS_GPU, REPEATS
 
 import slowfast_kernels as sk
@@ -55,6 +55,7 @@ PLANS = {
     "short videos, groups": (SHORT, HopperConfig(2, 1, 8, 6)),
     "short videos, cluster": (SHORT, HopperConfig(2, 8, 1, 6)),
     "short videos, cluster and groups": (SHORT, HopperConfig(2, 4, 2, 6)),
+    "decode, one CTA": (DECODE, HopperConfig(1, 1, 1, 1)),
     "decode, groups": (DECODE, HopperConfig(1, 1, 33, 1)),
     "decode, cluster and groups": (DECODE, HopperConfig(1, 4, 5, 1)),
     "decode, cluster 16": (DECODE, HopperConfig(1, 16, 2, 1)),
@@ -73,12 +74,8 @@ def attend(inputs, config):
     return context, lse, out
 
 
-@pytest.mark.parametrize("head_dim", [128, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("plan", PLANS)
-def test_every_plan_is_accurate_and_repeatable(plan, dtype, head_dim, rng):
-    shape, config = PLANS[plan]
-    inputs = make_inputs(shape._replace(dim=head_dim), dtype, torch.device("cuda"), rng("cuda"))
+def check(inputs, config):
+    """The results of one launch, and that they are accurate."""
     context, lse, out = attend(inputs, config)
     exact = reference.attention(*inputs.attention)
     plain, plain_lse = sk.text_cross_attention(*inputs.attention, return_lse=True, backend="eager")
@@ -88,6 +85,27 @@ def test_every_plan_is_accurate_and_repeatable(plan, dtype, head_dim, rng):
     mixed = reference.gated_mix(inputs.state, exact.context, inputs.text_rows, *inputs.gating)
     fused = sk.slowfast_cross_attention(*inputs.fused, backend="eager")
     reference.assert_accurate(out[rows], fused[rows], mixed[rows], exact.noise)
+    return context, lse, out
+
+
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_is_accurate_and_repeatable(plan, dtype, head_dim, rng):
+    shape, config = PLANS[plan]
+    inputs = make_inputs(shape._replace(dim=head_dim), dtype, torch.device("cuda"), rng("cuda"))
+    context, lse, out = check(inputs, config)
     for _ in range(REPEATS):
         again = attend(inputs, config)
         assert all(reference.same_bits(a, b) for a, b in zip(again, (context, lse, out), strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plan", ["whole", "groups 2", "cluster 2", "ragged", "one warpgroup", "decode, one CTA"])
+@pytest.mark.parametrize("rise", [30, 300, 3000])
+def test_scores_may_rise_or_fall_from_block_to_block(plan, rise, dtype, head_dim, rng):
+    shape, config = PLANS[plan]
+    inputs = make_inputs(shape._replace(dim=head_dim), dtype, torch.device("cuda"), rng("cuda"))
+    add_ramp(inputs, rise)
+    check(inputs, config)

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import LAYOUTS, RAGGED, SHAPES, Shape, make_inputs, poison
+from cases import LAYOUTS, RAGGED, SHAPES, Shape, add_ramp, make_inputs, poison
 from hypothesis import given
 from hypothesis import strategies as st
 from targets import ALL, DEVICE, KERNELS, REPEATS
@@ -23,6 +23,17 @@ def check(target, inputs, **options):
     exact = reference.attention(*inputs.attention, scale)
     reference.assert_accurate(context, plain[0], exact.context, exact.noise)
     reference.assert_lse_accurate(lse, plain[1], exact.lse)
+
+
+def check_huge(target, inputs, **options):
+    """The same for scores so large that they cost float32 itself some digits."""
+    context, lse = attend(target, inputs, return_lse=True, **options)
+    assert torch.isfinite(context).all()
+    exact = reference.attention(*inputs.attention)
+    plain = sk.text_cross_attention(*inputs.attention, backend="eager")
+    error, plain_error = ((x.double() - exact.context).abs().max() for x in (context, plain))
+    assert error <= 2 * plain_error + reference.FLOAT32_TOLERANCE
+    assert (lse.double() - exact.lse).abs().max() <= 1e-6 * exact.lse.abs().max()
 
 
 @pytest.mark.parametrize("target", ALL)
@@ -95,13 +106,16 @@ def test_huge_scores_do_not_overflow(target, rng):
     inputs = make_inputs(Shape(((2, 70),), (2, 1), 64), target.dtype, target.device, rng(target.device))
     inputs.q[..., 0] = 32
     inputs.slow_kv[:, :, 0, 0] = 32  # adds 128 to every score: e^128 is no float32, and the softmax must not care
-    context, lse = attend(target, inputs, return_lse=True)
-    assert torch.isfinite(context).all()
-    exact = reference.attention(*inputs.attention)
-    plain = sk.text_cross_attention(*inputs.attention, backend="eager")
-    error, plain_error = ((x.double() - exact.context).abs().max() for x in (context, plain))
-    assert error <= 2 * plain_error + reference.FLOAT32_TOLERANCE
-    assert (lse.double() - exact.lse).abs().max() <= 1e-6 * exact.lse.abs().max()
+    check_huge(target, inputs)
+
+
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("rise", [10, 300])
+@pytest.mark.parametrize("num_splits", [0, 1])
+def test_scores_may_rise_or_fall_along_the_sequence(target, rise, num_splits, rng):
+    inputs = make_inputs(Shape(((3, 700),), (14, 2), 64), target.dtype, target.device, rng(target.device))
+    add_ramp(inputs, rise)
+    check_huge(target, inputs, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("target", KERNELS)
