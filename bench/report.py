@@ -140,12 +140,14 @@ def sustained_table(rows: list[Row], op: str) -> list[list[str]] | None:
 
 def demo_table(rows: list[Row]) -> list[list[str]]:
     """What the real video showed: each backend against eager."""
-    cells = [["video", "dtype", "backend", "largest difference of logits", "equal greedy ids", "us a token"]]
+    compared = ["largest difference of logits", "equal greedy ids", "largest gap of an id"]
+    cells = [["video", "dtype", "backend", *compared, "us a token"]]
     for row in rows:
         if row.op == "demo" and "ids" in row.extra:
             ids = f"{row.extra['equal_ids']} of {row.extra['ids']}"
             difference = f"{row.extra['max_difference']:.2g}"
-            cells.append([row.shape, row.dtype, row.who, difference, ids, format_us(row.median_us)])
+            gap = f"{row.extra['largest_gap']:.2g}" if "largest_gap" in row.extra else "-"
+            cells.append([row.shape, row.dtype, row.who, difference, ids, gap, format_us(row.median_us)])
     return cells
 
 

@@ -522,9 +522,23 @@ def test_the_model_table_says_what_the_slow_path_adds(rows):
 
 
 def test_the_demonstration_table_says_how_far_each_backend_is_from_eager(rows):
-    extra = {"max_difference": 8.1e-07, "equal_ids": 24, "ids": 24}
-    rows.append(Row("demo", "bikes.mp4 32 frames", "float32", "cpu", "ours", median_us=100.0, extra=extra))
-    assert report.demo_table(rows)[1] == ["bikes.mp4 32 frames", "float32", "cpu", "8.1e-07", "24 of 24", "100.0"]
+    extra = {"max_difference": 8.1e-07, "equal_ids": 24, "ids": 24, "largest_gap": 0.0}
+    name = "bikes.mp4 32 frames"
+    rows.append(Row("demo", name, "float32", "cpu", "ours", median_us=100.0, extra=extra))
+    assert report.demo_table(rows)[1] == [name, "float32", "cpu", "8.1e-07", "24 of 24", "0", "100.0"]
+
+
+def test_the_gap_of_generated_ids_is_to_the_best_logit_after_the_same_ids():
+    logits = torch.tensor([[[9.0, 0, 0], [1, 3, 2], [5, 4, 0], [0, 0, 9]]])  # after each of two prompt and two new ids
+
+    class Model:
+        backend = "cpu"
+
+        def __call__(self, ids, features):
+            assert (self.backend, ids.tolist()) == ("eager", [[7, 8, 2, 0]])
+            return types.SimpleNamespace(logits=logits)
+
+    assert model.largest_gap(Model(), torch.tensor([[7, 8]]), [], torch.tensor([[2, 0]])) == 1.0
 
 
 @pytest.mark.parametrize(
