@@ -74,13 +74,13 @@ def attend(inputs, config):
     return context, lse, out
 
 
-def check(inputs, config):
+def check(inputs, config, relative_lse=0.0):
     """The results of one launch, and that they are accurate."""
     context, lse, out = attend(inputs, config)
     exact = reference.attention(*inputs.attention)
     plain, plain_lse = sk.text_cross_attention(*inputs.attention, return_lse=True, backend="eager")
     reference.assert_accurate(context, plain, exact.context, exact.noise)
-    reference.assert_lse_accurate(lse, plain_lse, exact.lse)
+    reference.assert_lse_accurate(lse, plain_lse, exact.lse, relative_lse)
     rows = inputs.text_rows.long()
     mixed = reference.gated_mix(inputs.state, exact.context, inputs.text_rows, *inputs.gating)
     fused = sk.slowfast_cross_attention(*inputs.fused, backend="eager")
@@ -108,4 +108,4 @@ def test_scores_may_rise_or_fall_from_block_to_block(plan, rise, dtype, head_dim
     shape, config = PLANS[plan]
     inputs = make_inputs(shape._replace(dim=head_dim), dtype, torch.device("cuda"), rng("cuda"))
     add_ramp(inputs, rise)
-    check(inputs, config)
+    check(inputs, config, relative_lse=1e-6)
