@@ -1,0 +1,128 @@
+"""The benchmark's shapes: their names, what they cost, and which a run takes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed; installed packages keep winning
+
+from bench import shapes
+from bench.shapes import AttentionShape, Ceilings, Cost, Heads, MixShape, PoolShape
+
+H100 = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 762})
+TINY_HEADS = Heads(4, 2, 16)
+
+
+@pytest.mark.parametrize("registry", [shapes.ATTENTION, shapes.POOL, shapes.MIX, shapes.LAYER])
+def test_a_registry_names_each_shape_once_and_has_some_for_a_cpu(registry):
+    names = [shape.name for shape in registry]
+    assert len(names) == len(set(names))
+    assert any(shape.on_cpu for shape in registry)
+
+
+def test_the_registry_covers_the_heads_of_all_published_models():
+    assert {shape.heads for shape in shapes.ATTENTION} == set(shapes.HEADS.values())
+
+
+@pytest.mark.parametrize(
+    ("batch", "text", "slow", "floor_us"),
+    [
+        (1, 1, 5184, 3.4),
+        (1, 1, 10368, 6.8),
+        (1, 1, 98304, 64.5),
+        (16, 1, 10368, 109),
+        (1, 64, 5184, 6.2),
+        (1, 64, 10368, 12.5),
+        (1, 256, 10368, 50),
+        (8, 64, 10368, 100),
+        (1, 64, 98304, 118),
+        (1, 256, 98304, 473),
+        (1, 1024, 98304, 1893),
+    ],
+)
+def test_attention_floors_are_those_of_the_target_table(batch, text, slow, floor_us):
+    shape = AttentionShape.even(batch, text, slow)
+    assert shape in shapes.ATTENTION
+    assert shapes.attention_cost(shape, "bfloat16", fused=False).floor_us(H100, "bfloat16") == pytest.approx(
+        floor_us, rel=0.02
+    )
+
+
+def test_the_fused_op_is_charged_for_the_state_it_reads():
+    shape = AttentionShape.even(1, 64, 5184)
+    alone, fused = (shapes.attention_cost(shape, "bfloat16", fused) for fused in (False, True))
+    assert fused.bytes - alone.bytes == (64 + 1) * 3584 * 2
+    assert fused.flops > alone.flops
+
+
+def test_a_sequence_without_text_rows_costs_no_bytes_of_its_slow_tokens():
+    cost = shapes.attention_cost(AttentionShape((1, 0), (10, 1000), TINY_HEADS), "float32", fused=False)
+    assert cost.read == 10 * 2 * 2 * 16 * 4 + 4 * 16 * 4
+
+
+def test_pooling_128_frames_moves_the_features_and_both_kinds_of_tokens_once():
+    cost = shapes.pool_cost(PoolShape((128,), (18, 18)), "bfloat16")
+    assert cost.read == 128 * 324 * 3584 * 2
+    assert cost.written == (128 * 81 + 32 * 81) * 3584 * 2
+
+
+def test_pooling_is_not_charged_for_rows_that_floor_pooling_drops():
+    assert shapes.pool_cost(PoolShape((8,), (5, 5), channels=4), "float32").read == 8 * 16 * 4 * 4
+
+
+def test_mix_moves_state_twice_and_context_once():
+    cost = shapes.mix_cost(MixShape(64, 1360), "bfloat16")
+    assert (cost.read, cost.written) == ((1360 + 64 + 1) * 3584 * 2, 1360 * 3584 * 2)
+
+
+def test_a_floor_is_the_larger_of_arithmetic_and_bytes_and_writing_lowers_the_bandwidth():
+    ceilings = Ceilings(read_gbps=100, copy_gbps=50, gemm_tflops={"float32": 1})
+    assert Cost(2e6, 0, 0).floor_us(ceilings, "float32") == pytest.approx(2)
+    assert Cost(0, 1e6, 0).floor_us(ceilings, "float32") == pytest.approx(10)
+    assert Cost(0, 5e5, 5e5).floor_us(ceilings, "float32") == pytest.approx(20)
+
+
+def test_a_decoded_token_of_the_7b_model_is_bound_by_its_weights():
+    shape = shapes.QWEN2_7B_MODEL
+    cost = shapes.model_cost(shape, "bfloat16", 1360, shape.num_slow, decode=True)
+    assert cost.read == pytest.approx(14.2e9, rel=0.03)  # 7.6e9 parameters less the embedding, two bytes each
+    assert cost.bytes / H100.read_gbps / 1e3 > cost.flops / H100.gemm_tflops["bfloat16"] / 1e6
+
+
+def test_slow_tokens_cost_a_small_part_of_what_self_attention_over_them_costs():
+    shape = shapes.model_shapes(["128"], on_cpu=False)[0]
+    base = shapes.model_cost(shape, "bfloat16", shape.text + shape.num_fast, 0, decode=False).flops
+    slow_fast = shapes.model_cost(shape, "bfloat16", shape.text + shape.num_fast, shape.num_slow, decode=False).flops
+    everything = shapes.model_cost(shape, "bfloat16", shape.text + shape.num_slow, 0, decode=False).flops
+    assert 1 < slow_fast / base < 1.04
+    assert everything > 7 * base
+
+
+@pytest.mark.parametrize(
+    ("registry", "parse", "text", "name"),
+    [
+        (shapes.ATTENTION, shapes.parse_attention, "2x3x77", "2x3x77@28/4/128"),
+        (shapes.ATTENTION, shapes.parse_attention, "1x1x9@4/2/16", "1x1x9@4/2/16"),
+        (shapes.POOL, shapes.parse_pool, "7x6x6/p3", "7x6x6/p3/t4@3584"),
+        (shapes.MIX, shapes.parse_mix, "3of5@64", "3of5@64"),
+    ],
+)
+def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, name):
+    assert [shape.name for shape in shapes.select(registry, [text], parse, on_cpu=True)] == [name]
+
+
+def test_shapes_are_selected_by_pattern_or_part_of_the_name_even_those_too_large_for_a_cpu():
+    def names(text):
+        return [s.name for s in shapes.select(shapes.ATTENTION, [text], shapes.parse_attention, on_cpu=True)]
+
+    assert names("1x1024x*") == ["1x1024x98304@28/4/128"]
+    assert names("14/2/64") == ["1x1x10368@14/2/64", "1x64x10368@14/2/64"]
+    assert names("nothing") == []
+
+
+def test_a_cpu_run_keeps_only_the_shapes_that_a_cpu_finishes():
+    chosen = shapes.select(shapes.POOL, [], shapes.parse_pool, on_cpu=True)
+    assert chosen == [shape for shape in shapes.POOL if shape.on_cpu]
