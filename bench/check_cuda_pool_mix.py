@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slowfast_kernels import cuda, eager
+from slowfast_kernels.gate import Gate
 from slowfast_kernels.pool_plan import make_pool_plan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -143,15 +144,15 @@ def check_mix(case: tuple, dtype: torch.dtype, layout: str, device: str) -> floa
     copied[text_rows.long()] = False
     state[copied, 0] = float("nan")  # a copy is a copy, whatever the bits
     state, context = surrounded(state, layout), surrounded(context, layout)
-    arguments = (text_rows, *parameters, gate, warm_up_tanh)
+    options = {"gate": gate, "warm_up_tanh": warm_up_tanh}
     with guarded_outputs():
-        out = cuda.gated_residual_mix(state, context, *arguments)
+        out = cuda.gated_residual_mix(state, context, text_rows, Gate.of(*parameters, **options))
     assert torch.equal(out[copied].nan_to_num(CANARY), state[copied].nan_to_num(CANARY)), "a copied row differs"
     if not num_text:
         return 0.0
-    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in (state, context, *arguments)]
-    exact = eager.gated_residual_mix(*wide)
-    same = eager.gated_residual_mix(state, context, *arguments)
+    wide = Gate.of(*(x if x is None else x.double() for x in parameters), **options)
+    exact = eager.gated_residual_mix(state.double(), context.double(), text_rows, wide)
+    same = eager.gated_residual_mix(state, context, text_rows, Gate.of(*parameters, **options))
     return check_close(*(x[text_rows.long()] for x in (out, same, exact)))
 
 
@@ -188,8 +189,8 @@ def check_large() -> None:
     rows = state.shape[0]
     inputs = mix_inputs(1, 1, 3584, False, True, torch.bfloat16, "cuda")
     text_rows = torch.tensor([rows - 1], dtype=torch.int32, device="cuda")
-    out = cuda.gated_residual_mix(state, inputs[1], text_rows, *inputs[3:], "tanh", True)
-    small = cuda.gated_residual_mix(state[-1:], inputs[1], inputs[2], *inputs[3:], "tanh", True)
+    out = cuda.gated_residual_mix(state, inputs[1], text_rows, Gate.of(*inputs[3:]))
+    small = cuda.gated_residual_mix(state[-1:], inputs[1], inputs[2], Gate.of(*inputs[3:]))
     assert torch.equal(out[-1:], small)
     assert torch.equal(out[-1024:-1], state[-1024:-1])
     print("ok   more than 2^31 elements")
@@ -263,7 +264,7 @@ def time_mix(copy: float) -> None:
         moved = 2 * 3584 * (2 * rows + num_text)
         count = min(256, max(2, int(ROTATION_BYTES / moved)))
         sets = [mix_inputs(rows, num_text, 3584, False, True, torch.bfloat16, "cuda") for _ in range(count)]
-        microseconds = time_graph(lambda *x: cuda.gated_residual_mix(*x, "tanh", True), sets)
+        microseconds = time_graph(lambda *x: cuda.gated_residual_mix(*x[:3], Gate.of(*x[3:])), sets)
         print_time(f"mix {num_text} of {rows} rows of 3584", microseconds, moved, target, copy)
 
 

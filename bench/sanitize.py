@@ -15,6 +15,7 @@ import torch
 
 import slowfast_kernels as sk
 from slowfast_kernels import cuda
+from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
 
 RAGGED = (((1, 70), (3, 0), (0, 40), (2, 33)), ((30, 400), (7, 180), (1, 5)))
@@ -33,7 +34,7 @@ def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> Non
     index = torch.arange(rows, dtype=torch.int32, device="cuda") + 1
     state = torch.randn(rows + 2, heads[0] * head_dim, **make)
     gate = [torch.randn(n, **make) for n in (heads[0] * head_dim, 1, 1)]
-    mix = (state, state.clone(), *gate, True, True) if fused else None
+    mix = (state, state.clone(), Gate.of(*gate)) if fused else None
     context = torch.empty(rows, heads[0], head_dim, **make)
     lse = torch.empty(rows, heads[0], device="cuda")
     places = (prefix(slows), index, prefix(texts))

@@ -15,14 +15,22 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+inline GateParams gate_params(Address weight, Address bias, Address warm_up, Address value, int dtype, int kind,
+                              bool tanh_warm_up) {
+  return {pointer(weight),           pointer(bias),
+          pointer(warm_up),          pointer<float>(value),
+          static_cast<DType>(dtype), static_cast<GateKind>(kind),
+          tanh_warm_up};
+}
+
 template <class... Rest, class Run>
 auto attention_binding(Run run) {
   return [run](Address q, Address slow_kv, Address cu_slow, Address text_rows, Address cu_text, Address context,
-               Address lse, Address state, Address out, Address weight, Address bias, Address warm_up, int gate_dtype,
-               bool tanh_gate, bool tanh_warm_up, int64_t q_row_stride, int64_t q_head_stride, int64_t kv_token_stride,
-               int64_t kv_head_stride, int64_t kv_pair_stride, int64_t state_row_stride, int64_t num_text,
-               int64_t num_slow, int32_t batch, int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim,
-               float softmax_scale, int dtype, Rest... rest) {
+               Address lse, Address state, Address out, Address weight, Address bias, Address warm_up, Address value,
+               int gate_dtype, int gate_kind, bool tanh_warm_up, int64_t q_row_stride, int64_t q_head_stride,
+               int64_t kv_token_stride, int64_t kv_head_stride, int64_t kv_pair_stride, int64_t state_row_stride,
+               int64_t num_text, int64_t num_slow, int32_t batch, int32_t num_q_heads, int32_t num_kv_heads,
+               int32_t head_dim, float softmax_scale, int dtype, Rest... rest) {
     CrossAttentionParams p;
     p.q = pointer(q);
     p.slow_kv = pointer(slow_kv);
@@ -33,7 +41,7 @@ auto attention_binding(Run run) {
     p.lse = pointer<float>(lse);
     p.state = pointer(state);
     p.out = pointer(out);
-    p.gate = {pointer(weight), pointer(bias), pointer(warm_up), static_cast<DType>(gate_dtype), tanh_gate, tanh_warm_up};
+    p.gate = gate_params(weight, bias, warm_up, value, gate_dtype, gate_kind, tanh_warm_up);
     p.q_row_stride = q_row_stride;
     p.q_head_stride = q_head_stride;
     p.kv_token_stride = kv_token_stride;
@@ -56,14 +64,15 @@ auto attention_binding(Run run) {
 template <class... Rest, class Run>
 auto gated_mix_binding(Run run) {
   return [run](Address state, Address context, Address text_rows, Address out, Address weight, Address bias,
-               Address warm_up, int gate_dtype, bool tanh_gate, bool tanh_warm_up, int64_t rows, int64_t num_text,
-               int64_t channels, int64_t state_row_stride, int64_t context_row_stride, int dtype, Rest... rest) {
+               Address warm_up, Address value, int gate_dtype, int gate_kind, bool tanh_warm_up, int64_t rows,
+               int64_t num_text, int64_t channels, int64_t state_row_stride, int64_t context_row_stride, int dtype,
+               Rest... rest) {
     GatedMixParams p;
     p.state = pointer(state);
     p.context = pointer(context);
     p.text_rows = pointer<int32_t>(text_rows);
     p.out = pointer(out);
-    p.gate = {pointer(weight), pointer(bias), pointer(warm_up), static_cast<DType>(gate_dtype), tanh_gate, tanh_warm_up};
+    p.gate = gate_params(weight, bias, warm_up, value, gate_dtype, gate_kind, tanh_warm_up);
     p.rows = rows;
     p.num_text = num_text;
     p.channels = channels;

@@ -8,13 +8,17 @@ namespace slowfast {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// How the gate is formed:  g = act(state . weight + bias) * factor(warm_up).
+// The codes of slowfast_kernels/gate.py. kTanh and kLinear: act(state . weight + bias); kNone: 1; kGiven: value[i].
+enum class GateKind : int32_t { kTanh = 0, kLinear = 1, kNone = 2, kGiven = 3 };
+
+// The gate of text row i is what its kind says, times factor(warm_up).
 struct GateParams {
-  const void* weight;     // [C], dtype `dtype`
-  const void* bias;       // [1]
+  const void* weight;     // [C], dtype `dtype`; nullptr in kinds that have none
+  const void* bias;       // [1], likewise
   const void* warm_up;    // [1], or nullptr: no warm-up factor
-  DType dtype;            // of the three above; may be kFloat32 while the state is half precision
-  bool tanh_gate;         // act = tanh, else identity
+  const float* value;     // [Nt], of kGiven alone
+  DType dtype;            // of the first three; may be kFloat32 while the state is half precision
+  GateKind kind;
   bool tanh_warm_up;      // factor = tanh(warm_up), else warm_up itself
 };
 

@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
+from .gate import Gate
 from .heuristics import cpu_num_splits
+from .params import DTYPE_CODES, NO_GATE, address, gate_arguments
 from .pool_plan import PoolPlan
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/params.h
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _gate_arguments(weight: Tensor, bias: Tensor, warm_up: Tensor | None, gate: str, warm_up_tanh: bool) -> tuple:
-    """GateParams; the weight is [C] or [1, C], so it is one run of C elements if its last dimension is contiguous."""
-    code = _DTYPE_CODES[weight.dtype]
-    return weight.data_ptr(), bias.data_ptr(), _address(warm_up), code, gate == "tanh", warm_up_tanh
 
 
 def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,7 +35,7 @@ def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor
         plan.num_items,
         *plan.cells,
         -1.0 if norm_eps is None else norm_eps,
-        _DTYPE_CODES[frames.dtype],
+        DTYPE_CODES[frames.dtype],
         torch.get_num_threads(),
     )
     return slow, cu_slow.clone(), fast, cu_fast.clone()
@@ -75,10 +65,10 @@ def _cross_attention(
         cu_slow.data_ptr(),
         text_rows.data_ptr(),
         cu_text.data_ptr(),
-        _address(context),
-        _address(lse),
-        _address(state),
-        _address(out),
+        address(context),
+        address(lse),
+        address(state),
+        address(out),
         *gate_arguments,
         q.stride(0),
         q.stride(1),
@@ -93,13 +83,10 @@ def _cross_attention(
         num_kv_heads,
         q.shape[2],
         softmax_scale,
-        _DTYPE_CODES[q.dtype],
+        DTYPE_CODES[q.dtype],
         num_splits or cpu_num_splits(batch, num_text, num_slow, num_q_heads, num_kv_heads, threads),
         threads,
     )
-
-
-_NO_GATE = (0, 0, 0, 0, False, False)
 
 
 def text_cross_attention(
@@ -116,7 +103,7 @@ def text_cross_attention(
     context = q.new_empty(text_rows.shape[0], *q.shape[1:])
     lse = q.new_empty(context.shape[:2], dtype=torch.float32) if return_lse else None
     _cross_attention(
-        q, slow_kv, cu_slow, text_rows, cu_text, context, lse, None, None, _NO_GATE, softmax_scale, num_splits
+        q, slow_kv, cu_slow, text_rows, cu_text, context, lse, None, None, NO_GATE, softmax_scale, num_splits
     )
     return context, lse
 
@@ -125,27 +112,23 @@ def gated_residual_mix(
     state: Tensor,
     context: Tensor,
     text_rows: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
-    gate: str,
-    warm_up_tanh: bool,
+    gate: Gate,
 ) -> Tensor:
     """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
     rows, channels = state.shape
-    out = state.new_empty(rows, channels)
+    out, value = state.new_empty(rows, channels), gate.float_value
     extension().cpu_gated_mix(
         state.data_ptr(),
         context.data_ptr(),
         text_rows.data_ptr(),
         out.data_ptr(),
-        *_gate_arguments(gate_weight, gate_bias, warm_up, gate, warm_up_tanh),
+        *gate_arguments(gate, value),
         rows,
         text_rows.shape[0],
         channels,
         state.stride(0),
         context.stride(0),
-        _DTYPE_CODES[state.dtype],
+        DTYPE_CODES[state.dtype],
         torch.get_num_threads(),
     )
     return out
@@ -158,19 +141,16 @@ def slowfast_cross_attention(
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
+    gate: Gate,
     softmax_scale: float,
     num_splits: int,
-    gate: str,
-    warm_up_tanh: bool,
 ) -> Tensor:
     """Attention, gate and mix in one call; the context never leaves float32. A new tensor."""
     all_rows_are_text = text_rows.shape[0] == state.shape[0]
     out = state.new_empty(state.shape) if all_rows_are_text else state.clone(memory_format=torch.contiguous_format)
-    gate_arguments = _gate_arguments(gate_weight, gate_bias, warm_up, gate, warm_up_tanh)
+    value = gate.float_value
+    arguments = gate_arguments(gate, value)
     _cross_attention(
-        q, slow_kv, cu_slow, text_rows, cu_text, None, None, state, out, gate_arguments, softmax_scale, num_splits
+        q, slow_kv, cu_slow, text_rows, cu_text, None, None, state, out, arguments, softmax_scale, num_splits
     )
     return out

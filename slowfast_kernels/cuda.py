@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
+from .gate import Gate
 from .heuristics import hopper_attention_config
+from .params import DTYPE_CODES, NO_GATE, gate_arguments
 from .pool_plan import PoolPlan
-
-# The codes of ``DType`` in csrc/params.h.
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _launch(function: Callable[..., None], device: torch.device, *arguments) -> None:
@@ -47,7 +46,7 @@ def launch_pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None, slow: Te
         plan.num_items,
         *plan.cells,
         -1.0 if norm_eps is None else norm_eps,
-        _DTYPE_CODES[frames.dtype],
+        DTYPE_CODES[frames.dtype],
     )
 
 
@@ -63,15 +62,11 @@ def gated_residual_mix(
     state: Tensor,
     context: Tensor,
     text_rows: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
-    gate: str,
-    warm_up_tanh: bool,
+    gate: Gate,
 ) -> Tensor:
     """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
     rows, channels = state.shape
-    out = state.new_empty(rows, channels)
+    out, value = state.new_empty(rows, channels), gate.float_value
     _launch(
         extension().cuda_gated_mix,
         state.device,
@@ -79,18 +74,13 @@ def gated_residual_mix(
         context.data_ptr(),
         text_rows.data_ptr(),
         out.data_ptr(),
-        gate_weight.data_ptr(),
-        gate_bias.data_ptr(),
-        0 if warm_up is None else warm_up.data_ptr(),
-        _DTYPE_CODES[gate_weight.dtype],
-        gate == "tanh",
-        warm_up_tanh,
+        *gate_arguments(gate, value),
         rows,
         text_rows.shape[0],
         channels,
         state.stride(0),
         context.stride(0),
-        _DTYPE_CODES[state.dtype],
+        DTYPE_CODES[state.dtype],
     )
     return out
 
@@ -122,13 +112,9 @@ def slowfast_cross_attention(
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
+    gate: Gate,
     softmax_scale: float,
     num_splits: int,
-    gate: str,
-    warm_up_tanh: bool,
 ) -> Tensor:
     """Attention, gate and mix in one launch; where there are rows without text, a copy of ``state`` goes before it."""
     if slow_kv.shape[0] == 0 or text_rows.shape[0] == 0:
@@ -136,7 +122,7 @@ def slowfast_cross_attention(
     out = torch.empty(state.shape, dtype=state.dtype, device=state.device)
     if text_rows.shape[0] != state.shape[0]:  # else every row is a text row: they are distinct
         out.copy_(state)
-    mix = (state, out, gate_weight, gate_bias, warm_up, gate == "tanh", warm_up_tanh)
+    mix = (state, out, gate)
     _attend(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits, mix=mix)
     return out
 
@@ -159,14 +145,11 @@ def _attend(
         partial_stats = partial_out + 4 * out_size
         partial_gates = partial_stats + 4 * stats_size
         counters = _counters(device, num_counters).data_ptr()
-    if mix is None:
-        mix_arguments = (0, 0, 0, 0, 0, 0, False, False)
-        state_stride = 0
-    else:
-        state, out, weight, bias, warm_up, tanh_gate, tanh_warm_up = mix
-        pointers = (state.data_ptr(), out.data_ptr(), weight.data_ptr(), bias.data_ptr())
-        warm_up_pointer = 0 if warm_up is None else warm_up.data_ptr()
-        mix_arguments = (*pointers, warm_up_pointer, _DTYPE_CODES[weight.dtype], tanh_gate, tanh_warm_up)
+    mix_arguments, state_stride = (0, 0, *NO_GATE), 0
+    if mix is not None:
+        state, out, gate = mix
+        value = gate.float_value
+        mix_arguments = (state.data_ptr(), out.data_ptr(), *gate_arguments(gate, value))
         state_stride = state.stride(0)
     _launch(
         extension().cuda_cross_attention,
@@ -190,7 +173,7 @@ def _attend(
         kv_heads,
         head_dim,
         softmax_scale,
-        _DTYPE_CODES[q.dtype],
+        DTYPE_CODES[q.dtype],
         config.consumers,
         config.cluster_size,
         config.num_groups,

@@ -6,10 +6,14 @@ Functions take validated tensors (see ``ops``) and the backend signatures that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gate import Gate
 from .pool_plan import PoolPlan, VideoPlan
 
 
@@ -28,14 +32,13 @@ def _pool_cells(x: Tensor, stride: int) -> Tensor:
 
 
 def _slow_frames(frames: Tensor, video: VideoPlan, grid: tuple[int, int]) -> Tensor:
-    """Slow tokens of one video before the norm, [T, h, w, C]."""
-    mine = frames[video.first_frame : video.first_frame + video.num_frames]
+    """Slow tokens of one video before the norm, [T, h, w, C], widened."""
+    mine = _fp32_or_wider(frames[video.first_frame : video.first_frame + video.num_frames])
     return _pool_cells(mine.reshape(video.num_frames, *grid, -1), video.pool_stride)
 
 
-def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    wide = _fp32_or_wider(x)
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+def _inverse_rms(tokens: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(tokens.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,14 +46,12 @@ def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor
     slow, fast = [], []
     for video in plan.videos:
         tokens = _slow_frames(frames, video, plan.grid)
-        slow.append(tokens.reshape(-1, frames.shape[-1]))
+        normed = tokens if norm_eps is None else tokens * _inverse_rms(tokens, norm_eps)
+        slow.append(normed.reshape(-1, frames.shape[-1]).to(frames.dtype))
         averaged = torch.stack([tokens[list(window)].mean(0) for window in video.windows])
-        fast.append(_pool_cells(averaged, plan.spatial_stride).reshape(-1, frames.shape[-1]))
-    slow_tokens = torch.cat(slow)
-    if norm_eps is not None:
-        slow_tokens = _rms_norm(slow_tokens, norm_eps)
+        fast.append(_pool_cells(averaged, plan.spatial_stride).reshape(-1, frames.shape[-1]).to(frames.dtype))
     _, _, cu_slow, cu_fast = plan.tables(frames.device)
-    return slow_tokens, cu_slow.clone(), torch.cat(fast), cu_fast.clone()
+    return torch.cat(slow), cu_slow.clone(), torch.cat(fast), cu_fast.clone()
 
 
 def _unpool_cells(grad: Tensor, stride: int, grid: tuple[int, int]) -> Tensor:
@@ -71,8 +72,8 @@ def pool_backward(
         shape = (video.num_frames, *video.slow_grid, channels)
         upstream = _fp32_or_wider(grad_slow[video.first_slow : video.first_slow + video.num_slow]).reshape(shape)
         if norm_eps is not None:
-            tokens = _fp32_or_wider(_slow_frames(frames, video, plan.grid))
-            inv_rms = torch.rsqrt(tokens.pow(2).mean(-1, keepdim=True) + norm_eps)
+            tokens = _slow_frames(frames, video, plan.grid)
+            inv_rms = _inverse_rms(tokens, norm_eps)
             normed = tokens * inv_rms
             upstream = inv_rms * (upstream - normed * (upstream * normed).mean(-1, keepdim=True))
         else:
@@ -113,18 +114,19 @@ def text_cross_attention(
     num_splits: int,
 ) -> tuple[Tensor, Tensor | None]:
     """context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32. ``num_splits`` has no meaning here."""
-    context = q.new_zeros(text_rows.shape[0], *q.shape[1:])
-    lse = q.new_full(context.shape[:2], float("-inf"), dtype=torch.float32) if return_lse else None
+    contexts, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(0, q.shape[1], dtype=torch.float32)]
     for tokens, texts in _sequences(cu_slow, cu_text):
-        if tokens.start == tokens.stop or texts.start == texts.stop:
+        query = q[text_rows[texts].long()]  # [n, Hq, D]
+        if tokens.start == tokens.stop:
+            contexts.append(torch.zeros_like(query))
+            lses.append(torch.full_like(query[..., 0], float("-inf"), dtype=torch.float32))
             continue
         keys, values = _heads_of(slow_kv, tokens, q.shape[1])
-        query = q[text_rows[texts].long()].transpose(0, 1)  # [Hq, n, D]
-        scores = _fp32_or_wider(query @ keys.transpose(1, 2)) * softmax_scale
-        context[texts] = (scores.softmax(-1).to(q.dtype) @ values).transpose(0, 1)
-        if lse is not None:
-            lse[texts] = scores.logsumexp(-1).transpose(0, 1).float()
-    return context, lse
+        query, keys, values = (_fp32_or_wider(x) for x in (query.transpose(0, 1), keys, values))
+        scores = query @ keys.transpose(1, 2) * softmax_scale
+        contexts.append((scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype))
+        lses.append(scores.logsumexp(-1).transpose(0, 1).float())
+    return torch.cat(contexts), torch.cat(lses) if return_lse else None
 
 
 def text_cross_attention_backward(
@@ -164,66 +166,82 @@ def text_cross_attention_backward(
 # ------------------------------------------------------------------------------------------- gated mix
 
 
-def gated_residual_mix(
-    state: Tensor,
-    context: Tensor,
-    text_rows: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
-    gate: str,
-    warm_up_tanh: bool,
-) -> Tensor:
+class _Activation(NamedTuple):
+    apply: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]  # of the activated value, not of its argument
+
+
+_ACTIVATIONS = {
+    "tanh": _Activation(torch.tanh, lambda act: 1 - act**2),
+    "linear": _Activation(lambda pre: pre, torch.ones_like),
+}
+
+
+def _activated(picked: Tensor, gate: Gate) -> Tensor:
+    """Gates [Nt] before the warm-up factor; ``picked`` [Nt, C] are the text rows of the state, widened."""
+    if gate.kind == "given":
+        return gate.value.to(picked.dtype)
+    if gate.kind == "none":
+        return torch.ones_like(picked[:, 0])
+    pre = picked @ gate.weight.reshape(-1).to(picked.dtype) + gate.bias.to(picked.dtype)
+    return _ACTIVATIONS[gate.kind].apply(pre)
+
+
+def _warm_up_factor(like: Tensor, gate: Gate) -> Tensor:
+    """factor(warm_up), [1] or a scalar, in the dtype of ``like``."""
+    if gate.warm_up is None:
+        return like.new_ones(1)
+    warm_up = gate.warm_up.to(like.dtype)
+    return warm_up.tanh() if gate.warm_up_tanh else warm_up
+
+
+def gated_residual_mix(state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate) -> Tensor:
     """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
     rows = text_rows.long()
-    picked = state[rows]
-    g = F.linear(picked.to(gate_weight.dtype), gate_weight.reshape(1, -1), gate_bias)
-    if gate == "tanh":
-        g = g.tanh()
-    if warm_up is not None:
-        g = g * (warm_up.tanh() if warm_up_tanh else warm_up)
-    return state.index_copy(0, rows, (picked + g * context).to(state.dtype))
+    picked, mixed = (_fp32_or_wider(x) for x in (state[rows], context))
+    g = _activated(picked, gate) * _warm_up_factor(picked, gate)
+    return state.index_copy(0, rows, (picked + g[:, None] * mixed).to(state.dtype))
+
+
+class MixGradients(NamedTuple):
+    """Of ``gated_residual_mix``, in its arguments' shapes and dtypes; None where there was no argument."""
+
+    state: Tensor
+    context: Tensor
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    warm_up: Tensor | None
+    gate_value: Tensor | None
 
 
 def gated_residual_mix_backward(
-    grad: Tensor,
-    state: Tensor,
-    context: Tensor,
-    text_rows: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
-    gate: str,
-    warm_up_tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients with respect to state, context, gate_weight, gate_bias and warm_up (None if it was None)."""
+    grad: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate
+) -> MixGradients:
+    """Gradients of ``gated_residual_mix`` for the gradient ``grad`` [rows, C] of its result."""
     rows = text_rows.long()
     picked, upstream, mixed = (_fp32_or_wider(x) for x in (state[rows], grad[rows], context))
-    weight = _fp32_or_wider(gate_weight).reshape(-1)
-    pre = picked @ weight + _fp32_or_wider(gate_bias)
-    act = pre.tanh() if gate == "tanh" else pre
-    factor, factor_slope = torch.ones_like(pre[:1]), None
-    if warm_up is not None:
-        factor = _fp32_or_wider(warm_up)
-        factor_slope = torch.ones_like(factor)
-        if warm_up_tanh:
-            factor = factor.tanh()
-            factor_slope = 1 - factor**2
+    act, factor = _activated(picked, gate), _warm_up_factor(picked, gate)
     grad_gate = (upstream * mixed).sum(-1)
-    grad_pre = grad_gate * factor * (1 - act**2 if gate == "tanh" else 1)
-    grad_state = _fp32_or_wider(grad).index_add(0, rows, grad_pre[:, None] * weight)
-    grad_context = (act * factor)[:, None] * upstream
-    grad_weight = (grad_pre[:, None] * picked).sum(0).reshape(gate_weight.shape)
-    grad_bias = grad_pre.sum().reshape(gate_bias.shape)
-    grad_warm = None
-    if warm_up is not None:
-        grad_warm = ((grad_gate * act).sum() * factor_slope).reshape(warm_up.shape).to(warm_up.dtype)
-    return (
-        grad_state.to(state.dtype),
-        grad_context.to(context.dtype),
-        grad_weight.to(gate_weight.dtype),
-        grad_bias.to(gate_bias.dtype),
+    grad_act = grad_gate * factor
+    grad_state, grad_weight, grad_bias, grad_warm, grad_value = _fp32_or_wider(grad), None, None, None, None
+    if gate.weight is not None:
+        grad_pre = grad_act * _ACTIVATIONS[gate.kind].slope(act)
+        weight = gate.weight.reshape(-1).to(picked.dtype)
+        grad_state = grad_state.index_add(0, rows, grad_pre[:, None] * weight)
+        grad_weight = (grad_pre[:, None] * picked).sum(0).reshape(gate.weight.shape).to(gate.weight.dtype)
+        grad_bias = grad_pre.sum().reshape(gate.bias.shape).to(gate.bias.dtype)
+    if gate.warm_up is not None:
+        slope = 1 - factor**2 if gate.warm_up_tanh else torch.ones_like(factor)
+        grad_warm = ((grad_gate * act).sum() * slope).reshape(gate.warm_up.shape).to(gate.warm_up.dtype)
+    if gate.value is not None:
+        grad_value = grad_act.to(gate.value.dtype)
+    return MixGradients(
+        grad_state.to(state.dtype, copy=gate.weight is None),  # never the upstream gradient itself
+        ((act * factor)[:, None] * upstream).to(context.dtype),
+        grad_weight,
+        grad_bias,
         grad_warm,
+        grad_value,
     )
 
 
@@ -237,14 +255,10 @@ def slowfast_cross_attention(
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
+    gate: Gate,
     softmax_scale: float,
     num_splits: int,
-    gate: str,
-    warm_up_tanh: bool,
 ) -> Tensor:
     """Attention, gate and mix: what one hybrid layer adds to a Qwen2 layer between attention and ``o_proj``."""
     context, _ = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, False, num_splits)
-    return gated_residual_mix(state, context.flatten(1), text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh)
+    return gated_residual_mix(state, context.flatten(1), text_rows, gate)

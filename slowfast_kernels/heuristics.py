@@ -55,6 +55,8 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
     if backend == "cuda" and call.device_type != "cuda":
         return f"tensors on {call.device_type}; use backend='cpu'"
     attends = call.op in ("text_cross_attention", "slowfast_cross_attention")
+    if backend == "triton" and attends and call.device_type == "cpu" and call.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly; use backend='eager', float32 or float16"
     if backend == "triton" and attends and call.head_dim > 256:
         return f"head dimension {call.head_dim} (<= 256 only); use backend='eager'"
     if backend == "cuda" and attends:

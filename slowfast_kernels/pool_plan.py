@@ -6,8 +6,10 @@ counts and strides. Those branches are resolved here, once, into a table; every 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -108,82 +110,115 @@ def sample_fast_frames(num_frames: int, sampling_stride: int, min_fast_frames: i
     The official code steps by a floating-point stride; for 164 frames and more that can differ from integer
     arithmetic, so the same floating-point product is taken here.
     """
-    if sampling_stride <= 1 or num_frames < min_fast_frames:
+    count = _sampled_count(num_frames, sampling_stride, min_fast_frames)
+    if count == num_frames:
         return list(range(num_frames))
-    count = max(num_frames // sampling_stride, min_fast_frames)
     step = num_frames / count
     return [int(i * step) for i in range(count)]
+
+
+def _sampled_count(num_frames: int, sampling_stride: int, min_fast_frames: int) -> int:
+    if sampling_stride <= 1 or num_frames < min_fast_frames:
+        return num_frames
+    return max(num_frames // sampling_stride, min_fast_frames)
+
+
+def _window_count(count: int, temporal_stride: int, min_fast_frames: int) -> int:
+    if temporal_stride <= 1:
+        return count
+    full = count // temporal_stride
+    return full if full >= min_fast_frames else min(count, min_fast_frames)
 
 
 def temporal_windows(frames: list[int], temporal_stride: int, min_fast_frames: int) -> list[tuple[int, ...]]:
     """Group sampled frames into the windows that one fast frame averages each."""
     count = len(frames)
-    if temporal_stride <= 1:
-        return [(t,) for t in frames]
-    if count // temporal_stride >= min_fast_frames:
-        full = count // temporal_stride
-        return [tuple(frames[i * temporal_stride : (i + 1) * temporal_stride]) for i in range(full)]
-    bins = min(count, min_fast_frames)
+    bins = _window_count(count, temporal_stride, min_fast_frames)
+    if temporal_stride <= 1 or count // temporal_stride >= min_fast_frames:
+        return [tuple(frames[i * temporal_stride : (i + 1) * temporal_stride]) for i in range(bins)]
     return [tuple(frames[i * count // bins : -(-(i + 1) * count // bins)]) for i in range(bins)]
 
 
-@lru_cache(maxsize=256)
-def make_pool_plan(
-    frame_counts: tuple[int, ...],
-    grid: tuple[int, int],
-    pool_stride: int,
-    sampling_stride: int,
-    temporal_stride: int,
-    spatial_stride: int,
-    min_fast_frames: int,
-) -> PoolPlan:
-    """Resolve every branch of the official pooling for a batch of videos.
+class PoolOptions(NamedTuple):
+    """The strides of a call, by the names of ``slowfast_pool``'s arguments."""
 
-    Raises:
-        ValueError: a count, stride or grid below 1; a video on a non-square grid; a stride larger than the grid.
+    pool_stride: int = 1
+    sampling_stride: int = 1
+    temporal_stride: int = 1
+    spatial_stride: int = 1
+    min_fast_frames: int = 1
+
+
+def check_pool_arguments(frame_counts: Sequence[int], grid: Sequence[int], options: PoolOptions) -> None:
+    """Raises:
+    ValueError: a count, stride or grid below 1; a video on a non-square grid; a stride larger than the grid.
     """
-    if not frame_counts:
+    if not len(frame_counts):
         raise ValueError("frame_counts: got an empty list, want one frame count a video")
     for i, count in enumerate(frame_counts):
         if count < 1:
             raise ValueError(f"frame_counts[{i}]: got {count}, want >= 1 (a video needs a frame)")
     height, width = grid
     if height < 1 or width < 1:
-        raise ValueError(f"grid: got {grid}, want (H, W) both >= 1")
-    strides = {
-        "pool_stride": pool_stride,
-        "sampling_stride": sampling_stride,
-        "temporal_stride": temporal_stride,
-        "spatial_stride": spatial_stride,
-        "min_fast_frames": min_fast_frames,
-    }
-    for name, value in strides.items():
+        raise ValueError(f"grid: got {tuple(grid)}, want (H, W) both >= 1")
+    for name, value in zip(PoolOptions._fields, options, strict=True):
         if value < 1:
             raise ValueError(f"{name}: got {value}, want >= 1")
+    for count in frame_counts:
+        if count > 1 and height != width:
+            raise ValueError(
+                f"grid: got {tuple(grid)} for a video of {count} frames, want H == W (as the official models)"
+            )
+        pool, slow_grid = _slow_grid_of(count, grid, options)
+        if pool > height or pool > width:
+            raise ValueError(f"pool_stride: got {pool}, want <= the grid {tuple(grid)}")
+        if options.spatial_stride > slow_grid[0] or options.spatial_stride > slow_grid[1]:
+            raise ValueError(f"spatial_stride: got {options.spatial_stride}, want <= the slow grid {slow_grid}")
 
+
+def _slow_grid_of(num_frames: int, grid: Sequence[int], options: PoolOptions) -> tuple[int, tuple[int, int]]:
+    """(pool stride, slow grid) of a video; an image's tokens all stay."""
+    pool = 1 if num_frames == 1 else options.pool_stride
+    return pool, (grid[0] // pool, grid[1] // pool)
+
+
+def token_counts(num_frames: int, grid: Sequence[int], options: PoolOptions) -> tuple[int, int]:
+    """(slow, fast) tokens of one video: arithmetic alone, so that lengths may be symbolic (torch.compile)."""
+    _, (height, width) = _slow_grid_of(num_frames, grid, options)
+    fast_frames = 1
+    if num_frames != 1:
+        sampled = _sampled_count(num_frames, options.sampling_stride, options.min_fast_frames)
+        fast_frames = _window_count(sampled, options.temporal_stride, options.min_fast_frames)
+    stride = options.spatial_stride
+    return num_frames * height * width, fast_frames * (height // stride) * (width // stride)
+
+
+@lru_cache(maxsize=256)
+def make_pool_plan(frame_counts: tuple[int, ...], grid: tuple[int, int], *strides: int) -> PoolPlan:
+    """Resolve every branch of the official pooling for a batch of videos.
+
+    Everything given is a Python int, ``strides`` in the order of ``PoolOptions``: the plan is kept by their values.
+
+    Raises:
+        ValueError: as ``check_pool_arguments``.
+    """
+    options = PoolOptions(*strides)
+    check_pool_arguments(frame_counts, grid, options)
     videos = []
     first_frame = first_slow = first_fast = 0
     for count in frame_counts:
-        is_image = count == 1
-        if not is_image and height != width:
-            raise ValueError(f"grid: got {grid} for a video of {count} frames, want H == W (as the official models)")
-        pool = 1 if is_image else pool_stride
-        if pool > min(grid):
-            raise ValueError(f"pool_stride: got {pool}, want <= the grid {grid}")
-        slow_grid = (height // pool, width // pool)
-        if spatial_stride > min(slow_grid):
-            raise ValueError(f"spatial_stride: got {spatial_stride}, want <= the slow grid {slow_grid}")
-        if is_image:
-            windows = [(0,)]
-        else:
-            sampled = sample_fast_frames(count, sampling_stride, min_fast_frames)
-            windows = temporal_windows(sampled, temporal_stride, min_fast_frames)
+        pool, slow_grid = _slow_grid_of(count, grid, options)
+        windows = [(0,)]
+        if count > 1:
+            sampled = sample_fast_frames(count, options.sampling_stride, options.min_fast_frames)
+            windows = temporal_windows(sampled, options.temporal_stride, options.min_fast_frames)
+        stride = options.spatial_stride
         video = VideoPlan(
             first_frame=first_frame,
             num_frames=count,
             pool_stride=pool,
             slow_grid=slow_grid,
-            fast_grid=(slow_grid[0] // spatial_stride, slow_grid[1] // spatial_stride),
+            fast_grid=(slow_grid[0] // stride, slow_grid[1] // stride),
             first_slow=first_slow,
             first_fast=first_fast,
             windows=tuple(windows),
@@ -192,4 +227,4 @@ def make_pool_plan(
         first_frame += video.num_frames
         first_slow += video.num_slow
         first_fast += video.num_fast
-    return PoolPlan(grid=grid, spatial_stride=spatial_stride, videos=tuple(videos))
+    return PoolPlan(grid=grid, spatial_stride=options.spatial_stride, videos=tuple(videos))

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from slowfast_kernels.gate import GATES, WEIGHTED_GATES
+
 LAYOUTS = ("contiguous", "strided", "heads_first")
 
 
@@ -197,6 +199,22 @@ def make_frames(
     size = (sum(video.frame_counts), video.grid[0] * video.grid[1], video.channels)
     frames = torch.randn(size, generator=generator, device=device).to(dtype)
     return _laid_out(frames, layout)
+
+
+GATE_WAYS = (*GATES, "given")  # how a gate can be formed
+
+
+def gate_of(way: str, inputs: Inputs, generator: Generator) -> tuple[tuple[Tensor | None, ...], dict]:
+    """(gate_weight, gate_bias, warm_up) and options of a call whose gate is formed that way."""
+    if way in WEIGHTED_GATES:
+        return inputs.gating, {"gate": way}
+    without = (None, None, inputs.warm_up)
+    if way == "none":
+        return without, {"gate": way}
+    assert way == "given"
+    device, dtype = inputs.state.device, inputs.gate_bias.dtype
+    value = torch.randn(len(inputs.text_rows), generator=generator, device=device).to(dtype)
+    return without, {"gate_value": value}
 
 
 def add_ramp(inputs: Inputs, rise: float) -> None:

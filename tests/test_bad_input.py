@@ -11,6 +11,7 @@ from cases import Shape, make_inputs
 from targets import DEVICE, HAS_GPU
 
 import slowfast_kernels as sk
+from slowfast_kernels.gate import GATES
 from slowfast_kernels.ops import checks
 
 I32 = torch.int32
@@ -58,7 +59,13 @@ ATTENTION = [
     ("text_rows", lambda x: cu(0, 1, 2, 3, 7), ValueError, ["0..7", "want 0..6", "rows of q"]),
     ("text_rows", lambda x: cu(-1, 1, 2, 3, 4), ValueError, ["-1..4", "want 0..6"]),
     ("text_rows", lambda x: cu(0, 1, 2, 3, 3), ValueError, ["repeated row index", "distinct"]),
-    ("num_splits", lambda _: -1, ValueError, ["-1", ">= 0"]),
+    ("num_splits", lambda _: -1, ValueError, ["-1", "0 (automatic)"]),
+    ("num_splits", lambda _: 10**9, ValueError, ["1000000000", "65535"]),
+    ("num_splits", lambda _: 2.5, TypeError, ["float 2.5", "an integer"]),
+    ("softmax_scale", lambda _: "1", TypeError, ["str '1'", "a number"]),
+    ("softmax_scale", lambda _: float("nan"), ValueError, ["nan", "finite"]),
+    ("q", lambda q: q.numpy(), TypeError, ["numpy float32[7, 4, 16]", "a tensor"]),
+    ("slow_kv", lambda kv: kv.to_sparse(), TypeError, ["sparse_coo", "to_dense"]),
 ]
 GATING = [
     ("gate_weight", lambda w: w[:, :63], ValueError, ["float32[1, 63]", "[64] or [1, 64]"]),
@@ -71,7 +78,12 @@ GATING = [
     ("gate_bias", lambda b: None, TypeError, ["None", "tensor"]),
     ("warm_up", lambda w: w.half(), TypeError, ["float16", "the dtype of gate_weight"]),
     ("warm_up", lambda w: 0.5, TypeError, ["0.5", "tensor"]),
-    ("gate", lambda _: "sigmoid", ValueError, ["'sigmoid'", "'tanh', 'linear'"]),
+    ("gate", lambda _: "relu", ValueError, ["'relu'", *map(repr, GATES)]),
+    ("gate_weight", lambda _: None, TypeError, ["None", "[64] or [1, 64]"]),
+    ("gate_value", lambda _: torch.ones(5), ValueError, ["gate_weight", "want None", "gate_value takes its place"]),
+    ("gate", lambda _: "none", ValueError, ["gate_weight", "want None", "gate='none' has no weight"]),
+    ("warm_up_tanh", lambda _: "no", TypeError, ["str 'no'", "an integer"]),
+    ("warm_up_tanh", lambda _: 2, ValueError, ["int 2", "True or False"]),
 ]
 STATE = [
     ("state", lambda s: s[:, :48], ValueError, ["float32[7, 48]", "[7, 64]", "Hq * D"]),
@@ -124,6 +136,24 @@ MIX = [
     ("text_rows", lambda x: cu(0, 1, 1, 3, 4), ValueError, ["repeated row index", "distinct"]),
     ("text_rows", lambda x: x.long(), TypeError, ["int64", "int32"]),
 ]
+
+
+WITHOUT_WEIGHT = [
+    ("gate_value", lambda v: v[:4], ValueError, ["float32[4]", "shape [5]"]),
+    ("gate_value", lambda v: v[:, None], ValueError, ["float32[5, 1]", "shape [5]"]),
+    ("gate_value", lambda v: v.half(), TypeError, ["float16", "the dtype of state) or float32"]),
+    ("gate_value", lambda v: v.to("meta"), ValueError, ["on meta", "want cpu"]),
+    ("gate_value", lambda v: v.tolist(), TypeError, ["list", "a tensor [5]"]),
+    ("gate_bias", lambda _: torch.zeros(1), ValueError, ["float32[1]", "want None"]),
+    ("warm_up", lambda w: w.double(), TypeError, ["float64", "the dtype of state) or float32"]),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "exception", "words"), WITHOUT_WEIGHT, ids=ids)
+def test_a_call_without_a_gate_weight_refuses(name, spoil, exception, words):
+    without = {"gate_weight": None, "gate_bias": None, "gate_value": torch.ones(5)}
+    good = arguments() | without | {"backend": "eager"}
+    assert_refused(sk.slowfast_cross_attention, good, {name: spoil(good[name])}, name, exception, words)
 
 
 @pytest.mark.parametrize(("name", "spoil", "exception", "words"), MIX + GATING, ids=ids)

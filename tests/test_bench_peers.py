@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not ins
 from bench import attention, inputs, layer, mix, peers, pool
 from bench.shapes import AttentionShape, Heads, MixShape, PoolShape
 from slowfast_kernels import eager
+from slowfast_kernels.gate import Gate
 
 TINY_HEADS = Heads(4, 2, 16)
 EVEN = AttentionShape.even(2, 3, 40, TINY_HEADS)
@@ -125,11 +126,11 @@ def test_the_pooling_composition_computes_the_op(shape, cells):
 
 def test_the_mix_compositions_compute_the_op():
     state, context, rows, *gate = mix._make(MixShape(5, 9, 32), "float32", torch.device("cpu"))
-    want = eager.gated_residual_mix(state, context, rows, *gate, "tanh", True)
+    want = eager.gated_residual_mix(state, context, rows, Gate.of(*gate))
     for way in (mix.copied_rows, mix.added_rows):
         torch.testing.assert_close(way(state, context, rows.long(), *gate), want)
     state, context, rows, *gate = mix._make(MixShape(6, 6, 32), "float32", torch.device("cpu"))
-    want = eager.gated_residual_mix(state, context, rows, *gate, "tanh", True)
+    want = eager.gated_residual_mix(state, context, rows, Gate.of(*gate))
     torch.testing.assert_close(mix.all_rows(state, context, rows.long(), *gate), want)
 
 

@@ -90,6 +90,16 @@ def test_a_limit_names_what_came_and_the_way_out(backend):
     assert "backend='eager'" in reason
 
 
+@pytest.mark.parametrize("op", [ATTEND, FUSED])
+def test_bfloat16_attention_is_refused_in_tritons_interpreter(op):
+    """It answers with errors of 1e8; pooling and mixing, which multiply no matrices, are right there."""
+    reason = unsupported_reason("triton", call(op, "cpu", BF16))
+    assert "interpreter" in reason
+    assert "bfloat16" in reason
+    for fine in (call(op, "cuda", BF16), call(op, "cpu", F16), call("slowfast_pool", "cpu", BF16)):
+        assert unsupported_reason("triton", fine) is None
+
+
 # --------------------------------------------------------------------------------- asking for a backend
 
 

@@ -11,6 +11,7 @@ from targets import HAS_GPU, REPEATS
 import slowfast_kernels as sk
 from slowfast_kernels import cuda
 from slowfast_kernels._extension import unavailable_reason
+from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics import HopperConfig
 
 if not HAS_GPU or torch.cuda.get_device_capability() != (9, 0):
@@ -68,7 +69,7 @@ def attend(inputs, config):
     context = torch.full((len(rows), *q.shape[1:]), float("nan"), dtype=q.dtype, device="cuda")
     lse = torch.full(context.shape[:2], float("nan"), device="cuda")
     out = inputs.state.clone()
-    mix = (inputs.state, out, *inputs.gating, True, True)
+    mix = (inputs.state, out, Gate.of(*inputs.gating))
     scale = q.shape[2] ** -0.5
     cuda._attend(q, kv, cu_slow, rows, cu_text, scale, 0, context=context, lse=lse, mix=mix, config=config)
     return context, lse, out

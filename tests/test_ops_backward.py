@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import Shape, Video, make_frames, make_inputs
+from cases import GATE_WAYS, Shape, Video, gate_of, make_frames, make_inputs
 from targets import ALL
 
 import slowfast_kernels as sk
@@ -79,17 +79,23 @@ def test_lse_is_differentiable(target, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
-@pytest.mark.parametrize("gate", ["tanh", "linear"])
+@pytest.mark.parametrize("way", GATE_WAYS)
 @pytest.mark.parametrize("warm_up", ["tanh", "identity", "none"])
-def test_mix_gradients_are_accurate(target, gate, warm_up, rng):
+def test_mix_gradients_are_accurate(target, way, warm_up, rng):
     inputs = finite(make_inputs(SHAPE, target.dtype, target.device, rng(target.device), gate_dtype=torch.float32))
     size = (len(inputs.text_rows), inputs.state.shape[1])
     context = torch.randn(size, generator=rng(target.device), device=target.device)
-    options = {"gate": gate, "warm_up_tanh": warm_up == "tanh"}
-    tensors = (inputs.state, context.to(target.dtype), *inputs.gating)[: 4 if warm_up == "none" else 5]
+    inputs.warm_up = None if warm_up == "none" else inputs.warm_up
+    gating, options = gate_of(way, inputs, rng(target.device))
+    value = options.pop("gate_value", None)
+    options["warm_up_tanh"] = warm_up == "tanh"
+    given = (inputs.state, context.to(target.dtype), *gating, value)
+    tensors = [x for x in given if x is not None]
 
-    def mix(op, state, context, weight, bias, warm_up=None):
-        return [op(state, context, inputs.text_rows, weight, bias, warm_up, **options)]
+    def mix(op, *tensors):
+        rest = iter(tensors)
+        state, context, *gating, value = (None if x is None else next(rest) for x in given)
+        return [op(state, context, inputs.text_rows, *gating, gate_value=value, **options)]
 
     assert_gradients_accurate(
         lambda *args: mix(lambda *a, **o: target.run(sk.gated_residual_mix, *a, **o), *args),
@@ -128,21 +134,24 @@ def test_fused_gradients_are_accurate(target, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
-def test_the_registered_fused_op_has_the_same_gradients(target, rng):
+@pytest.mark.parametrize("way", ["tanh", "given"])
+def test_the_registered_fused_op_has_the_same_gradients(target, way, rng):
     """The op that torch.compile traces without gradients is differentiable too."""
     inputs = finite(make_inputs(SHAPE, torch.float32, target.device, rng(target.device)))
-    tensors, indices = (inputs.state, inputs.q, inputs.slow_kv, *inputs.gating), inputs.attention[2:]
+    gating, gate = gate_of(way, inputs, rng(target.device))
+    value = gate.pop("gate_value", None)
+    tensors, indices = (inputs.state, inputs.q, inputs.slow_kv, *gating, value), inputs.attention[2:]
     results = []
     for op in (torch.ops.slowfast.cross_attention, sk.slowfast_cross_attention):
         mine = leaves(*tensors)
         if op is sk.slowfast_cross_attention:
-            out = target.run(op, *mine[:3], *indices, *mine[3:])
+            out = target.run(op, *mine[:3], *indices, *mine[3:-1], gate_value=mine[-1])
         else:
             try:
                 out = op(*mine[:3], *indices, *mine[3:], None, 0, "tanh", True, target.backend)
             except NotImplementedError as limit:
                 pytest.skip(str(limit))
-        results.append(gradients([out], [torch.ones_like(out)], mine))
+        results.append(gradients([out], [torch.ones_like(out)], [x for x in mine if x is not None]))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -232,16 +241,20 @@ def test_gradcheck_attention(rng):
     assert torch.autograd.gradcheck(op, (q, kv), fast_mode=True)
 
 
-@pytest.mark.parametrize("gate", ["tanh", "linear"])
+@pytest.mark.parametrize("way", GATE_WAYS)
 @pytest.mark.parametrize("warm_up_tanh", [True, False])
-def test_gradcheck_fused(gate, warm_up_tanh, rng):
+def test_gradcheck_fused(way, warm_up_tanh, rng):
     inputs, tensors = tiny(rng)
+    gating, options = gate_of(way, inputs, rng())
+    leaves_of_gate = leaves(*(x for x in (*gating, options.pop("gate_value", None)) if x is not None))
 
-    def op(state, q, kv, *gating):
-        options = {"gate": gate, "warm_up_tanh": warm_up_tanh, "backend": "eager"}
-        return sk.slowfast_cross_attention(state, q, kv, *inputs.attention[2:], *gating, **options)
+    def op(state, q, kv, *tensors):
+        rest = iter(tensors)
+        gating_now = [None if x is None else next(rest) for x in gating]
+        gate = {"gate_value": next(rest, None), "warm_up_tanh": warm_up_tanh, "backend": "eager", **options}
+        return sk.slowfast_cross_attention(state, q, kv, *inputs.attention[2:], *gating_now, **gate)
 
-    assert torch.autograd.gradcheck(op, tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(op, (*tensors[:3], *leaves_of_gate), fast_mode=True)
 
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-2], ids=["plain", "norm"])

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import LAYOUTS, RAGGED, SHAPES, Shape, make_inputs, poison
+from cases import GATE_WAYS, LAYOUTS, RAGGED, SHAPES, Shape, gate_of, make_inputs, poison
 from hypothesis import given
 from hypothesis import strategies as st
 from targets import ALL, KERNELS, REPEATS
@@ -12,12 +12,14 @@ from test_ops_attention import RAGGED_SHAPES
 import slowfast_kernels as sk
 
 
-def check(target, inputs, softmax_scale=None, num_splits=0, **gate):
+def check(target, inputs, softmax_scale=None, num_splits=0, gating=None, **gate):
     options = {"softmax_scale": softmax_scale, "num_splits": num_splits, **gate}
-    out = target.run(sk.slowfast_cross_attention, *inputs.fused, **options)
-    plain = sk.slowfast_cross_attention(*inputs.fused, **options, backend="eager")
+    gating = gating or inputs.gating
+    arguments = (inputs.state, *inputs.attention, *gating)
+    out = target.run(sk.slowfast_cross_attention, *arguments, **options)
+    plain = sk.slowfast_cross_attention(*arguments, **options, backend="eager")
     exact = reference.attention(*inputs.attention, softmax_scale)
-    mixed = reference.gated_mix(inputs.state, exact.context, inputs.text_rows, *inputs.gating, **gate)
+    mixed = reference.gated_mix(inputs.state, exact.context, inputs.text_rows, *gating, **gate)
     rows = inputs.text_rows.long()
     reference.assert_accurate(out[rows], plain[rows], mixed[rows], exact.noise)
     assert reference.same_bits(out[inputs.other_rows], inputs.state[inputs.other_rows])
@@ -48,12 +50,23 @@ def test_any_number_of_splits_is_accurate(target, num_splits, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
-@pytest.mark.parametrize("gate", ["tanh", "linear"])
+@pytest.mark.parametrize("way", GATE_WAYS)
 @pytest.mark.parametrize("warm_up", ["tanh", "identity", "none"])
-def test_gating_variants_are_accurate(target, gate, warm_up, rng):
+def test_gating_variants_are_accurate(target, way, warm_up, rng):
     inputs = make_inputs(RAGGED, target.dtype, target.device, rng(target.device), gate_dtype=torch.float32)
     inputs.warm_up = None if warm_up == "none" else inputs.warm_up
-    check(target, inputs, gate=gate, warm_up_tanh=warm_up == "tanh", softmax_scale=0.2)
+    gating, gate = gate_of(way, inputs, rng(target.device))
+    check(target, inputs, gating=gating, **gate, warm_up_tanh=warm_up == "tanh", softmax_scale=0.2)
+
+
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("num_splits", [0, 1, 4])
+@pytest.mark.parametrize("way", ["none", "given"])
+def test_a_gate_without_a_weight_serves_any_shape(target, way, num_splits, rng):
+    for shape in SHAPES:
+        inputs = make_inputs(shape, target.dtype, target.device, rng(target.device))
+        gating, gate = gate_of(way, inputs, rng(target.device))
+        check(target, inputs, gating=gating, **gate, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("target", ALL)

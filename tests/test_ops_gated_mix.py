@@ -1,11 +1,9 @@
 """gated_residual_mix: text rows get ``gate * context`` added, every other row is copied."""
 
-from itertools import product
-
 import pytest
 import reference
 import torch
-from cases import LAYOUTS, Shape, make_inputs
+from cases import GATE_WAYS, LAYOUTS, Shape, gate_of, make_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from targets import ALL, KERNELS, REPEATS
@@ -46,17 +44,28 @@ def test_text_rows_are_accurate(target, shape, rng):
     check(target, mix_arguments(shape, target, rng(target.device))[1])
 
 
-VARIANTS = [
-    {"gate": gate, "warm_up_tanh": tanh} for gate, tanh in product(("tanh", "linear"), (True, False))
-]  # the released gating types, and the all-to-media form
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("way", GATE_WAYS)
+@pytest.mark.parametrize("warm_up", ["tanh", "identity", "none"])
+def test_gating_variants_are_accurate(target, way, warm_up, rng):
+    inputs, arguments = mix_arguments(SHAPES[4], target, rng(target.device))
+    inputs.warm_up = None if warm_up == "none" else inputs.warm_up
+    gating, gate = gate_of(way, inputs, rng(target.device))
+    check(target, (*arguments[:3], *gating), **gate, warm_up_tanh=warm_up == "tanh")
 
 
 @pytest.mark.parametrize("target", ALL)
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: f"{o['gate']}-{o['warm_up_tanh']}")
-@pytest.mark.parametrize("with_warm_up", [True, False])
-def test_gating_variants_are_accurate(target, options, with_warm_up, rng):
-    _, (*arguments, warm_up) = mix_arguments(SHAPES[4], target, rng(target.device))
-    check(target, (*arguments, warm_up if with_warm_up else None), **options)
+def test_a_given_gate_takes_the_place_of_gate(target, rng):
+    """``gate`` is not applied to it, and its dtype may be float32 whatever the state's."""
+    inputs, arguments = mix_arguments(SHAPES[4], target, rng(target.device), gate_dtype=torch.float32)
+    value = torch.linspace(-3, 3, 2 * len(inputs.text_rows), device=target.device)[::2]  # of any stride
+    arguments = (*arguments[:3], None, None, inputs.warm_up)
+    results = [check(target, arguments, gate_value=value, gate=gate) for gate in ("tanh", "linear", "none")]
+    assert all(reference.same_bits(results[0], other) for other in results[1:])
+    half = check(target, (*arguments[:5], None), gate_value=value.to(target.dtype))
+    assert reference.same_bits(half, target.run(
+        sk.gated_residual_mix, *arguments[:5], None, gate_value=value.to(target.dtype).float()
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ALL)
@@ -79,11 +88,14 @@ def test_parameters_and_context_may_have_either_shape(target, rng):
     other=st.integers(0, 5),
     channels=st.sampled_from([1, 3, 8, 33, 64, 200, 896]),
     layout=st.sampled_from(LAYOUTS),
-    options=st.sampled_from(VARIANTS),
+    way=st.sampled_from(GATE_WAYS),
+    warm_up_tanh=st.booleans(),
 )
-def test_random_rows_are_accurate(target, rng, text, other, channels, layout, options):
+def test_random_rows_are_accurate(target, rng, text, other, channels, layout, way, warm_up_tanh):
     shape = Shape(((text, 0),), (1, 1), channels, other)
-    check(target, mix_arguments(shape, target, rng(target.device), layout)[1], **options)
+    inputs, arguments = mix_arguments(shape, target, rng(target.device), layout)
+    gating, gate = gate_of(way, inputs, rng(target.device))
+    check(target, (*arguments[:3], *gating), **gate, warm_up_tanh=warm_up_tanh)
 
 
 @pytest.mark.parametrize("target", ALL)

@@ -24,6 +24,7 @@ def registered_calls(target, generator) -> dict[str, tuple]:
     context = torch.randn(num_text, state.shape[1], generator=generator, device=target.device)
     frames = make_frames(VIDEO, torch.float32, target.device, generator)
     pooled = sk.slowfast_pool(frames, [4, 1], (4, 4), **VIDEO.strides, backend="eager")
+    value = torch.rand(num_text, generator=generator, device=target.device)
     lse = torch.ones(num_text, q.shape[1], device=target.device)
     name = target.backend
 
@@ -33,12 +34,12 @@ def registered_calls(target, generator) -> dict[str, tuple]:
     return {
         "pool": (*grad(frames), *POOL, 1e-6, name),
         "text_cross_attention": (*grad(q, kv), *indices, None, True, 2, name),
-        "gated_residual_mix": (*grad(state, context), inputs.text_rows, *grad(*gating), "tanh", True, name),
-        "cross_attention": (*grad(state, q, kv), *indices, *grad(*gating), 0.3, 0, "linear", False, name),
+        "gated_residual_mix": (*grad(state, context), inputs.text_rows, *grad(*gating), None, "tanh", True, name),
+        "cross_attention": (*grad(state, q, kv), *indices, *grad(*gating), None, 0.3, 0, "linear", False, name),
         "pool_backward": (pooled.slow, pooled.fast, frames, [4, 1], [4, 4], [2, 1, 2, 1, 1], 1e-6),
         "text_cross_attention_backward": (context.view(num_text, 4, 16), lse, q, kv, *indices, 0.25),
-        "gated_residual_mix_backward": (state, state, context, inputs.text_rows, *gating[:2], None, "tanh", True),
-        "cross_attention_backward": (state, state, q, kv, *indices, *gating, 0.25, "tanh", True),
+        "gated_residual_mix_backward": (state, state, context, inputs.text_rows, *gating[:2], None, None, "tanh", True),
+        "cross_attention_backward": (state, state, q, kv, *indices, None, None, gating[2], value, 0.25, "tanh", True),
     }
 
 

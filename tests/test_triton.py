@@ -19,6 +19,7 @@ import torch
 from cases import Shape, make_inputs
 
 from slowfast_kernels import eager, heuristics
+from slowfast_kernels.gate import GATE_CODES, WEIGHTED_GATES, Gate
 from slowfast_kernels.pool_plan import make_pool_plan
 
 triton = pytest.importorskip("triton")
@@ -147,16 +148,24 @@ def record(monkeypatch):
     return start
 
 
-def fused(num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype=HALF, rows=None, gate_dtype=None, warm=True):
+def fused(
+    num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype=HALF, rows=None, gate_dtype=None, warm=True, gate="tanh"
+):  # fmt: skip
     from slowfast_kernels.triton import slowfast_cross_attention
 
     gate_dtype, channels, rows = gate_dtype or dtype, heads[0] * dim, rows or num_text
     slowfast_cross_attention(
         meta(rows, channels, dtype=dtype), meta(rows, heads[0], dim, dtype=dtype),
         meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1), index(num_text), index(batch + 1),
-        meta(1, channels, dtype=gate_dtype), meta(1, dtype=gate_dtype), meta(1, dtype=gate_dtype) if warm else None,
-        dim**-0.5, 0, "tanh" if warm else "linear", True,
+        made_gate(gate, channels, num_text, gate_dtype, warm), dim**-0.5, 0,
     )  # fmt: skip
+
+
+def made_gate(kind, channels, num_text, dtype, warm=True):
+    weighted = kind in WEIGHTED_GATES
+    weight, bias = (meta(1, channels, dtype=dtype), meta(1, dtype=dtype)) if weighted else (None, None)
+    value = meta(num_text, dtype=torch.float32) if kind == "given" else None
+    return Gate(kind, weight, bias, meta(1, dtype=dtype) if warm else None, True, value)
 
 
 def plain(num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype=HALF, num_splits=0):
@@ -175,11 +184,11 @@ def pooled(norm_eps=1e-6, dtype=HALF, channels=3584, frame_counts=(8,)):
     pool(meta(sum(frame_counts), 324, channels, dtype=dtype), plan, norm_eps)
 
 
-def mixed(rows=64, dtype=HALF, channels=3584):
+def mixed(rows=64, dtype=HALF, channels=3584, gate="tanh"):
     from slowfast_kernels.triton import gated_residual_mix
 
-    state, bias = meta(rows, channels, dtype=dtype), meta(1, dtype=dtype)
-    gated_residual_mix(state, state, index(rows), meta(channels, dtype=dtype), bias, bias, "tanh", True)
+    state = meta(rows, channels, dtype=dtype)
+    gated_residual_mix(state, state, index(rows), made_gate(gate, channels, rows, dtype))
 
 
 DECODE, BATCHED_DECODE, QUESTION, LONG_CHAT = (1, 10368), (16, 16 * 10368, 16), (64, 10368), (1024, 98304)
@@ -204,7 +213,9 @@ def test_every_kernel_compiles_ahead_of_time(record, arch):
     plain(*BATCHED_DECODE)
     plain(*LONG_CHAT, num_splits=1)
     fused(8, 5184, dtype=torch.float32, gate_dtype=torch.float32)
-    mixed()
+    for gate in GATE_CODES:
+        mixed(gate=gate)
+        fused(*DECODE, gate=gate)
     pooled()
     pooled(frame_counts=(7, 1))  # an image beside a video: two pool strides
     names = {launch.name for launch, _ in compile_all(launches, arch)}
@@ -217,7 +228,7 @@ def test_every_kernel_compiles_ahead_of_time(record, arch):
 @pytest.mark.parametrize("dim", [64, 80, 96, 256])
 def test_every_head_dimension_and_dtype_compiles(record, dim, dtype):
     launches = record(90)
-    fused(1, 5184, heads=(14, 2), dim=dim, dtype=dtype, gate_dtype=torch.float32, warm=False)
+    fused(1, 5184, heads=(14, 2), dim=dim, dtype=dtype, gate_dtype=torch.float32, warm=False, gate="linear")
     if dtype == torch.float16:
         plain(1024, 5184, heads=(14, 2), dim=dim, dtype=dtype, num_splits=1)
     else:
@@ -363,16 +374,17 @@ def test_gate_and_mix(num_splits, gate, warm_up_tanh, warm, rng):
     context, _ = eager.text_cross_attention(*inputs.attention, 0.125, False, 0)
     exact_context = reference.attention(*inputs.attention, 0.125).context
     options = (gate, warm_up_tanh)
+    made = Gate.of(*inputs.gating, None, *options)
     text, other = inputs.text_rows.long(), inputs.other_rows
     for got, expected, given in (
         (
-            slowfast_cross_attention(*inputs.fused, 0.125, num_splits, *options),
-            eager.slowfast_cross_attention(*inputs.fused, 0.125, 0, *options),
+            slowfast_cross_attention(inputs.state, *inputs.attention, made, 0.125, num_splits),
+            eager.slowfast_cross_attention(inputs.state, *inputs.attention, made, 0.125, 0),
             exact_context,
         ),
         (
-            gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, *inputs.gating, *options),
-            eager.gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, *inputs.gating, *options),
+            gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, made),
+            eager.gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, made),
             context,
         ),
     ):
@@ -388,7 +400,7 @@ def test_warm_up_zero_gives_the_state_back_bitwise(rng):
     inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng())
     inputs.warm_up = torch.zeros(1, dtype=torch.float16)
     for num_splits in (1, 2):
-        out = slowfast_cross_attention(*inputs.fused, 0.1, num_splits, "tanh", True)
+        out = slowfast_cross_attention(inputs.state, *inputs.attention, Gate.of(*inputs.gating), 0.1, num_splits)
         assert reference.same_bits(out, inputs.state)
 
 
@@ -418,6 +430,6 @@ def test_tanh_is_accurate_near_zero_and_far_from_it(bias):
     from slowfast_kernels.triton import gated_residual_mix
 
     zero, one, row = torch.zeros(1, 8), torch.ones(1, 8), torch.zeros(1, dtype=torch.int32)
-    out = gated_residual_mix(zero, one, row, zero[0], torch.tensor([bias]), None, "tanh", True)
+    out = gated_residual_mix(zero, one, row, Gate.of(zero[0], torch.tensor([bias]), None))
     expected = torch.full_like(out, bias).double().tanh()
     torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=0)

@@ -82,18 +82,19 @@ __device__ __forceinline__ Row<T, kVectors> load_row(const GatedMixParams& p, in
   return r;
 }
 
-// The gate's weight for this thread's channels, of type W = T or float, kept as it lies in memory.
+// The gate's weight for this thread's channels, of type W = T or float, kept as it lies in memory; zeros if it has none.
 template <typename T, typename W, int kVectors>
 class Weight {
  public:
   __device__ __forceinline__ explicit Weight(const GatedMixParams& p) {
+    const bool loads = p.gate.weight != nullptr;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int64_t channel = channel_of<T>(v);
       const uint4* bits = reinterpret_cast<const uint4*>(static_cast<const W*>(p.gate.weight) + channel);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        bits_[v][part] = channel < p.channels ? __ldg(bits + part) : make_uint4(0, 0, 0, 0);
+        bits_[v][part] = loads && channel < p.channels ? __ldg(bits + part) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize
       if (k + 2 < tasks.count()) row_after = tasks.row(k + 2);
       Row<T, kVectors>& r = buffers[step];
       if (r.text >= 0) {
-        mix<T, kVectors>(r, gate(block_sum(weight.dot(r))));
+        mix<T, kVectors>(r, gate(block_sum(weight.dot(r)), r.text));
       }
       T* out = static_cast<T*>(p.out) + r.row * p.channels;
 #pragma unroll
@@ -191,10 +192,10 @@ __global__ void __launch_bounds__(256) gated_mix_scalar(const __grid_constant__ 
       continue;
     }
     float dot = 0.0f;
-    for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
+    for (int64_t c = threadIdx.x; p.gate.weight != nullptr && c < p.channels; c += blockDim.x) {
       dot += to_float(state[c]) * decode(load_bits(p.gate.weight, p.gate.dtype, c), p.gate.dtype);
     }
-    const float g = gate(block_sum(dot));
+    const float g = gate(block_sum(dot), text);
     for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
       out[c] = from_float<T>(to_float(state[c]) + g * to_float(context[c]));
     }

@@ -11,9 +11,12 @@ from . import checks
 from .dispatch import (
     SignatureCache,
     backend_for,
+    check_backend_name,
     compute_capability,
-    needs_torch_op,
+    needs_formula,
+    refuse_tangents,
     requested_backend,
+    run_op,
     signature,
 )
 
@@ -54,12 +57,22 @@ def text_cross_attention(
         TypeError: a wrong dtype.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    arguments = (q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, return_lse, num_splits, backend)
-    if needs_torch_op(q, slow_kv):
-        context, lse = torch.ops.slowfast.text_cross_attention(*arguments)
+    softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
+    return_lse = checks.as_bool("return_lse", return_lse)
+    num_splits = checks.as_int("num_splits", num_splits)
+    tensors = (q, slow_kv, cu_slow, text_rows, cu_text)
+    if needs_formula(*tensors):
+        scale = check_attention(*tensors, softmax_scale, num_splits)
+        check_attention_data(*tensors)
+        check_backend_name(backend)
+        context, lse = eager.text_cross_attention(*tensors, scale, return_lse, num_splits)
     else:
-        context, lse = _run(*arguments)
+        options = (softmax_scale, return_lse, num_splits, backend)
+        context, lse = run_op(torch.ops.slowfast.text_cross_attention, _run, tensors, *options)
     return (context, lse) if return_lse else context
+
+
+MAX_SPLITS = 65535  # what a CUDA grid has room for
 
 
 def check_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits) -> float:
@@ -81,8 +94,8 @@ def check_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_
         checks.fail("q", q, "a head dimension >= 1")
     if cu_slow.shape[0] < 1 or cu_slow.shape != cu_text.shape:
         checks.fail("cu_text", cu_text, f"as many entries as cu_slow, B + 1 >= 1 ({cu_slow.shape[0]})")
-    if num_splits < 0:
-        checks.fail("num_splits", num_splits, ">= 0 (0: automatic)")
+    if not 0 <= num_splits <= MAX_SPLITS:
+        checks.fail("num_splits", num_splits, f"0 (automatic) to {MAX_SPLITS}")
     return head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
 
 
@@ -116,7 +129,10 @@ def attention_call(
 
 def addresses_aligned(*tensors: Tensor) -> bool:
     """16-byte base addresses: the one thing besides a signature that dispatch looks at."""
-    return all(isinstance(x, Tensor) and x.data_ptr() % 16 == 0 for x in tensors)
+    try:
+        return all(x.data_ptr() % 16 == 0 for x in tensors)
+    except (AttributeError, RuntimeError):  # no tensor, or one without an address: the checks say so
+        return False
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -140,6 +156,7 @@ def _run(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     tensors = (q, slow_kv, cu_slow, text_rows, cu_text)
+    refuse_tangents(*tensors)
     options = (softmax_scale, num_splits, requested_backend(backend), addresses_aligned(q, slow_kv))
     key = (signature(*tensors), options)
     found = _signatures.get(key)
@@ -175,6 +192,7 @@ def _attention_backward_op(
     cu_text: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents(grad_context, grad_lse, q, slow_kv)
     return eager.text_cross_attention_backward(
         grad_context, grad_lse, q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale
     )

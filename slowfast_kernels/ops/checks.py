@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
+from collections.abc import Iterable
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,17 +18,26 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def describe(x: object) -> str:
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
-    return f"{type(x).__name__} {x!r}"
+    if isinstance(x, np.ndarray):
+        return f"numpy {x.dtype}{list(x.shape)}"
+    text = repr(x)
+    return f"{type(x).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def fail(name: str, got: object, want: str) -> None:
     raise ValueError(f"{name}: got {describe(got) if isinstance(got, Tensor) else got}, want {want}")
 
 
-def check_tensor(name: str, x: Tensor, rank: int | tuple[int, ...], shape: str) -> None:
-    """``x`` is a tensor of that rank whose last dimension is contiguous."""
+def check_dense(name: str, x: Tensor, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {describe(x)}, want a tensor {shape}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {x.layout}, want torch.strided (call .to_dense() on it first)")
+
+
+def check_tensor(name: str, x: Tensor, rank: int | tuple[int, ...], shape: str) -> None:
+    """``x`` is a tensor of that rank whose last dimension is contiguous."""
+    check_dense(name, x, shape)
     ranks = (rank,) if isinstance(rank, int) else rank
     if x.dim() not in ranks:
         fail(name, x, f"shape {shape}")
@@ -54,6 +67,53 @@ def check_index(name: str, x: Tensor, shape: str, reference_name: str, reference
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: got {x.dtype}, want int32")
     check_device(name, x, reference_name, reference)
+
+
+def as_int(name: str, value: object) -> int:
+    """A Python int of its own from any integer (numpy's, a 0-d tensor); no caller's object is kept or changed."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt) or (torch.compiler.is_compiling() and isinstance(value, int)):
+        return value  # a symbolic length: making it an int here would compile every length anew
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # several elements raise any of these
+        raise TypeError(f"{name}: got {describe(value)}, want an integer") from None
+
+
+def as_ints(name: str, values: object, what: str) -> list[int]:
+    """A list of Python ints from any sequence, array or 1-d tensor of integers."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: got {describe(values)}, want {what}")
+    if isinstance(values, (Tensor, np.ndarray)):
+        if values.ndim != 1:
+            raise TypeError(f"{name}: got {describe(values)}, want {what}")
+        values = values.tolist()
+    return [as_int(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def as_float(name: str, value: object) -> float:
+    """A finite Python float from any real number (numpy's, a 0-d tensor)."""
+    if type(value) is not float:
+        if isinstance(value, (str, bytes)):
+            raise TypeError(f"{name}: got {describe(value)}, want a number")
+        try:
+            value = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: got {describe(value)}, want a number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, want a finite number")
+    return value
+
+
+def as_bool(name: str, value: object) -> bool:
+    """A bool from a bool, or from 0 or 1; other values have a truth too, but not one that anybody meant."""
+    if type(value) is bool:
+        return value
+    flag = bool(value) if isinstance(value, np.bool_) else as_int(name, value)
+    if flag not in (0, 1):
+        raise ValueError(f"{name}: got {describe(value)}, want True or False")
+    return bool(flag)
 
 
 def check_option(name: str, value: object, options: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _extension
 from ..heuristics import BACKENDS, OpCall, choose_backend, unsupported_reason
@@ -35,7 +36,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: an unknown name. A backend that cannot run raises when an op is called, naming the limit.
     """
-    _check_name(name)
+    check_backend_name(name)
     token = _requested.set(name)
     try:
         yield
@@ -43,7 +44,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested.reset(token)
 
 
-def _check_name(name: str | None) -> None:
+def check_backend_name(name: str | None) -> None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)} or None (automatic)")
 
@@ -88,7 +89,7 @@ def signature(*tensors: Tensor | None) -> tuple | None:
 
 @lru_cache(maxsize=1024)
 def _resolve(call: OpCall, device: torch.device, name: str | None) -> ModuleType:
-    _check_name(name)
+    check_backend_name(name)
     unavailable = {b: _extension.unavailable_reason(b, device) for b in BACKENDS}
     if name is None:
         name = choose_backend(call, unavailable).backend
@@ -104,7 +105,8 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def needs_torch_op(*tensors: Tensor | None) -> bool:
-    """True where the call must be visible to PyTorch: autograd, torch.compile, tensor subclasses and modes.
+    """True where the call must be visible to PyTorch: autograd, torch.compile, tensor subclasses and modes, and tensors
+    whose memory is not what they are (meta, lazily negated, all zero without storage).
 
     Otherwise the backend is called directly, which spares tens of microseconds a call.
     """
@@ -112,6 +114,47 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
         return True
     grad = torch.is_grad_enabled()
     for x in tensors:
-        if isinstance(x, Tensor) and ((grad and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter)):
+        if isinstance(x, Tensor) and (
+            (grad and x.requires_grad)
+            or type(x) not in (Tensor, torch.nn.Parameter)
+            or x.is_meta
+            or x.is_neg()
+            or x._is_zerotensor()
+        ):
             return True
     return False
+
+
+def run_op(op: Callable, run: Callable, tensors: tuple[Tensor | None, ...], *options):
+    """``op``, registered with PyTorch, where the call must be visible to it, else its implementation ``run``."""
+    if not needs_torch_op(*tensors):
+        return run(*tensors, *options)
+    if not torch.compiler.is_compiling():
+        tensors = (x.clone() if isinstance(x, Tensor) and x._is_zerotensor() else x for x in tensors)
+    return op(*tensors, *options)
+
+
+def needs_formula(*tensors: Tensor | None) -> bool:
+    """True where only PyTorch's own ops can carry what travels with a tensor: forward-mode tangents, torch.func.
+
+    The op is then the eager formula, on whatever backend was asked for, as its backward is.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """For a registered op's implementation: PyTorch hands it dual tensors and would drop their tangents.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent.
+    """
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(
+            "torch.ops.slowfast has no forward-mode derivatives; the functions of slowfast_kernels have them"
+        )

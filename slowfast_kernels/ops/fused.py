@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import eager
+from ..gate import Gate
 from . import checks
 from .attention import (
     addresses_aligned,
@@ -14,8 +15,17 @@ from .attention import (
     check_attention_data,
     text_cross_attention,
 )
-from .dispatch import SignatureCache, backend_for, needs_torch_op, requested_backend, signature
-from .gated_mix import check_gate, gated_residual_mix
+from .dispatch import (
+    SignatureCache,
+    backend_for,
+    check_backend_name,
+    needs_formula,
+    refuse_tangents,
+    requested_backend,
+    run_op,
+    signature,
+)
+from .gated_mix import absent_as_none, check_gate, gated_residual_mix, present
 
 
 def slowfast_cross_attention(
@@ -25,14 +35,15 @@ def slowfast_cross_attention(
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
     warm_up: Tensor | None,
     *,
     softmax_scale: float | None = None,
     num_splits: int = 0,
     gate: str = "tanh",
     warm_up_tanh: bool = True,
+    gate_value: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """What a hybrid layer adds between self-attention and ``o_proj`` (arXiv 2504.01328, section 3.2).
@@ -43,7 +54,7 @@ def slowfast_cross_attention(
     Args:
         state: self-attention output before ``o_proj`` [rows, C], C = Hq * D; q's dtype.
         q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits: as in ``text_cross_attention``.
-        gate_weight, gate_bias, warm_up, gate, warm_up_tanh: as in ``gated_residual_mix``.
+        gate_weight, gate_bias, warm_up, gate, warm_up_tanh, gate_value: as in ``gated_residual_mix``.
         backend: "cuda", "triton", "cpu", "eager", or None (automatic).
 
     Returns:
@@ -52,35 +63,37 @@ def slowfast_cross_attention(
     Raises:
         ValueError, TypeError, NotImplementedError: as the two ops.
     """
-    attention = (q, slow_kv, cu_slow, text_rows, cu_text)
-    gating = (gate_weight, gate_bias, warm_up)
-    if needs_torch_op(state, q, slow_kv, *gating):
-        differentiable = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (state, q, slow_kv, *gating)
-        )
-        if differentiable:  # keep the context for the backward pass instead of computing it twice
-            context = text_cross_attention(
-                *attention, softmax_scale=softmax_scale, num_splits=num_splits, backend=backend
-            )
-            return gated_residual_mix(
-                state, context, text_rows, *gating, gate=gate, warm_up_tanh=warm_up_tanh, backend=backend
-            )
-        return torch.ops.slowfast.cross_attention(
-            state, *attention, *gating, softmax_scale, num_splits, gate, warm_up_tanh, backend
-        )
-    return _run(state, *attention, *gating, softmax_scale, num_splits, gate, warm_up_tanh, backend)
+    softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
+    num_splits = checks.as_int("num_splits", num_splits)
+    warm_up_tanh = checks.as_bool("warm_up_tanh", warm_up_tanh)
+    gating = (gate_weight, gate_bias, warm_up, gate_value)
+    tensors = (state, q, slow_kv, cu_slow, text_rows, cu_text, *gating)
+    if needs_formula(*tensors):
+        scale, checked = _check(*tensors, softmax_scale, num_splits, gate, warm_up_tanh)
+        check_attention_data(*tensors[1:6])
+        check_backend_name(backend)
+        return eager.slowfast_cross_attention(*tensors[:6], checked, scale, num_splits)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        # Keep the context for the backward pass instead of computing it twice.
+        options = {"softmax_scale": softmax_scale, "num_splits": num_splits, "backend": backend}
+        context = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, **options)
+        options = {"gate": gate, "warm_up_tanh": warm_up_tanh, "gate_value": gate_value, "backend": backend}
+        return gated_residual_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, **options)
+    options = (softmax_scale, num_splits, gate, warm_up_tanh, backend)
+    return run_op(torch.ops.slowfast.cross_attention, _run, tensors, *options)
 
 
 def _check(
-    state, q, slow_kv, cu_slow, text_rows, cu_text, gate_weight, gate_bias, warm_up, softmax_scale, num_splits, gate
-) -> float:
+    state, q, slow_kv, cu_slow, text_rows, cu_text, gate_weight, gate_bias, warm_up, gate_value,
+    softmax_scale, num_splits, gate, warm_up_tanh,
+) -> tuple[float, Gate]:  # fmt: skip
     scale = check_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits)
     checks.check_tensor("state", state, 2, "[rows, Hq * D]")
     checks.check_like("state", state, "q", q)
     if state.shape[0] != q.shape[0] or state.shape[1] != q.shape[1] * q.shape[2]:
         checks.fail("state", state, f"shape [{q.shape[0]}, {q.shape[1] * q.shape[2]}] (rows and Hq * D of q)")
-    check_gate(state, gate_weight, gate_bias, warm_up, gate)
-    return scale
+    gating = (gate_weight, gate_bias, warm_up, gate_value)
+    return scale, check_gate(state, text_rows.shape[0], *gating, gate, warm_up_tanh)
 
 
 _signatures = SignatureCache()
@@ -93,9 +106,10 @@ def _run(
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
     warm_up: Tensor | None,
+    gate_value: Tensor | None,
     softmax_scale: float | None,
     num_splits: int,
     gate: str,
@@ -103,19 +117,21 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     attention = (q, slow_kv, cu_slow, text_rows, cu_text)
-    gating = (gate_weight, gate_bias, warm_up)
-    aligned = addresses_aligned(q, slow_kv, state, gate_weight)
-    options = (softmax_scale, num_splits, gate, requested_backend(backend), aligned)
-    key = (signature(state, *attention, *gating), options)
+    gating = (gate_weight, gate_bias, warm_up, gate_value)
+    tensors = (state, *attention, *gating)
+    refuse_tangents(*tensors)
+    vectors = (state,) if gate_weight is None else (state, gate_weight)
+    options = (softmax_scale, num_splits, gate, requested_backend(backend), addresses_aligned(q, slow_kv, *vectors))
+    key = (signature(*tensors), options)
     found = _signatures.get(key)
     if found is None:
-        scale = _check(state, *attention, *gating, softmax_scale, num_splits, gate)
+        scale, _ = _check(*tensors, softmax_scale, num_splits, gate, warm_up_tanh)
         batch = cu_text.shape[0] - 1
-        call = attention_call("slowfast_cross_attention", q, slow_kv, text_rows, batch, scale, state, gate_weight)
+        call = attention_call("slowfast_cross_attention", q, slow_kv, text_rows, batch, scale, *vectors)
         found = _signatures.remember(key, (scale, backend_for(call, q.device, backend)))
     scale, module = found
     check_attention_data(*attention)
-    return module.slowfast_cross_attention(state, *attention, *gating, scale, num_splits, gate, warm_up_tanh)
+    return module.slowfast_cross_attention(state, *attention, Gate.of(*gating, gate, warm_up_tanh), scale, num_splits)
 
 
 _fused_op = torch.library.custom_op("slowfast::cross_attention", _run, mutates_args=())
@@ -123,7 +139,7 @@ _fused_op = torch.library.custom_op("slowfast::cross_attention", _run, mutates_a
 
 @_fused_op.register_fake
 def _fused_fake(state, *arguments):
-    _check(state, *arguments[:11])
+    _check(state, *arguments[:-1])
     return state.new_empty(state.shape)
 
 
@@ -136,29 +152,32 @@ def _fused_backward_op(
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
     warm_up: Tensor | None,
+    gate_value: Tensor | None,
     softmax_scale: float,
     gate: str,
     warm_up_tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     attention = (q, slow_kv, cu_slow, text_rows, cu_text)
+    refuse_tangents(grad, state, q, slow_kv, gate_weight, gate_bias, warm_up, gate_value)
+    checked = Gate.of(gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
     context, _ = eager.text_cross_attention(*attention, softmax_scale, False, 0)
-    grad_state, grad_context, *grads = eager.gated_residual_mix_backward(
-        grad, state, context.flatten(1), text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh
-    )
+    mixed = eager.gated_residual_mix_backward(grad, state, context.flatten(1), text_rows, checked)
     grad_q, grad_kv = eager.text_cross_attention_backward(
-        grad_context.reshape(context.shape), None, *attention, softmax_scale
+        mixed.context.reshape(context.shape), None, *attention, softmax_scale
     )
-    *grads, grad_warm = grads
-    return grad_state, grad_q, grad_kv, *grads, gate_bias.new_empty(0) if grad_warm is None else grad_warm
+    return present(state, mixed.state, grad_q, grad_kv, *mixed[2:])
 
 
 @_fused_backward_op.register_fake
-def _(grad, state, q, slow_kv, cu_slow, text_rows, cu_text, gate_weight, gate_bias, warm_up, scale, gate, warm_up_tanh):
-    grads = [x.new_empty(x.shape) for x in (state, q, slow_kv, gate_weight, gate_bias)]
-    return *grads, gate_bias.new_empty(0 if warm_up is None else warm_up.shape)
+def _(
+    grad, state, q, slow_kv, cu_slow, text_rows, cu_text, gate_weight, gate_bias, warm_up, gate_value,
+    softmax_scale, gate, warm_up_tanh,
+):  # fmt: skip
+    arguments = (state, q, slow_kv, gate_weight, gate_bias, warm_up, gate_value)
+    return present(state, *(None if x is None else x.new_empty(x.shape) for x in arguments))
 
 
 def _setup_context(ctx, inputs, output):
@@ -168,12 +187,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    grads = torch.ops.slowfast.cross_attention_backward(
-        grad, *ctx.saved_tensors, ctx.softmax_scale, ctx.gate, ctx.warm_up_tanh
+    *tensors, gate_weight, gate_bias, warm_up, gate_value = ctx.saved_tensors
+    gating = (gate_weight, gate_bias, warm_up, gate_value)
+    gradients = torch.ops.slowfast.cross_attention_backward(
+        grad, *tensors, *gating, ctx.softmax_scale, ctx.gate, ctx.warm_up_tanh
     )
-    grad_state, grad_q, grad_kv, grad_weight, grad_bias, grad_warm = grads
-    grad_warm = None if ctx.saved_tensors[8] is None else grad_warm
-    return grad_state, grad_q, grad_kv, None, None, None, grad_weight, grad_bias, grad_warm, *[None] * 5
+    return *gradients[:3], *[None] * 3, *absent_as_none(gating, gradients[3:]), *[None] * 5
 
 
 _fused_op.register_autograd(_backward, setup_context=_setup_context)

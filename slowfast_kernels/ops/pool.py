@@ -10,9 +10,16 @@ from torch import Tensor
 
 from .. import eager
 from ..heuristics import OpCall
-from ..pool_plan import PoolPlan, make_pool_plan
+from ..pool_plan import PoolOptions, check_pool_arguments, make_pool_plan, token_counts
 from . import checks
-from .dispatch import backend_for, compute_capability, needs_torch_op
+from .dispatch import (
+    backend_for,
+    check_backend_name,
+    compute_capability,
+    needs_formula,
+    refuse_tangents,
+    run_op,
+)
 
 
 class PooledTokens(NamedTuple):
@@ -60,19 +67,28 @@ def slowfast_pool(
         TypeError: a wrong dtype.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    options = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
-    arguments = (frames, list(frame_counts), list(grid), *options, norm_eps, backend)
-    if needs_torch_op(frames):
-        return PooledTokens(*torch.ops.slowfast.pool(*arguments))
-    return PooledTokens(*_run(*arguments))
+    counts = checks.as_ints("frame_counts", frame_counts, "a sequence of integers, one a video")
+    sides = checks.as_ints("grid", grid, "(H, W)")
+    given = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
+    options = [checks.as_int(name, value) for name, value in zip(_OPTIONS, given, strict=True)]
+    eps = None if norm_eps is None else checks.as_float("norm_eps", norm_eps)
+    if needs_formula(frames):
+        _check(frames, counts, sides, options, eps)
+        check_backend_name(backend)
+        return PooledTokens(*eager.pool(frames, make_pool_plan(tuple(counts), tuple(sides), *options), eps))
+    arguments = (counts, sides, *options, eps, backend)
+    return PooledTokens(*run_op(torch.ops.slowfast.pool, _run, (frames,), *arguments))
 
 
-def _plan(frames, frame_counts, grid, options, norm_eps) -> PoolPlan:
+_OPTIONS = PoolOptions._fields
+
+
+def _check(frames, frame_counts, grid, options, norm_eps) -> None:
     checks.check_tensor("frames", frames, 3, "[sum(frame_counts), H*W, C]")
     checks.check_float("frames", frames)
     if len(grid) != 2:
         checks.fail("grid", grid, "(H, W)")
-    plan = make_pool_plan(tuple(frame_counts), tuple(grid), *options)
+    check_pool_arguments(frame_counts, grid, PoolOptions(*options))
     if frames.shape[0] != sum(frame_counts):
         checks.fail("frames", frames, f"{sum(frame_counts)} frames (the sum of frame_counts)")
     if frames.shape[1] != grid[0] * grid[1]:
@@ -81,7 +97,6 @@ def _plan(frames, frame_counts, grid, options, norm_eps) -> PoolPlan:
         checks.fail("frames", frames, "at least one channel")
     if norm_eps is not None and norm_eps < 0:
         checks.fail("norm_eps", norm_eps, ">= 0 or None")
-    return plan
 
 
 def _run(
@@ -96,8 +111,10 @@ def _run(
     norm_eps: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    refuse_tangents(frames)
     options = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
-    plan = _plan(frames, frame_counts, grid, options, norm_eps)
+    _check(frames, frame_counts, grid, options, norm_eps)
+    plan = make_pool_plan(tuple(frame_counts), tuple(grid), *options)
     call = OpCall("slowfast_pool", frames.device.type, frames.dtype, compute_capability(frames.device))
     return backend_for(call, frames.device, backend).pool(frames, plan, norm_eps)
 
@@ -107,9 +124,11 @@ _pool_op = torch.library.custom_op("slowfast::pool", _run, mutates_args=())
 
 @_pool_op.register_fake
 def _pool_fake(frames, frame_counts, grid, pool, sampling, temporal, spatial, minimum, norm_eps, backend):
-    plan = _plan(frames, frame_counts, grid, (pool, sampling, temporal, spatial, minimum), norm_eps)
+    options = PoolOptions(pool, sampling, temporal, spatial, minimum)
+    _check(frames, frame_counts, grid, options, norm_eps)
     prefix = frames.new_empty(len(frame_counts) + 1, dtype=torch.int32)
-    slow, fast = (frames.new_empty(n, frames.shape[2]) for n in (plan.num_slow, plan.num_fast))
+    totals = (sum(column) for column in zip(*(token_counts(n, grid, options) for n in frame_counts), strict=True))
+    slow, fast = (frames.new_empty(n, frames.shape[2]) for n in totals)
     return slow, prefix, fast, torch.empty_like(prefix)
 
 
@@ -123,6 +142,7 @@ def _pool_backward_op(
     options: Sequence[int],
     norm_eps: float | None,
 ) -> Tensor:
+    refuse_tangents(grad_slow, grad_fast, frames)
     plan = make_pool_plan(tuple(frame_counts), tuple(grid), *options)
     return eager.pool_backward(grad_slow, grad_fast, frames, plan, norm_eps)
 

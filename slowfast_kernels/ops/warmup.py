@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from . import checks
 from .fused import slowfast_cross_attention
 from .gated_mix import gated_residual_mix
 
@@ -37,6 +38,10 @@ def warmup(
     Raises:
         ValueError, NotImplementedError: as the ops do for such shapes.
     """
+    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    num_q_heads, num_kv_heads, head_dim = (checks.as_int(name, value) for name, value in heads.items())
+    text_rows = checks.as_ints("text_rows", text_rows, "integers, rows a sequence")
+    batch_sizes = checks.as_ints("batch_sizes", batch_sizes, "integers, numbers of sequences")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     channels = num_q_heads * head_dim

@@ -56,12 +56,25 @@ def tanh(x):
 
 
 @triton.jit
-def gate_of(state, weight, bias, warm_up, cols, C: tl.constexpr, TANH_GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr):
-    """act(state . weight + bias) * factor(warm_up) as a float32 scalar; ``state`` is one float32 row, 0 past C."""
+def _weighted(state, weight, bias, cols, C: tl.constexpr):
     w = tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)
-    g = tl.sum(state * w, 0) + tl.load(bias).to(tl.float32)
-    if TANH_GATE:
-        g = tanh(g)
+    return tl.sum(state * w, 0) + tl.load(bias).to(tl.float32)
+
+
+@triton.jit
+def gate_of(
+    state, weight, bias, warm_up, value, text, cols, C: tl.constexpr, GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr
+):
+    """The gate of text row ``text`` as a float32 scalar; ``state`` is its row in float32, 0 past C. GATE: its kind."""
+    if GATE == "tanh":
+        g = tanh(_weighted(state, weight, bias, cols, C))
+    elif GATE == "linear":
+        g = _weighted(state, weight, bias, cols, C)
+    elif GATE == "none":
+        g = 1.0
+    else:
+        tl.static_assert(GATE == "given", "a kind of gate that this kernel does not know")
+        g = tl.load(value + text)
     if warm_up is not None:
         factor = tl.load(warm_up).to(tl.float32)
         g = g * (tanh(factor) if TANH_WARM_UP else factor)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gate import Gate
 from ..heuristics import (
     AttentionConfig,
     CombineConfig,
@@ -195,10 +196,10 @@ def _combine(
     partials,  # what _attention wrote with SPLIT
     out,  # context [Nt, Hq, D]; with ``state``: the mixed state [rows, C]
     lse,  # [Nt, Hq] or None
-    state, text_rows, weight, bias, warm_up,  # None: combine only
+    state, text_rows, weight, bias, warm_up, value,  # None: combine only
     num_text, num_splits, state_row_stride,
     HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr, TANH_GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_C: tl.constexpr, GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     text = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -212,7 +213,7 @@ def _combine(
         c = tl.arange(0, BLOCK_C)
         state_row = state + row * state_row_stride
         x = tl.load(state_row + c, mask=c < HQ * D, other=0.0).to(tl.float32)
-        g = gate_of(x, weight, bias, warm_up, c, HQ * D, TANH_GATE, TANH_WARM_UP)
+        g = gate_of(x, weight, bias, warm_up, value, text, c, HQ * D, GATE, TANH_WARM_UP)
         residual = tl.load(state_row + element, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -277,19 +278,22 @@ def _launch_attention(
     )  # fmt: skip
 
 
+_NO_GATE = Gate("none", None, None, None, False, None)
+
+
 def _launch_combine(
     partials: Tensor, out: Tensor, lse: Tensor | None, gated: tuple | None, context_shape: tuple[int, int, int],
     num_splits: int, config: CombineConfig,
 ) -> None:  # fmt: skip
-    """``gated``: None, or (state, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh)."""
+    """``gated``: None, or (state, text_rows, gate)."""
     num_text, num_q_heads, head_dim = context_shape
-    state, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh = gated or (None,) * 7
+    state, text_rows, gate = gated or (None, None, _NO_GATE)
     options = {"launch_pdl": True} if config.dependent else {}
     _combine[(num_text, -(-num_q_heads // config.block_h))](
-        partials, out, lse, state, text_rows, gate_weight, gate_bias, warm_up, num_text, num_splits,
-        None if state is None else state.stride(0),
+        partials, out, lse, state, text_rows, gate.weight, gate.bias, gate.warm_up, gate.float_value,
+        num_text, num_splits, None if state is None else state.stride(0),
         HQ=num_q_heads, D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_S=config.block_s, BLOCK_H=config.block_h,
-        BLOCK_C=next_power_of_2(num_q_heads * head_dim), TANH_GATE=gate == "tanh", TANH_WARM_UP=bool(warm_up_tanh),
+        BLOCK_C=next_power_of_2(num_q_heads * head_dim), GATE=gate.kind, TANH_WARM_UP=gate.warm_up_tanh,
         PDL=config.dependent, num_warps=config.num_warps, enable_fp_fusion=True, **options,
     )  # fmt: skip
 
@@ -341,19 +345,15 @@ def slowfast_cross_attention(
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
+    gate: Gate,
     softmax_scale: float,
     num_splits: int,
-    gate: str,
-    warm_up_tanh: bool,
 ) -> Tensor:
     """Attention, gate and mix in two launches (three where rows that are no text rows must be copied)."""
     if text_rows.shape[0] == 0:
         return copied_or_empty(state, 0)
     config = _configure(q, slow_kv, text_rows, cu_text, num_splits)
-    gated = (state, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh)
+    gated = (state, text_rows, gate)
     return attend_and_mix(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, gated, config)
 
 
@@ -362,7 +362,7 @@ def attend_and_mix(
     gated: tuple, config: AttentionConfig,
 ) -> Tensor:  # fmt: skip
     """``slowfast_cross_attention`` with a given configuration; ``gated`` as for ``_launch_combine``."""
-    state, _, *gating = gated
+    state, _, gate = gated
     num_text = text_rows.shape[0]
     out = copied_or_empty(state, num_text)
     if config.num_splits > 1:
@@ -371,5 +371,5 @@ def attend_and_mix(
     context = torch.empty((num_text, *q.shape[1:]), dtype=q.dtype, device=q.device)
     dependent = describe(q.device).dependent_launch
     _launch_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, context, None, config, dependent)
-    launch_mix(out, state, context.flatten(1), text_rows, *gating, dependent)
+    launch_mix(out, state, context.flatten(1), text_rows, gate, dependent)
     return out

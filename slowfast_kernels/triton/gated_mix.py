@@ -12,21 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gate import Gate
 from ..heuristics import triton_row_config
 from ._common import gate_of, on_device_of
 
 
 @triton.jit
 def _gated_mix(
-    state, context, text_rows, out, weight, bias, warm_up, state_row_stride, context_row_stride,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, TANH_GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
+    state, context, text_rows, out, weight, bias, warm_up, value, state_row_stride, context_row_stride,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     text = tl.program_id(0).to(tl.int64)
     row = tl.load(text_rows + text).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     is_col = cols < C
     x = tl.load(state + row * state_row_stride + cols, mask=is_col, other=0.0).to(tl.float32)
-    g = gate_of(x, weight, bias, warm_up, cols, C, TANH_GATE, TANH_WARM_UP)
+    g = gate_of(x, weight, bias, warm_up, value, text, cols, C, GATE, TANH_WARM_UP)
     if PDL:  # only the context comes from the launch before
         tl.extra.cuda.gdc_wait()
     mixed = tl.load(context + text * context_row_stride + cols, mask=is_col, other=0.0).to(tl.float32)
@@ -39,17 +40,15 @@ def copied_or_empty(state: Tensor, num_text: int) -> Tensor:
     return out if num_text == state.shape[0] else out.copy_(state)
 
 
-def launch_mix(
-    out: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, gate_weight: Tensor, gate_bias: Tensor,
-    warm_up: Tensor | None, gate: str, warm_up_tanh: bool, dependent: bool,
-) -> None:  # fmt: skip
+def launch_mix(out: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate, dependent: bool) -> None:
     """Mix into ``out``; ``dependent``: the launch before wrote nothing that this one reads but the context."""
     channels = state.shape[1]
     config = triton_row_config(channels)
     options = {"launch_pdl": True} if dependent else {}
     _gated_mix[(text_rows.shape[0],)](
-        state, context, text_rows, out, gate_weight, gate_bias, warm_up, state.stride(0), context.stride(0),
-        C=channels, BLOCK_C=config.block_c, TANH_GATE=gate == "tanh", TANH_WARM_UP=warm_up_tanh, PDL=dependent,
+        state, context, text_rows, out, gate.weight, gate.bias, gate.warm_up, gate.float_value,
+        state.stride(0), context.stride(0),
+        C=channels, BLOCK_C=config.block_c, GATE=gate.kind, TANH_WARM_UP=gate.warm_up_tanh, PDL=dependent,
         num_warps=config.num_warps, enable_fp_fusion=True, **options,
     )  # fmt: skip
 
@@ -59,17 +58,11 @@ def gated_residual_mix(
     state: Tensor,
     context: Tensor,
     text_rows: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    warm_up: Tensor | None,
-    gate: str,
-    warm_up_tanh: bool,
+    gate: Gate,
 ) -> Tensor:
     """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
     num_text = text_rows.shape[0]
     out = copied_or_empty(state, num_text)
     if num_text:
-        launch_mix(
-            out, state, context, text_rows, gate_weight, gate_bias, warm_up, gate, warm_up_tanh, dependent=False
-        )  # fmt: skip
+        launch_mix(out, state, context, text_rows, gate, dependent=False)
     return out

@@ -74,7 +74,7 @@ void finish_row(const CrossAttentionParams& p, const float* context, const float
     if (p.state != nullptr) {
       const int64_t row = p.text_rows[i];
       const T* state = static_cast<const T*>(p.state) + row * p.state_row_stride;
-      mix(state, scratch, gate_of(state, p.gate, channels), static_cast<T*>(p.out) + row * channels, channels);
+      mix(state, scratch, gate_of(state, p.gate, i, channels), static_cast<T*>(p.out) + row * channels, channels);
     }
   });
 }
@@ -89,7 +89,7 @@ void mix_row(const GatedMixParams& p, int64_t row, int64_t i) {
       return;
     }
     const T* context = static_cast<const T*>(p.context) + i * p.context_row_stride;
-    mix(state, context, gate_of(state, p.gate, p.channels), out, p.channels);
+    mix(state, context, gate_of(state, p.gate, i, p.channels), out, p.channels);
   });
 }
 

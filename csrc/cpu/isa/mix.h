@@ -23,9 +23,17 @@ float dot(const S* state, const W* weight, int64_t count) {
 }
 
 template <class S, class W>
-float gate_with(const S* state, const GateParams& gate, int64_t count) {
-  float g = dot(state, static_cast<const W*>(gate.weight), count) + to_float(*static_cast<const W*>(gate.bias));
-  if (gate.tanh_gate) g = __builtin_tanhf(g);
+float gate_with(const S* state, const GateParams& gate, int64_t text, int64_t count) {
+  const auto weighted = [&] {
+    return dot(state, static_cast<const W*>(gate.weight), count) + to_float(*static_cast<const W*>(gate.bias));
+  };
+  float g = 1.0f;
+  switch (gate.kind) {
+    case GateKind::kTanh: g = __builtin_tanhf(weighted()); break;
+    case GateKind::kLinear: g = weighted(); break;
+    case GateKind::kNone: break;
+    case GateKind::kGiven: g = gate.value[text]; break;
+  }
   if (gate.warm_up != nullptr) {
     const float warm_up = to_float(*static_cast<const W*>(gate.warm_up));
     g *= gate.tanh_warm_up ? __builtin_tanhf(warm_up) : warm_up;
@@ -33,10 +41,11 @@ float gate_with(const S* state, const GateParams& gate, int64_t count) {
   return g;
 }
 
-// The gate's parameters have the state's dtype or float32.
+// The gate of text row `text`, whose state is given. The gate's parameters have the state's dtype or float32.
 template <class S>
-float gate_of(const S* state, const GateParams& gate, int64_t count) {
-  return gate.dtype == DType::kFloat32 ? gate_with<S, float>(state, gate, count) : gate_with<S, S>(state, gate, count);
+float gate_of(const S* state, const GateParams& gate, int64_t text, int64_t count) {
+  return gate.dtype == DType::kFloat32 ? gate_with<S, float>(state, gate, text, count)
+                                       : gate_with<S, S>(state, gate, text, count);
 }
 
 // out = state + g * context

@@ -143,7 +143,7 @@ struct Gates {
     ptx::mbarrier_arrive(&shared.places_full);
     if (forms_gates()) {
       if (!are_few) prefetch(warp * 32 + lane);
-      form_dots(warp, lane);
+      if (p.gate.weight != nullptr) form_dots(warp, lane);
     }
     if (forms_all_gates()) {
       ptx::named_barrier_sync(kGatesBarrier, 32 * Traits::kGateWarps);
@@ -229,7 +229,7 @@ struct Gates {
     const Gate gate = shared.gate_function;
     for (int i = first + thread; i < end; i += threads) {
       const float* dot = dots() + i * Traits::kGateWarps;
-      target[i] = gate((dot[0] + dot[1]) + dot[2]);
+      target[i] = gate((dot[0] + dot[1]) + dot[2], tile.text_begin + tile_text() + i);
     }
   }
 

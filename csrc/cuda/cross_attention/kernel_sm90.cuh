@@ -213,7 +213,7 @@ __device__ __forceinline__ void prefetch_inputs(const CrossAttentionParams& p, i
     prefetch(p.cu_text, (p.batch + 1) * 4);
     prefetch(p.cu_slow, (p.batch + 1) * 4);
   }
-  if (p.state != nullptr) {
+  if (p.state != nullptr && p.gate.weight != nullptr) {
     prefetch(p.gate.weight, int64_t{p.num_q_heads} * p.head_dim * (p.gate.dtype == DType::kFloat32 ? 4 : sizeof(T)));
   }
 }
