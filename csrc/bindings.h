@@ -3,6 +3,7 @@
 // the op's own arguments, then those of one backend, which `run(params, rest...)` gets.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
 
 #include "params.h"
 
@@ -17,6 +18,7 @@ T* pointer(Address address) {
 
 inline GateParams gate_params(Address weight, Address bias, Address warm_up, Address value, int dtype, int kind,
                               bool tanh_warm_up) {
+  if (kind < 0 || kind >= kNumGateKinds) throw std::invalid_argument("gate: a kind that this build does not know");
   return {pointer(weight),           pointer(bias),
           pointer(warm_up),          pointer<float>(value),
           static_cast<DType>(dtype), static_cast<GateKind>(kind),

@@ -1,7 +1,8 @@
 """Exact answers in float64, written apart from the package, and the rule that every backend is held to.
 
 The rule: the error against the exact answer is at most twice the error of the eager op in the same dtype, or what
-rounding inputs and output to that dtype costs alone; in float32 it is at most 1e-5.
+rounding the output and, in attention, the probabilities to that dtype costs alone (the eager op rounds its output
+only); in float32 it is at most 1e-5.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FLOAT32_TOLERANCE = 1e-5
 class Attended(NamedTuple):
     context: Tensor  # [Nt, Hq, D]
     lse: Tensor  # [Nt, Hq]
-    noise: Tensor  # [Nt, Hq, D]: sqrt(sum (p v)^2), what independent roundings of each p would add up to
+    noise: Tensor  # [Nt, Hq, D]: what roundings of each p to q's dtype add up to, over the dtype's unit roundoff
 
 
 def attention(
@@ -35,7 +36,12 @@ def attention(
         scores = torch.einsum("thgd,nhd->thgn", query, keys) * scale
         probs = scores.softmax(-1)
         context = torch.einsum("thgn,nhd->thgd", probs, values)
-        noise = torch.einsum("thgn,nhd->thgd", probs**2, values**2).sqrt()
+        noise = torch.einsum("thgn,nhd->thgd", probs**2, values**2).sqrt()  # for independent roundings, on average
+        if q.dtype in (torch.bfloat16, torch.float16) and probs.numel():
+            # Twice those of exp(score - peak), which kernels multiply by v: an example, as theirs differ.
+            peak = probs.amax(-1, keepdim=True)
+            rounded = torch.einsum("thgn,nhd->thgd", (probs / peak).to(q.dtype).double() * peak, values)
+            noise = torch.maximum(noise, 2 * (rounded - context).abs() / unit_roundoff(q.dtype))
         parts.append((context.flatten(1, 2), scores.logsumexp(-1).flatten(1, 2), noise.flatten(1, 2)))
     return Attended(*(torch.cat(column) for column in zip(*parts, strict=True)))
 

@@ -7,6 +7,7 @@
 // Which rows are text rows is device data: each block looks for its own rows in text_rows (a few KB from L2) and keeps
 // what it finds in shared memory, so every row is written once, by one block, with no order among blocks.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/dtype.cuh"
@@ -82,19 +83,18 @@ __device__ __forceinline__ Row<T, kVectors> load_row(const GatedMixParams& p, in
   return r;
 }
 
-// The gate's weight for this thread's channels, of type W = T or float, kept as it lies in memory; zeros if it has none.
+// The gate's weight for this thread's channels, of type W = T or float, kept as it lies in memory.
 template <typename T, typename W, int kVectors>
 class Weight {
  public:
   __device__ __forceinline__ explicit Weight(const GatedMixParams& p) {
-    const bool loads = p.gate.weight != nullptr;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int64_t channel = channel_of<T>(v);
       const uint4* bits = reinterpret_cast<const uint4*>(static_cast<const W*>(p.gate.weight) + channel);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        bits_[v][part] = loads && channel < p.channels ? __ldg(bits + part) : make_uint4(0, 0, 0, 0);
+        bits_[v][part] = channel < p.channels ? __ldg(bits + part) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -121,6 +121,10 @@ class Weight {
   uint4 bits_[kVectors][kParts];
 };
 
+struct NoWeight {
+  __device__ __forceinline__ explicit NoWeight(const GatedMixParams&) {}
+};
+
 template <typename T, int kVectors>
 __device__ __forceinline__ void mix(Row<T, kVectors>& r, float g) {
 #pragma unroll
@@ -136,6 +140,7 @@ __device__ __forceinline__ void mix(Row<T, kVectors>& r, float g) {
 
 constexpr int min_blocks(int channels_per_thread) { return channels_per_thread <= 8 ? 2 : 1; }
 
+// W = void: a gate without a weight.
 template <typename T, typename W, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize<T>))
     gated_mix_rows(const __grid_constant__ GatedMixParams p) {
@@ -143,7 +148,8 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize
   __shared__ BlockSum::Partials partials;
   BlockSum block_sum(partials);
   const GateScalars scalars(p.gate);
-  const Weight<T, W, kVectors> weight(p);
+  constexpr bool kWeighted = !std::is_void_v<W>;
+  const std::conditional_t<kWeighted, Weight<T, W, kVectors>, NoWeight> weight(p);
   const RowTasks tasks(p, text_of);
 
   // Two buffers, named by the unrolled step: moving a row from one to the other would wait for its loads.
@@ -161,7 +167,11 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize
       if (k + 2 < tasks.count()) row_after = tasks.row(k + 2);
       Row<T, kVectors>& r = buffers[step];
       if (r.text >= 0) {
-        mix<T, kVectors>(r, gate(block_sum(weight.dot(r)), r.text));
+        if constexpr (kWeighted) {
+          mix<T, kVectors>(r, gate.weighted(block_sum(weight.dot(r))));
+        } else {
+          mix<T, kVectors>(r, gate.unweighted(r.text));
+        }
       }
       T* out = static_cast<T*>(p.out) + r.row * p.channels;
 #pragma unroll
@@ -195,7 +205,7 @@ __global__ void __launch_bounds__(256) gated_mix_scalar(const __grid_constant__ 
     for (int64_t c = threadIdx.x; p.gate.weight != nullptr && c < p.channels; c += blockDim.x) {
       dot += to_float(state[c]) * decode(load_bits(p.gate.weight, p.gate.dtype, c), p.gate.dtype);
     }
-    const float g = gate(block_sum(dot), text);
+    const float g = p.gate.weight != nullptr ? gate.weighted(block_sum(dot)) : gate.unweighted(text);
     for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
       out[c] = from_float<T>(to_float(state[c]) + g * to_float(context[c]));
     }
@@ -218,7 +228,9 @@ template <typename T, int kVectors>
 void launch_rows(const GatedMixParams& p, cudaStream_t stream) {
   constexpr int kChannels = kVectors * kVectorSize<T> * 32;  // of a warp
   const int threads = static_cast<int>((p.channels + kChannels - 1) / kChannels) * 32;
-  if (p.gate.dtype == p.dtype) {
+  if (p.gate.weight == nullptr) {
+    launch_tasks(gated_mix_rows<T, void, kVectors>, p, threads, stream);
+  } else if (p.gate.dtype == p.dtype) {
     launch_tasks(gated_mix_rows<T, T, kVectors>, p, threads, stream);
   } else {
     launch_tasks(gated_mix_rows<T, float, kVectors>, p, threads, stream);

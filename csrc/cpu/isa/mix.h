@@ -22,6 +22,8 @@ float dot(const S* state, const W* weight, int64_t count) {
   return total;
 }
 
+static_assert(kNumGateKinds == 4, "a new kind of gate must be taught to gate_with");
+
 template <class S, class W>
 float gate_with(const S* state, const GateParams& gate, int64_t text, int64_t count) {
   const auto weighted = [&] {

@@ -30,6 +30,8 @@ struct GateScalars {
   }
 };
 
+static_assert(kNumGateKinds == 4, "a new kind of gate must be taught to weighted() or unweighted()");
+
 class Gate {
  public:
   __device__ Gate(const GateParams& p, const GateScalars& scalars)
@@ -39,20 +41,17 @@ class Gate {
     if (p.tanh_warm_up) factor_ = tanhf(factor_);
   }
 
-  // Of text row `text`; `dot` is state . weight of its row, where the kind has a weight.
-  __device__ __forceinline__ float operator()(float dot, int64_t text) const { return activate(dot, text) * factor_; }
-
- private:
-  __device__ __forceinline__ float activate(float dot, int64_t text) const {
-    switch (kind_) {
-      case GateKind::kTanh: return tanhf(dot + bias_);
-      case GateKind::kLinear: return dot + bias_;
-      case GateKind::kNone: return 1.0f;
-      case GateKind::kGiven: return __ldg(value_ + text);
-    }
-    __trap();  // a kind that nobody taught this class
+  // Of the kinds with a weight; `dot` is state . weight of the row.
+  __device__ __forceinline__ float weighted(float dot) const {
+    const float x = dot + bias_;
+    return (kind_ == GateKind::kLinear ? x : tanhf(x)) * factor_;
+  }
+  // Of the others, for text row `text`.
+  __device__ __forceinline__ float unweighted(int64_t text) const {
+    return (kind_ == GateKind::kGiven ? __ldg(value_ + text) : 1.0f) * factor_;
   }
 
+ private:
   float bias_, factor_;
   const float* value_;
   GateKind kind_;

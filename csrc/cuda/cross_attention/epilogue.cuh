@@ -229,7 +229,8 @@ struct Gates {
     const Gate gate = shared.gate_function;
     for (int i = first + thread; i < end; i += threads) {
       const float* dot = dots() + i * Traits::kGateWarps;
-      target[i] = gate((dot[0] + dot[1]) + dot[2], tile.text_begin + tile_text() + i);
+      target[i] = p.gate.weight != nullptr ? gate.weighted((dot[0] + dot[1]) + dot[2])
+                                           : gate.unweighted(tile.text_begin + tile_text() + i);
     }
   }
 
