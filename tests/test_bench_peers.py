@@ -12,7 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed; installed packages keep winning
 
 from bench import attention, inputs, layer, mix, peers, pool
-from bench.shapes import AttentionShape, Heads, MixShape, PoolShape
+from bench.shapes import QWEN2_7B, AttentionShape, Heads, MixShape, PoolShape
 from slowfast_kernels import eager
 from slowfast_kernels.gate import Gate
 
@@ -97,12 +97,41 @@ def test_flash_attention_packages_are_called_their_own_way(monkeypatch, shape, n
     assert right
 
 
-def test_fa3_sweeps_splits_and_packing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", _flash_package())
-    shape = AttentionShape.even(1, 1, 8)
-    labels = [v.label for v in {p.name: p for p in peers.PEERS}["fa3"].variants(*_attention_inputs(shape))]
-    assert {"num_splits=0 pack_gqa=True", "num_splits=32 pack_gqa=False"} <= set(labels)
-    assert len(labels) == len(set(labels)) == 16
+WORTH_A_TRY = {0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 33, 64}
+
+
+def _labels(monkeypatch, name: str, module: str, package: types.ModuleType, heads: Heads = QWEN2_7B) -> list[str]:
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, module, package)
+    inputs = _attention_inputs(AttentionShape.even(1, 1, 8, heads))
+    labels = [variant.label for variant in {p.name: p for p in peers.PEERS}[name].variants(*inputs)]
+    assert len(labels) == len(set(labels))
+    return labels
+
+
+@pytest.mark.parametrize(("heads", "packings"), [(QWEN2_7B, ["True", "False"]), (TINY_HEADS, ["True"])])
+def test_fa3_sweeps_splits_that_are_no_powers_of_two_too_with_every_packing(monkeypatch, heads, packings):
+    labels = _labels(monkeypatch, "fa3", "flash_attn_interface", _flash_package(), heads)
+    assert set(labels) == {f"num_splits={n} pack_gqa={pack}" for n in WORTH_A_TRY for pack in packings}
+
+
+def test_fa2_sweeps_the_same_splits_of_its_decoding_entry_point(monkeypatch):
+    labels = _labels(monkeypatch, "fa2", "flash_attn", _flash_package())
+    assert set(labels) == {"func", *(f"kvcache num_splits={n}" for n in WORTH_A_TRY)}
+
+
+def test_fa4_sweeps_the_same_splits_where_its_release_splits_at_all(monkeypatch):
+    package = _flash_package()
+    labels = _labels(monkeypatch, "fa4", "flash_attn.cute", package)
+    assert {label.split()[0] for label in labels} == {f"num_splits={n}" for n in WORTH_A_TRY}
+
+    def refuses(q, k, v, num_splits=1, pack_gqa=None):
+        assert num_splits == 1, "not on this GPU"
+        return _dense(q, k, v)
+
+    package.flash_attn_func = refuses
+    labels = _labels(monkeypatch, "fa4", "flash_attn.cute", package)
+    assert {label.split()[0] for label in labels} == {"num_splits=0", "num_splits=1"}
 
 
 @pytest.mark.parametrize(
