@@ -13,19 +13,28 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 MAX_WORKERS = 12
+BENCHMARKS = ("model", "attention", "pool", "mix")
 OUT = Path(__file__).resolve().parent / "out"
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line; the usage is for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:
     from .peers import PEER_NAMES
 
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m bench",
         description="Benchmark every op and the model against the peers and the ceilings measured in the same run.",
     )
-    p.add_argument("what", nargs="?", default="all", choices=["all", "attention", "pool", "mix", "model", "report"])
+    p.add_argument("what", nargs="?", default="all", choices=["all", *BENCHMARKS, "report"])
     p.add_argument("file", nargs="?", help="report only: a JSON result file")
     p.add_argument(
         "--shapes",
@@ -56,6 +65,62 @@ def _peer_set(text: str | None, error) -> set[str] | None:
     return names
 
 
+def _device(text: str | None, error):
+    import torch
+
+    try:
+        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        error(f"--device: got {text!r}, want cpu, cuda or cuda:INDEX")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            error(f"--device: got {text!r}, but PyTorch sees {count} GPUs here; want cpu or another index")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return device
+
+
+def _dtypes(text: str | None, on_cpu: bool, error) -> list[str]:
+    from .shapes import BYTES
+
+    names = _words(text or ("float32,bfloat16" if on_cpu else "bfloat16"))
+    if not names or set(names) - set(BYTES):
+        error(f"--dtype: got {text!r}, want some of {', '.join(BYTES)}, with commas between")
+    return names
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
+
+
+def _chosen(what: str) -> tuple[str, ...]:
+    return BENCHMARKS if what == "all" else (what,)
+
+
+def _check(args: argparse.Namespace, error) -> None:
+    """Refuse what a run would stumble over after minutes."""
+    from .shapes import check_shapes
+
+    try:
+        check_shapes(_words(args.shapes), _chosen(args.what))
+    except ValueError as problem:
+        error(f"--shapes: got {problem}")
+    _dtypes(args.dtype, _device(args.device, error).type == "cpu", error)
+    _peer_set(args.peers, error)
+    if args.video and not Path(args.video).is_file():
+        error(f"--video: got {args.video!r}, and no such file")
+    if args.json and Path(args.json).is_dir():
+        error(f"--json: got the directory {args.json!r}, want a file")
+    for option, directory in (("--json", Path(args.json).parent if args.json else None), ("--plot", args.plot)):
+        try:
+            if directory:
+                Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            error(f"{option}: {problem}")
+
+
 def worker(args: argparse.Namespace, error) -> int:
     """Measure what the journal lacks. Exit code 0, DEVICE_LOST, or whatever a crash makes of it."""
     import torch
@@ -64,12 +129,10 @@ def worker(args: argparse.Namespace, error) -> int:
     from .runner import DEVICE_LOST, DeviceLost, Journal, Runner
 
     torch.set_grad_enabled(False)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args.device, error)
     if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    dtypes = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32,bfloat16")).split(",")
-    shapes = [text for text in args.shapes.split(",") if text]
+    dtypes, shapes = _dtypes(args.dtype, device.type == "cpu", error), _words(args.shapes)
     runner = Runner(device, dtypes, Journal(Path(args.worker)), _peer_set(args.peers, error), shapes, args.quick)
     steps = {
         "model": [lambda: model.run(runner, args.video)],
@@ -79,11 +142,10 @@ def worker(args: argparse.Namespace, error) -> int:
     }
     failed = False
     try:
-        for name, group in steps.items():
-            if args.what in ("all", name):
-                print(f"-- {name} ({time.monotonic() - runner.started:.0f} s)", flush=True)
-                for step in group:
-                    failed |= not _finished(step, runner)
+        for name in _chosen(args.what):
+            print(f"-- {name} ({time.monotonic() - runner.started:.0f} s)", flush=True)
+            for step in steps[name]:
+                failed |= not _finished(step, runner)
     except DeviceLost as lost:
         print(f"the CUDA context is lost ({lost}); starting a new process", flush=True)
         return DEVICE_LOST
@@ -93,14 +155,17 @@ def worker(args: argparse.Namespace, error) -> int:
 
 def _finished(step, runner) -> bool:
     """Run one benchmark; an error of its own, outside any row, is shown and costs the others nothing."""
-    from .runner import DeviceLost
+    from .runner import DeviceLost, short
 
     try:
         step()
     except DeviceLost:
         raise
-    except Exception:
-        traceback.print_exc()
+    except Exception as problem:
+        if isinstance(problem, MemoryError) or "out of memory" in str(problem) or "allocate memory" in str(problem):
+            print(f"the inputs do not fit the memory: {short(problem)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         runner.recover()
         return False
     return True
@@ -120,6 +185,20 @@ def supervise(argv: list[str], journal: Path) -> int:
     return code
 
 
+def _draw(directory: Path, meta: dict, rows: list) -> bool:
+    """Plots, where matplotlib is there; what was measured is written already."""
+    from . import report
+
+    try:
+        written = report.plot(directory, meta, rows)
+    except ImportError as problem:
+        print(f"no plots: {problem} (pip install matplotlib, then python -m bench report FILE.json --plot DIRECTORY)")
+        return False
+    for path in written:
+        print(f"wrote {path}")
+    return True
+
+
 def finish(args: argparse.Namespace, meta: dict, rows: list, argv: list[str]) -> int:
     from . import report
     from .device import gpu_clocks
@@ -131,8 +210,7 @@ def finish(args: argparse.Namespace, meta: dict, rows: list, argv: list[str]) ->
     target = Path(args.json) if args.json else OUT / "latest.json"
     report.save_json(target, meta, rows)
     print(f"wrote {target}")
-    for path in report.plot(Path(args.plot) if args.plot else OUT, meta, rows):
-        print(f"wrote {path}")
+    _draw(Path(args.plot) if args.plot else OUT, meta, rows)
     wrong = [row for row in rows if row.kind == "ours" and row.is_broken]
     for row in wrong:
         print(f"FAILED: {row.op} {row.shape} {row.dtype} {row.who}: {row.status}")
@@ -147,16 +225,15 @@ def main(argv: list[str]) -> int:
 
         if not args.file or not Path(args.file).is_file():
             p.error(f"report: got {args.file!r}, want a JSON result file")
-        meta, rows = report.load_json(Path(args.file))
+        try:
+            meta, rows = report.load_json(Path(args.file))
+        except ValueError as problem:
+            p.error(f"report: {problem}")
         print(report.markdown(meta, rows, args.brief))
-        if args.plot:
-            report.plot(Path(args.plot), meta, rows)
-        return 0
+        return 0 if not args.plot or _draw(Path(args.plot), meta, rows) else 1
     if args.file:
         p.error(f"unexpected argument {args.file!r}")
-    if args.video and not Path(args.video).is_file():
-        p.error(f"--video: no such file: {args.video}")
-    _peer_set(args.peers, p.error)
+    _check(args, p.error)
     if args.worker:
         return worker(args, p.error)
 

@@ -15,7 +15,7 @@ import slowfast_kernels as sk
 
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
 from .peers import PEERS
-from .runner import Runner, Variant, relative_error
+from .runner import Contender, Runner, Variant, relative_error
 from .shapes import ATTENTION, AttentionShape, attention_cost, parse_attention, select
 
 OP = "attention"
@@ -91,17 +91,17 @@ def _run_shape(runner: Runner, shape: AttentionShape, dtype: str, backends: list
     sets = make_inputs(shape, dtype, runner.device, runner.journal.meta["cache_bytes"])
     context = reference_context(sets[0])
     fused, alone = attention_cost(shape, dtype, fused=True), attention_cost(shape, dtype, fused=False)
-    for backend in backends:
 
-        def build(backend=backend):
+    def ours(backend: str) -> Contender:
+        def build():
             return [fused_call(x, backend) for x in sets], lambda: fused_error(sets[0], backend, context)
 
         # eager asks the host for the lengths of the sequences, so no graph can hold it
-        capturable = backend != "eager"
-        options = {"cost": fused, "kind": "ours", "capturable": capturable, "sustained": True}
-        runner.measure(OP, shape.name, dtype, backend, [Variant("", build)], **options)
-    for peer in peers:
-        runner.measure(OP, shape.name, dtype, peer.name, peer.variants(sets, context), cost=alone, sustained=True)
+        return Contender(backend, [Variant("", build)], fused, "ours", capturable=backend != "eager")
+
+    contenders = [ours(backend) for backend in backends]
+    contenders += [Contender(peer.name, peer.variants(sets, context), alone) for peer in peers]
+    runner.compare(OP, shape.name, dtype, contenders, sustained=True)
 
 
 def _run_host(runner: Runner, dtype: str, backends: list[str]) -> None:

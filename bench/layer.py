@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import fused_call, our_backends
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
-from .runner import Runner, Variant, relative_error
+from .runner import Contender, Runner, Variant, relative_error
 from .shapes import LAYER, AttentionShape, attention_cost, parse_attention, projection_cost, select
 
 OP = "layer"
@@ -106,41 +106,40 @@ def _run_shape(runner: Runner, shape: AttentionShape, dtype: str, backends: list
     def project() -> Tensor:
         return F.linear(layer.normalised, layer.folded).view(-1, heads.num_kv, 2, heads.dim)
 
-    for backend in backends:
-
-        def from_cache(backend=backend):
+    def from_cache(backend: str) -> Contender:
+        def build():
             calls = [fused_call(x, backend) for x in (inputs, *layer.rotated)]
             return calls, lambda: relative_error(calls[0](), reference)
 
-        def with_projection(backend=backend):
-            def call() -> Tensor:
-                return fused_call(_with_kv(inputs, project()), backend)()
+        return Contender(backend, [Variant("", build)], decode, "ours")
 
-            return [call], lambda: relative_error(call(), reference)
+    def with_projection(backend: str) -> Contender:
+        def call() -> Tensor:
+            return fused_call(_with_kv(inputs, project()), backend)()
 
-        runner.measure(OP, cached, dtype, backend, [Variant("", from_cache)], cost=decode, kind="ours")
-        runner.measure(OP, fresh, dtype, backend, [Variant("", with_projection)], cost=decode + projection, kind="ours")
+        variant = Variant("", lambda: ([call], lambda: relative_error(call(), reference)))
+        return Contender(backend, [variant], decode + projection, "ours")
 
+    at_decode, projections = [from_cache(backend) for backend in backends], []
     if runner.wants_peer("official"):
         mask = torch.ones(shape.batch, shape.num_text // shape.batch, dtype=torch.bool, device=runner.device)
+        official = partial(official_layer, layer, mask)
+        variant = Variant(
+            "every token, every layer", lambda: ([official], lambda: relative_error(official(), reference))
+        )
+        at_decode.append(Contender("official", [variant], decode, capturable=False))
 
-        def official():
-            call = partial(official_layer, layer, mask)
-            return [call], lambda: relative_error(call(), reference)
+        def normalise_and_project() -> Tensor:
+            return F.linear(_official_norm(layer.slow, layer.norm_weight), layer.kv_weight)
 
-        variant = [Variant("every token, every layer", official)]
-        runner.measure(OP, cached, dtype, "official", variant, cost=decode, capturable=False)
+        def error() -> float:
+            return relative_error(normalise_and_project(), project().flatten(1))
 
-        def normalise_and_project():
-            def call() -> Tensor:
-                return F.linear(_official_norm(layer.slow, layer.norm_weight), layer.kv_weight)
+        variant = Variant("norm, then GEMM", lambda: ([normalise_and_project], error))
+        projections.append(Contender("official", [variant], projection))
+    gemm = Variant("folded weight", lambda: ([project], lambda: relative_error(project(), inputs.slow_kv)))
+    projections.append(Contender("gemm", [gemm], projection, "ours"))
 
-            return [call], lambda: relative_error(call(), project().flatten(1))
-
-        variant = [Variant("norm, then GEMM", normalise_and_project)]
-        runner.measure("kv", shape.name, dtype, "official", variant, cost=projection)
-
-    def gemm():
-        return [project], lambda: relative_error(project(), inputs.slow_kv)
-
-    runner.measure("kv", shape.name, dtype, "gemm", [Variant("folded weight", gemm)], cost=projection, kind="ours")
+    runner.compare(OP, cached, dtype, at_decode)
+    runner.compare(OP, fresh, dtype, [with_projection(backend) for backend in backends])
+    runner.compare("kv", shape.name, dtype, projections)

@@ -15,7 +15,7 @@ from torch import Tensor
 import slowfast_kernels as sk
 
 from .attention import our_backends
-from .runner import Runner, Variant, relative_error
+from .runner import Contender, Runner, Variant, relative_error
 from .shapes import BYTES, MIX, MixShape, mix_cost, parse_mix, select
 from .timing import num_input_sets
 
@@ -79,15 +79,14 @@ def _run_shape(runner: Runner, shape: MixShape, dtype: str, backends: list[str])
     reference = copied_rows(state, context, rows, *gate)
     cost = mix_cost(shape, dtype)
 
-    for backend in backends:
-
-        def ours(backend=backend):
+    def ours(backend: str) -> Contender:
+        def build():
             calls = [partial(sk.gated_residual_mix, *inputs, backend=backend) for inputs in sets]
             return calls, lambda: relative_error(calls[0](), reference)
 
-        runner.measure(OP, shape.name, dtype, backend, [Variant("", ours)], cost=cost, kind="ours")
+        return Contender(backend, [Variant("", build)], cost, "ours")
 
-    def theirs(function: Callable, compiled: bool):
+    def build_theirs(function: Callable, compiled: bool):
         if compiled:
             torch.compiler.reset()
             function = torch.compile(function, dynamic=False)
@@ -95,6 +94,9 @@ def _run_shape(runner: Runner, shape: MixShape, dtype: str, backends: list[str])
         return calls, lambda: relative_error(calls[0](), reference)
 
     ways = [all_rows] if shape.num_text == shape.rows else [copied_rows, added_rows]
-    for name in peers:
-        variants = [Variant(way.__name__, partial(theirs, way, name == "torch-compile")) for way in ways]
-        runner.measure(OP, shape.name, dtype, name, variants, cost=cost)
+
+    def theirs(name: str) -> Contender:
+        variants = [Variant(way.__name__, partial(build_theirs, way, name == "torch-compile")) for way in ways]
+        return Contender(name, variants, cost)
+
+    runner.compare(OP, shape.name, dtype, [*map(ours, backends), *map(theirs, peers)])

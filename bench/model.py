@@ -1,8 +1,12 @@
 """The reference model: the real-video demonstration, then prefill and decode from 16 to 1536 frames.
 
-Slow-fast is held against the same model with every slow token in self-attention (a prompt of that many rows), and
-against the base LLM (the same rows, no video): what slow-fast adds to it. A decode step's floor is one read of the
-weights and caches. On a GPU the model has the shape of Qwen2-7B, on a CPU a tiny one; weights are random in both.
+All times are wall times, from a call to its answer. What slow-fast adds is measured in pairs, A B A B: A a prompt with
+the video, B the base LLM, which is the same model on as many rows of text, so that all that the video costs (pooling,
+splicing, keys and values, attention, mix) is in A alone. Both live at once, with their caches and captured steps, and
+meet the same clock; the difference is taken pair by pair. "All tokens", the same model with every slow token in
+self-attention (a prompt of that many rows), takes up to 160 times as long and heats the GPU: it is measured alone,
+after the pair. A decode step's floor is one read of the weights and caches. On a GPU the model has the shape of
+Qwen2-7B, on a CPU a tiny one; weights are random in both.
 """
 
 from __future__ import annotations
@@ -13,16 +17,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .runner import Row, Runner, Variant, relative_error
-from .shapes import BYTES, TINY_MODEL, Heads, ModelShape, model_cost, model_shapes
-from .timing import Call, Timing, time_serial
+from .runner import Contender, Row, Runner, Variant, relative_error
+from .shapes import BYTES, COMPILED_FRAMES, TINY_MODEL, Heads, ModelShape, model_cost, model_shapes
+from .timing import Call, wall_lane
 
-DECODE_STEPS = 48
+PAIRS = 30  # at most, of prefills or of decode steps; a quick run takes a third
+BUDGET_S = 3.0  # of the pairs' one side
+DECODE_STEPS = PAIRS + 8  # that a session has room for: those of the pairs, of warming up, of the check
 DEMO_TOKENS = 24
 DEMO_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, on the logits of a whole model
 VIDEO = "bikes.mp4"
@@ -179,6 +186,17 @@ def _compare(runner: Runner, model, ids: torch.Tensor, features: list, shape: st
 # ----------------------------------------------------------------------------------------------- costs
 
 
+class Prompt(NamedTuple):
+    """What one contender is given."""
+
+    who: str
+    kind: str
+    ids: torch.Tensor  # [1, rows]
+    features: Callable[[], list | None]  # frame features, made when first asked for
+    rows: int  # of the decoder, the video's spliced tokens included
+    slow: int  # tokens that the hybrid layers attend
+
+
 def run(runner: Runner, video: str | None) -> None:
     shapes = model_shapes(runner.shapes, not runner.is_gpu)
     if not runner.shapes:
@@ -197,46 +215,70 @@ def run(runner: Runner, video: str | None) -> None:
     model = make_model(shapes[0], dtype, runner.device)
     for shape in shapes:
         _costs(runner, model, shape, dtype)
+    for shape in shapes if runner.is_gpu else ():
+        if shape.frames in COMPILED_FRAMES:
+            pair = _prompts(shape, dtype, runner.device)[:2]
+            _measure(runner, model, shape, dtype, "decode-compiled", pair, {})
 
 
 def _costs(runner: Runner, model, shape: ModelShape, dtype: str) -> None:
+    """Prefill and decode of the pair, then of all tokens alone. Sessions of the prefills' checks go on to decode."""
+    *pair, all_tokens = _prompts(shape, dtype, runner.device)
+    for prompts in (pair, [all_tokens]):
+        ready: dict = {}
+        for op in ("prefill", "decode"):
+            _measure(runner, model, shape, dtype, op, prompts, ready)
+
+
+def _prompts(shape: ModelShape, dtype: str, device: torch.device) -> list[Prompt]:
+    """Slow-fast and its base, then all tokens."""
     from slowfast_model import IMAGE_TOKEN_INDEX
 
-    device = runner.device
     slow_fast_rows, all_rows = shape.text + shape.num_fast, shape.text + shape.num_slow
-    side = 2 * shape.slow_side
-    features = torch.randn(shape.frames, side * side, shape.hidden, device=device, dtype=getattr(torch, dtype))
+    size = (shape.frames, (2 * shape.slow_side) ** 2, shape.hidden)
+
+    @cache
+    def features() -> list:
+        return [torch.randn(size, device=device, dtype=getattr(torch, dtype))]
 
     def text_ids(rows: int) -> torch.Tensor:
         return torch.randint(shape.vocab, (1, rows), device=device)
 
     with_video = text_ids(shape.text + 1)
     with_video[0, 8] = IMAGE_TOKEN_INDEX
-    prompts = {
-        "slow-fast": ("ours", with_video, [features], slow_fast_rows, shape.num_slow),
-        "base LLM": ("base", text_ids(slow_fast_rows), None, slow_fast_rows, 0),
-        "all tokens": ("peer", text_ids(all_rows), None, all_rows, 0),
-    }
-    for who, (kind, ids, frame_features, rows, slow) in prompts.items():
-        make = partial(_session, model, ids, frame_features)
-        cost = partial(model_cost, shape, dtype, rows, slow)
-        options = {"kind": kind}
-        ready: list = []  # the session of the prefill's check, for decode to go on from
-        timer = partial(time_serial, device=device, budget_s=2 * runner.budget_s, most=20)
-        runner.measure(
-            "prefill", shape.name, dtype, who, [_prefill(make, ready)], cost=cost(decode=False), timer=timer, **options
-        )
-        timer = partial(_time_steps, device=device)
-        variants = [_decode(make, ready, runner.is_gpu, compiled=False)]
-        if runner.is_gpu and shape.frames == 128 and who != "all tokens":
-            variants.append(_decode(make, ready, capture=True, compiled=True))
-        runner.measure("decode", shape.name, dtype, who, variants, cost=cost(decode=True), timer=timer, **options)
+    return [
+        Prompt("slow-fast", "ours", with_video, features, slow_fast_rows, shape.num_slow),
+        Prompt("base LLM", "base", text_ids(slow_fast_rows), lambda: None, slow_fast_rows, 0),
+        Prompt("all tokens", "peer", text_ids(all_rows), lambda: None, all_rows, 0),
+    ]
 
 
-def _session(model, ids: torch.Tensor, features: list | None):
+def _measure(runner: Runner, model, shape: ModelShape, dtype: str, op: str, prompts: list[Prompt], ready: dict) -> None:
+    """Rows of one op, in pairs where there are two prompts. Every point of an op is of the same variant."""
+    contenders = []
+    for prompt in prompts:
+        make = partial(_session, model, prompt)
+        if op == "prefill":
+            variant = _prefill(prompt.who, make, ready)
+        else:
+            variant = _decode(prompt.who, make, ready, runner.is_gpu, compiled=op == "decode-compiled")
+        cost = model_cost(shape, dtype, prompt.rows, prompt.slow, decode=op != "prefill")
+        facts = {"slow_tokens": shape.num_slow}
+        contenders.append(Contender(prompt.who, [variant], cost, prompt.kind, facts=facts))
+    lane = partial(
+        wall_lane,
+        device=runner.device,
+        budget_s=BUDGET_S / 3 if runner.quick else BUDGET_S,
+        most=PAIRS // 3 if runner.quick else PAIRS,
+    )
+    base = prompts[1].who if len(prompts) == 2 else None
+    runner.compare(op, shape.name, dtype, contenders, base=base, lane=lane)
+
+
+def _session(model, prompt: Prompt):
     from slowfast_model import DecodeSession
 
-    return DecodeSession(model, ids, features, max_new_tokens=DECODE_STEPS + 8)
+    return DecodeSession(model, prompt.ids, prompt.features(), max_new_tokens=DECODE_STEPS)
 
 
 def _finite(logits: torch.Tensor) -> float:
@@ -244,29 +286,22 @@ def _finite(logits: torch.Tensor) -> float:
     return 0.0 if bool(logits.isfinite().all()) else float("inf")
 
 
-def _prefill(make: Callable, ready: list) -> Variant:
+def _prefill(who: str, make: Callable, ready: dict) -> Variant:
     def check() -> float:
-        ready[:] = [make()]
-        return _finite(ready[0].logits)
+        ready[who] = make()
+        return _finite(ready[who].logits)
 
     return Variant("", lambda: ([make], check))
 
 
-def _decode(make: Callable, ready: list, capture: bool, compiled: bool) -> Variant:
+def _decode(who: str, make: Callable, ready: dict, capture: bool, compiled: bool) -> Variant:
     """One ``step`` of a session after its prefill; on a GPU a graph replay, with ``compiled`` of the fused step."""
 
     def build() -> tuple[list[Call], Callable[[], float]]:
-        session = ready.pop() if ready else make()
+        session = ready.pop(who, None) or make()
         if capture:
             session.capture(compile_step=compiled)
         token = session.logits.argmax(-1)
         return [partial(session.step, token)], lambda: _finite(session.step(token))
 
-    label = "torch.compile, graph" if compiled else "graph" if capture else "eager step"
-    return Variant(label, build)
-
-
-def _time_steps(calls: list[Call], device: torch.device) -> Timing:
-    """A session has room for DECODE_STEPS steps, so their number and not their time is fixed."""
-    calls[0]()
-    return time_serial(calls, device, budget_s=2.0, most=DECODE_STEPS - 8)
+    return Variant("torch.compile, graph" if compiled else "graph" if capture else "eager step", build)

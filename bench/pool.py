@@ -17,7 +17,7 @@ from slowfast_kernels import eager
 from slowfast_kernels.pool_plan import PoolPlan, VideoPlan
 
 from .attention import our_backends
-from .runner import Runner, Variant, relative_error
+from .runner import Contender, Runner, Variant, relative_error
 from .shapes import BYTES, POOL, PoolShape, parse_pool, pool_cost, select
 from .timing import num_input_sets
 
@@ -131,9 +131,8 @@ def _run_shape(runner: Runner, shape: PoolShape, dtype: str, backends: list[str]
     def error(got_slow: Tensor, got_fast: Tensor) -> float:
         return max(relative_error(got_slow, slow), relative_error(got_fast, fast))
 
-    for backend in backends:
-
-        def ours(backend=backend):
+    def ours(backend: str) -> Contender:
+        def build():
             calls = [pool_call(shape, frames, backend) for frames in sets]
 
             def check() -> float:
@@ -143,12 +142,9 @@ def _run_shape(runner: Runner, shape: PoolShape, dtype: str, backends: list[str]
             return calls, check
 
         # eager uploads the list of a window's frames in each call, so no graph can hold it
-        capturable = backend != "eager"
-        runner.measure(
-            OP, shape.name, dtype, backend, [Variant("", ours)], cost=cost, kind="ours", capturable=capturable
-        )
+        return Contender(backend, [Variant("", build)], cost, "ours", capturable=backend != "eager")
 
-    def theirs(cells: Callable, compiled: bool):
+    def build_theirs(cells: Callable, compiled: bool):
         function = torch_pool
         if compiled:
             torch.compiler.reset()
@@ -156,8 +152,10 @@ def _run_shape(runner: Runner, shape: PoolShape, dtype: str, backends: list[str]
         calls = [partial(function, frames, plan, indices, cells) for frames in sets]
         return calls, lambda: error(*calls[0]())
 
-    for name in peers:
+    def theirs(name: str) -> Contender:
         compiled = name == "torch-compile"
         ways = {"mean": _cells_by_mean} if compiled else {"mean": _cells_by_mean, "avg_pool2d": _cells_by_avg_pool}
-        variants = [Variant(label, partial(theirs, cells, compiled)) for label, cells in ways.items()]
-        runner.measure(OP, shape.name, dtype, name, variants, cost=cost)
+        variants = [Variant(label, partial(build_theirs, cells, compiled)) for label, cells in ways.items()]
+        return Contender(name, variants, cost)
+
+    runner.compare(OP, shape.name, dtype, [*map(ours, backends), *map(theirs, peers)])

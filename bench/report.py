@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from .runner import Row, format_us
+from .runner import Row, format_us, short
 
 OP_TITLES = {
     "attention": "Attention over slow tokens (ours with gate and mix, peers attention alone)",
@@ -22,11 +22,21 @@ OP_TITLES = {
     "mix": "Gate and residual mix alone",
     "prefill": "Model prefill, one video",
     "decode": "Model decode, one token",
+    "decode-compiled": "Model decode, one token, the step fused by torch.compile",
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
 SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
 TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend")
+MODEL_OPS = ("prefill", "decode", "decode-compiled")
+PAIRED = (
+    "Slow-fast and base LLM were measured in pairs (A B A B): medians of the wall times, and the median of the pairs' "
+    "differences with its 20th and 80th percentile. All tokens: alone, after the pairs."
+)
+NOT_PAIRED = (
+    "Slow-fast and base LLM were not measured in pairs here, but minutes apart: what the slow path adds can't be told "
+    "from these times. `python -m bench model` measures it."
+)
 BRIEF_OPS = ("attention", "layer", "pool", "mix")  # those with a choice of backends and peers
 
 
@@ -37,8 +47,28 @@ def save_json(path: Path, meta: dict, rows: list[Row]) -> None:
 
 
 def load_json(path: Path) -> tuple[dict, list[Row]]:
-    data = json.loads(path.read_text())
-    return data["meta"], [Row(**row) for row in data["rows"]]
+    """Of this version or an older one, whose rows lack some fields and whose decode steps were compiled here and there.
+
+    Raises:
+        ValueError: no result file, or one of a newer version.
+    """
+    try:
+        data = json.loads(path.read_text())
+        meta, rows = data["meta"], data["rows"]
+        known = {field.name for field in fields(Row)}
+        unknown = sorted({name for row in rows for name in row} - known)
+        if unknown:
+            raise ValueError(f"rows with {', '.join(unknown)}, which a newer version wrote")
+        rows = [Row(**row) for row in rows]
+        for row in rows:
+            if row.op == "decode" and "torch.compile" in row.variant:
+                row.op = "decode-compiled"
+        _headline(meta)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise ValueError(f"{path}: got no JSON ({problem}), want a result file of python -m bench") from problem
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+        raise ValueError(f"{path}: got {short(problem)}, want a result file of python -m bench") from problem
+    return meta, rows
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -66,10 +96,9 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
     groups = _by_shape(rows, op)
     names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
     compared = any(best_of(members, "peer") and best_of(members, "ours") for members in groups.values())
-    based = any(best_of(members, "base") and best_of(members, "ours") for members in groups.values())
     floors = any(row.percent is not None for members in groups.values() for row in members)
     header = ["shape", "dtype", *(f"{name} us" for name in names)]
-    header += ["floor us", "% of ceiling"] * floors + ["added to base"] * based + ["best peer / ours"] * compared
+    header += ["floor us", "% of ceiling"] * floors + ["best peer / ours"] * compared
     cells = [header]
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
@@ -80,9 +109,6 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
             line += (
                 [format_us(ours.floor_us), f"{ours.percent:.0f}%"] if ours and ours.percent is not None else ["", ""]
             )
-        if based:
-            base = best_of(members, "base")
-            line.append(f"{100 * (ours.median_us / base.median_us - 1):+.1f}%" if ours and base else "")
         if compared:
             line.append(f"{peer.median_us / ours.median_us:.2f}x" if ours and peer else "")
         cells.append(line)
@@ -136,6 +162,46 @@ def sustained_table(rows: list[Row], op: str) -> list[list[str]] | None:
         return None
     header = ["shape", "dtype"] if several else ["shape"]
     return [[*header, f"{names[0]} us", "best peer", "peer us", f"best peer / {names[0]}"], *cells]
+
+
+def _cell(row: Row | None, figure: str = "median_us") -> str:
+    """Milliseconds with four digits, or the word for why there are none."""
+    if row is None or (row.ok and getattr(row, figure) is None):
+        return ""
+    return f"{getattr(row, figure) / 1e3:#.4g}".rstrip(".") if row.ok else _status_word(row)
+
+
+def model_table(rows: list[Row], op: str) -> list[list[str]]:
+    """Milliseconds against frames; what slow-fast adds to the base LLM only where it was measured in pairs."""
+    groups = _by_shape(rows, op)
+    names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
+    several = len({dtype for _, dtype in groups}) > 1
+    counted = any("slow_tokens" in row.extra for members in groups.values() for row in members)
+    paired = any(row.added for members in groups.values() for row in members)
+    header = ["frames", *["dtype"] * several, *["slow tokens"] * counted]
+    cells = [[*header, *(f"{name} ms" for name in names), *["added ms", "p20 .. p80", "added"] * paired, "floor ms"]]
+    for (shape, dtype), members in groups.items():
+        of = {row.who: row for row in members}
+        ours = of.get("slow-fast")
+        line = [shape.removesuffix(" frames"), *[dtype] * several]
+        line += [str(members[0].extra.get("slow_tokens", ""))] * counted
+        line += [_cell(of.get(name)) for name in names]
+        line += (_added(ours) if ours and ours.added else ["-"] * 3) * paired
+        cells.append([*line, _cell(ours, "floor_us") if ours and ours.ok else ""])
+    return cells
+
+
+def _added(row: Row) -> list[str]:
+    ms, low, high = (f"{row.added[name] / 1e3:+.3f}" for name in ("median_us", "p20_us", "p80_us"))
+    return [ms, f"{low} .. {high}", f"{row.added['percent']:+.1f}%"]
+
+
+def _pairing(rows: list[Row], op: str) -> str | None:
+    """A sentence about the pairs of a model's op."""
+    ours = [row for row in rows if row.op == op and row.kind == "ours" and row.ok]
+    if not ours:
+        return None
+    return PAIRED if any(row.added for row in ours) else NOT_PAIRED
 
 
 def demo_table(rows: list[Row]) -> list[list[str]]:
@@ -198,11 +264,14 @@ def _render(
     parts = ["\n".join(_headline(meta))]
     for op, title in OP_TITLES.items():
         if _by_shape(rows, op):
-            if brief and op in BRIEF_OPS:
+            if op in MODEL_OPS:
+                cells = model_table(rows, op)
+            elif brief and op in BRIEF_OPS:
                 cells = brief_table(rows, op)
             else:
                 cells = demo_table(rows) if op == "demo" else table(rows, op)
-            parts.append(f"{heading}{title}\n\n{draw(cells)}")
+            said = f"{pairing}\n\n" if op in MODEL_OPS and (pairing := _pairing(rows, op)) else ""
+            parts.append(f"{heading}{title}\n\n{said}{draw(cells)}")
             sustained = sustained_table(rows, op)
             if sustained:
                 parts.append(f"{SUSTAINED_TITLE}\n\n{draw(sustained)}")
@@ -259,13 +328,25 @@ def _style(row: Row) -> dict:
     return {"linewidth": 1.1, "marker": ".", "linestyle": "--", "color": _COLOURS.get(row.who)}
 
 
+def _value_ticks(low: float, high: float) -> list[float]:
+    """Round numbers on a log axis from ``low`` to ``high``, enough of them to read a value off by."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if high < 8 * low:  # too few powers of ten, and their multiples, fall in between
+        locator = MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10])
+    else:
+        locator = LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,), numticks=100)
+    return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
+
+
 def _finish_axis(axis, xlabel: str, ylabel: str, title: str) -> None:
-    """Log-log with plain numbers, and a tick at each measured x."""
+    """Log-log with plain numbers, a tick at each measured x and round ones to read values off."""
     xs = sorted({float(x) for line in axis.get_lines() for x in line.get_xdata()})
     axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     axis.set_xticks(xs, [f"{x:g}" for x in xs], rotation=45, fontsize=7)
+    ticks = _value_ticks(*axis.get_ylim())
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, linewidth=0.5)
 
@@ -343,11 +424,15 @@ def _plot_model(plt, rows: list[Row]):
     for axis, op in zip(axes[0], panels, strict=True):
         lines: dict[str, list] = {}
         for row in rows:
-            if row.op == op and row.ok:
-                lines.setdefault(row.who, []).append((int(row.shape.split()[0]), row))
+            if row.op in (op, f"{op}-compiled") and row.ok:
+                name = row.who if row.op == op else f"{row.who}, compiled"
+                lines.setdefault(name, []).append((int(row.shape.split()[0]), row))
         for who, values in lines.items():
             values.sort(key=lambda value: value[0])
-            axis.plot([n for n, _ in values], [r.median_us / 1e3 for _, r in values], label=who, **_style(values[0][1]))
+            style = _style(values[0][1])
+            if who.endswith("compiled"):
+                style |= {"linestyle": ":", "marker": "s"}
+            axis.plot([n for n, _ in values], [r.median_us / 1e3 for _, r in values], label=who, **style)
         floors = sorted(
             (int(r.shape.split()[0]), r.floor_us / 1e3)
             for r in rows

@@ -1,8 +1,9 @@
-"""Runs one row after another: build, check the answer, time, record, print. No row is silent and none ends the run.
+"""Runs one comparison after another: build, check the answers, time, record, print. No row is silent or ends the run.
 
-A row that fails is recorded with its reason. A crash (segmentation fault, lost CUDA context) ends only the worker
-process: every row goes to a journal the moment it is done, the parent (``__main__``) starts a new worker on the same
-journal, and that worker marks the row that was in progress as crashed and goes on after it.
+The contenders of a comparison are made ready one by one and then timed in turns (``timing``), so that none has a cooler
+machine than another. A row that fails is recorded with its reason. A crash (segmentation fault, lost CUDA context) ends
+only the worker process: every row goes to a journal the moment it is done, the parent (``__main__``) starts a new
+worker on the same journal, and that worker marks the row that was in progress as crashed and goes on after it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,32 @@ import gc
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from . import ceilings as ceilings_module
 from . import device as device_module
 from .shapes import Ceilings, Cost
-from .timing import Call, Timing, time_calls, time_host
+from .timing import (
+    Call,
+    Lane,
+    Timing,
+    difference,
+    make_lane,
+    no_collection,
+    summarize,
+    time_calls,
+    time_host,
+    with_sustained,
+)
+
+T = TypeVar("T")
 
 DEVICE_LOST = 75  # exit code of a worker whose CUDA context is gone
 TRIAL_SHARE = 5  # a variant's trial gets this part of the budget, on a GPU one burst
@@ -39,6 +54,17 @@ class Variant(NamedTuple):
 
     label: str
     build: Callable[[], tuple[list[Call], Callable[[], float]]]
+
+
+class Contender(NamedTuple):
+    """One competitor of a comparison, with every way to run it that is worth a try."""
+
+    who: str
+    variants: Iterable[Variant]
+    cost: Cost
+    kind: str = "peer"
+    capturable: bool = True  # a call that waits for the host is not
+    facts: Mapping[str, float] = MappingProxyType({})  # go to the row's ``extra``
 
 
 @dataclass
@@ -63,6 +89,7 @@ class Row:
     gbps: float | None = None
     floor_us: float | None = None
     percent: float | None = None  # of the ceiling measured in this run
+    added: dict | None = None  # {"to": who, **timing.Difference}: what it takes longer than the base, turn by turn
     extra: dict = field(default_factory=dict)
 
     @property
@@ -123,6 +150,39 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
+@dataclass
+class _Racer:
+    """A contender on its way through a comparison."""
+
+    contender: Contender
+    row: Row
+    variants: list[Variant] = field(default_factory=list)
+    chosen: Variant | None = None
+    lane: Lane | None = None
+    error: float | None = None  # of the answer of the variant tried last, in the end the chosen one
+    seconds: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _status_of(error: Exception, caught: list[warnings.WarningMessage]) -> str:
+    """A row's status; ``caught`` are the warnings in which SDPA tells why a backend of its refuses."""
+    reason = short(error)
+    if isinstance(error, NotImplementedError):
+        return f"unsupported: {reason}"
+    if "No available kernel" in reason and caught:
+        reason = f"no kernel: {str(caught[-1].message).splitlines()[0][:140]}"
+    return f"failed: {reason}"
+
+
+def _compare_to_base(racers: list[_Racer], base: str | None) -> None:
+    """Give each row what it adds to the base's, turn by turn; none where either has no time."""
+    of = {racer.row.who: racer for racer in racers if racer.row.ok}
+    for racer in of.values():
+        if base in of and racer.row.who != base:
+            added = difference(racer.seconds, of[base].seconds)
+            racer.row.added = {"to": base} | {name: round(value, 3) for name, value in asdict(added).items()}
+
+
 class Runner:
     """State of one worker: device, ceilings, filters, journal."""
 
@@ -171,91 +231,133 @@ class Runner:
         if not self.is_done(op, "all", "-", who):
             self.record(Row(op, "all", "-", who, kind, status=f"absent: {reason}"))
 
-    def measure(
+    def compare(
         self,
         op: str,
         shape: str,
         dtype: str,
-        who: str,
-        variants: Iterable[Variant],
+        contenders: Iterable[Contender],
         *,
-        cost: Cost,
-        kind: str = "peer",
-        capturable: bool = True,
+        base: str | None = None,
         sustained: bool = False,
-        timer: Callable[[list[Call]], Timing] | None = None,
-        tolerance: float | None = None,
-    ) -> Row | None:
-        """Check each variant, record the fastest right one. None if an earlier worker did this row.
+        lane: Callable[..., Lane] | None = None,
+    ) -> list[Row]:
+        """Time the fastest right variant of each contender, all in turns; the rows of those that had none before.
 
         Of several variants each gets a short trial, and the winner is then measured as a single one is: a row's
-        protocol doesn't depend on how many variants it has. ``sustained`` adds the figure without rests. ``timer``
-        replaces ``time_calls`` where a call can't be repeated at will; it times each variant once.
+        protocol doesn't depend on how many variants it has.
+
+        Args:
+            base: the contender to which the others add something: their rows tell how much, by turns.
+            sustained: adds the figure without rests.
+            lane: what makes a variant's calls a lane, in the place of ``make_lane``.
         """
-        if self.is_done(op, shape, dtype, who):
-            return None
-        row = Row(op, shape, dtype, who, kind)
-        self.journal.write(begin={"op": op, "shape": shape, "dtype": dtype, "who": who, "kind": kind})
-        tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
-        problems: list[str] = []
+        racers = [
+            _Racer(contender, Row(op, shape, dtype, contender.who, contender.kind, extra=dict(contender.facts)))
+            for contender in contenders
+            if not self.is_done(op, shape, dtype, contender.who)
+        ]
+        if len(racers) > 1:
+            print(f"{op} {shape} {dtype}: {', '.join(racer.row.who for racer in racers)} in turns", flush=True)
         try:
-            variants = list(variants)
+            for racer in racers:
+                self._make_ready(racer, lane)
+            with no_collection():
+                self._take_turns(racers, paired=base is not None)
+            for racer in racers:
+                self._finish(racer, sustained and not self.quick)
+            _compare_to_base(racers, base)
+        except DeviceLost:
+            self.record(next(racer.row for racer in racers if racer.row.status.startswith("crashed")))
+            raise
+        for racer in racers:
+            self.record(racer.row)
+        return [racer.row for racer in racers]
+
+    def _begin(self, row: Row) -> None:
+        """Should the process die now, it was in this row."""
+        fields = ("op", "shape", "dtype", "who", "kind")
+        self.journal.write(begin={name: getattr(row, name) for name in fields})
+
+    def _make_ready(self, racer: _Racer, lane: Callable[..., Lane] | None) -> None:
+        """Choose the variant and give the racer its lane; a row that can't have one has a status that says why."""
+        self._begin(racer.row)
+        capturable = racer.contender.capturable
+        make = lane or partial(make_lane, device=self.device, budget_s=self.budget_s, capturable=capturable)
+        trial = partial(time_calls, device=self.device, budget_s=self.budget_s / TRIAL_SHARE, capturable=capturable)
+        try:
+            racer.variants = list(racer.contender.variants)
         except Exception as problem:
-            variants, problems = [], [f"failed: {short(problem)}"]
-        timed = partial(time_calls, device=self.device, capturable=capturable)
-        whole = timer or partial(timed, budget_s=self.budget_s, sustained=sustained and not self.quick)
-        on_trial = timer is None and len(variants) > 1
-        first = partial(timed, budget_s=self.budget_s / TRIAL_SHARE) if on_trial else whole
-
-        def attempt(variant: Variant, timer: Callable[[list[Call]], Timing]) -> tuple[Timing, float, Variant] | None:
-            found = self._try(variant, timer, tolerance)
-            if not isinstance(found, str):
-                return (*found, variant)
-            problems.append(f"{found} ({variant.label})" if len(variants) > 1 else found)
-            try:
-                self.recover()
-            except DeviceLost:
-                row.status = f"crashed: the CUDA context was lost ({variant.label or who})"
-                self.record(row)
-                raise
-            return None
-
-        right = [found for variant in variants if (found := attempt(variant, first))]
-        best = min(right, key=lambda found: found[0].median_us, default=None)
-        if best and on_trial:
-            best = attempt(best[2], whole)
-        if best is None:
-            # where some were right, the last problem is the winner's, which passed its trial and then failed
-            row.status = problems[-1 if right else 0] if problems else "unsupported: no variant takes this shape"
+            racer.problems.append(f"failed: {short(problem)}")
+        if len(racer.variants) == 1:
+            racer.chosen = racer.variants[0]
         else:
-            self._fill(row, best[0], cost)
-            row.error, row.variant = best[1], best[2].label
-            if problems:
-                row.extra["rejected_variants"] = problems
-        self.record(row)
-        return row
+            tried = [(found, variant) for variant in racer.variants if (found := self._try(racer, variant, trial))]
+            racer.chosen = min(tried, key=lambda each: each[0].median_us)[1] if tried else None
+        racer.lane = self._try(racer, racer.chosen, make) if racer.chosen else None
+        if racer.lane is None:
+            # a winner's problem is the last one: it passed its trial and then failed
+            problems = racer.problems or ["unsupported: no variant takes this shape"]
+            racer.row.status = problems[-1 if racer.chosen else 0]
 
-    def _try(
-        self, variant: Variant, timer: Callable[[list[Call]], Timing], tolerance: float
-    ) -> tuple[Timing, float] | str:
-        """(timing, error), or the status that says why not."""
+    def _try(self, racer: _Racer, variant: Variant, use: Callable[[list[Call]], T]) -> T | None:
+        """What ``use`` makes of a variant's calls once their answer is right; None with a problem noted if it can't."""
+        tolerance = TOLERANCE[racer.row.dtype]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 calls, check = variant.build()
-                error = check()
-                if not error <= tolerance:
-                    return f"wrong: relative error {error:.2g}, want <= {tolerance:.2g}"
-                return timer(calls), error
-            except NotImplementedError as problem:
-                return f"unsupported: {short(problem)}"
-            except Exception as problem:
-                reason = short(problem)
-                if "No available kernel" in reason and caught:
-                    reason = f"no kernel: {str(caught[-1].message).splitlines()[0][:140]}"
-                return f"failed: {reason}"
+                racer.error = check()
+                if racer.error <= tolerance:
+                    return use(calls)
+                problem = f"wrong: relative error {racer.error:.2g}, want <= {tolerance:.2g}"
+            except Exception as error:
+                problem = _status_of(error, caught)
             finally:
                 calls = check = None
+        racer.problems.append(f"{problem} ({variant.label})" if len(racer.variants) > 1 else problem)
+        self._recover_in(racer, variant)
+        return None
+
+    def _recover_in(self, racer: _Racer, variant: Variant) -> None:
+        try:
+            self.recover()
+        except DeviceLost:
+            racer.row.status = f"crashed: the CUDA context was lost ({variant.label or racer.row.who})"
+            raise
+
+    def _take_turns(self, racers: list[_Racer], paired: bool) -> None:
+        """A B A B: each turn goes to every racer, in order. ``paired``: as many turns as the one that has fewest."""
+        ready = [racer for racer in racers if racer.lane]
+        turns = (min if paired else max)((racer.lane.turns for racer in ready), default=0)
+        for turn in range(turns):
+            for racer in ready:
+                if racer.lane and turn < racer.lane.turns:
+                    self._run(racer, lambda racer=racer: racer.seconds.extend(racer.lane.turn()))
+
+    def _finish(self, racer: _Racer, sustained: bool) -> None:
+        if racer.lane is None:
+            return
+        timing = summarize(racer.seconds, racer.lane.method)
+        if sustained:
+            timing = self._run(racer, lambda: with_sustained(timing, racer.lane))
+        if timing is None:
+            return
+        row = racer.row
+        self._fill(row, timing, racer.contender.cost)
+        row.error, row.variant = racer.error, racer.chosen.label
+        if racer.problems:
+            row.extra["rejected_variants"] = racer.problems
+
+    def _run(self, racer: _Racer, work: Callable[[], T]) -> T | None:
+        """A racer's turn; an error takes it out of the race and leaves the others in."""
+        self._begin(racer.row)
+        try:
+            return work()
+        except Exception as error:
+            racer.row.status, racer.lane = _status_of(error, []), None
+            self._recover_in(racer, racer.chosen)
+            return None
 
     def recover(self) -> None:
         """Free what a failed variant held, and see whether the device still answers."""
@@ -286,7 +388,7 @@ class Runner:
         if self.is_done(op, shape, dtype, who):
             return
         row = Row(op, shape, dtype, who, "host")
-        self.journal.write(begin={"op": op, "shape": shape, "dtype": dtype, "who": who, "kind": "host"})
+        self._begin(row)
         try:
             self._fill(row, time_host(call, self.device), None)
         except Exception as problem:
@@ -310,5 +412,7 @@ def format_row(row: Row) -> str:
         text += f"  {row.tflops:8.3f} TFLOP/s {row.gbps:8.1f} GB/s  {row.percent:5.1f}% of ceiling"
     if row.sustained_us is not None:
         text += f"  {format_us(row.sustained_us)} us sustained"
+    if row.added is not None:
+        text += f"  {row.added['median_us']:+.1f} us ({row.added['percent']:+.2f}%) to {row.added['to']}"
     notes = [note for note in (row.variant, "not a graph" if row.method == "events" else "") if note]
     return "  ".join([text, *notes])

@@ -7,6 +7,9 @@ can't be captured (it syncs with the host) is timed with events around a round. 
 A GPU at its power limit lowers its clock after some 30 ms of tensor work and recovers within 50 ms of rest, so whoever
 is measured longest would look slowest. Samples therefore come in short bursts of replays with a rest before each, as
 many for every contender; what is left of the speed without rest is a figure of its own, ``sustained_us``.
+
+Rests do not undo minutes of drift (temperature, a neighbour on the host), so contenders that will be compared are made
+ready first, each a ``Lane``, and then take turns: A B A B. Where only a difference counts, it is taken turn by turn.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,6 +34,7 @@ MIN_ROUND_S = 1e-3  # device time of one graph replay; its start-up (a few us) i
 REST_S = 0.08  # the device idles before a burst: longer than its clock takes to recover
 BURST_S = 0.02  # device time of a burst: shorter than its clock takes to fall
 MOST_BURSTS = 5
+MOST_CALLS = 2000  # of a lane on a CPU
 SUSTAINED_S = 0.3  # without rest; the clock has settled by the second half, which counts
 
 
@@ -42,8 +46,30 @@ class Timing:
     p20_us: float
     p80_us: float
     samples: int
-    method: str  # "graph", "events", "clock"
+    method: str  # "graph", "events": device time; "clock": a CPU's; "wall": call to answer, the host's part included
     sustained_us: float | None = None  # after a while without rest; graphs only, where asked for
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much longer a call takes than the other one of its turn; percent are of the other's median."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    percent: float
+    p20_percent: float
+    p80_percent: float
+    pairs: int
+
+
+class Lane(NamedTuple):
+    """A contender made ready (kernels loaded, graph captured) that takes its turn when told."""
+
+    turn: Callable[[], list[float]]  # seconds of each of the calls that one turn makes
+    turns: int  # how many it has
+    method: str
+    sustain: Callable[[], float] | None = None  # seconds of a call after a while without rest
 
 
 class Plan(NamedTuple):
@@ -74,21 +100,84 @@ def summarize(seconds: Sequence[float], method: str) -> Timing:
     return Timing(statistics.median(seconds) * 1e6, fifths[0] * 1e6, fifths[3] * 1e6, len(seconds), method)
 
 
+def difference(seconds: Sequence[float], base: Sequence[float]) -> Difference:
+    """Of two lanes' samples, the i-th of both being of the same turn; where one has more, its last are of no pair."""
+    pairs = list(zip(seconds, base, strict=False))
+    apart = summarize([a - b for a, b in pairs], "")
+    percent = 100 / (statistics.median(b for _, b in pairs) * 1e6)
+    us = (apart.median_us, apart.p20_us, apart.p80_us)
+    return Difference(*us, *(percent * x for x in us), len(pairs))
+
+
 def num_input_sets(bytes_per_set: float, cache_bytes: float) -> int:
     """Input sets to rotate so that a round streams COLD_FACTOR caches; 1 where one set already does."""
     return max(1, min(MAX_SETS, math.ceil(COLD_FACTOR * cache_bytes / max(bytes_per_set, 1))))
 
 
+# ------------------------------------------------------------------------------------------------- lanes
+
+
+def make_lane(calls: Sequence[Call], device: torch.device, budget_s: float, capturable: bool = True) -> Lane:
+    """One op whose rotated input sets are bound in ``calls``; its turns take about ``budget_s``, rests not counted."""
+    return _cuda_lane(calls, budget_s, capturable) if device.type == "cuda" else clock_lane(calls, budget_s)
+
+
 def time_calls(
     calls: Sequence[Call], device: torch.device, budget_s: float, capturable: bool = True, sustained: bool = False
 ) -> Timing:
-    """Time one op whose rotated input sets are bound in ``calls``, for about ``budget_s`` seconds, rests not counted.
+    """Time one op alone; ``sustained`` asks for that figure too: None on a CPU and for calls that no graph holds."""
+    return time_lane(make_lane(calls, device, budget_s, capturable), sustained)
 
-    ``sustained`` asks for ``sustained_us`` too; it stays None on a CPU and for calls that no graph holds.
+
+def time_lane(lane: Lane, sustained: bool = False) -> Timing:
+    """All turns of one lane, one after another."""
+    seconds = [s for _ in range(lane.turns) for s in lane.turn()]
+    return with_sustained(summarize(seconds, lane.method), lane) if sustained else summarize(seconds, lane.method)
+
+
+def with_sustained(timing: Timing, lane: Lane) -> Timing:
+    return replace(timing, sustained_us=lane.sustain() * 1e6) if lane.sustain else timing
+
+
+def clock_lane(calls: Sequence[Call], budget_s: float) -> Lane:
+    """A turn on a CPU: call after call for a part of the budget. A call too slow to be repeated gives one sample."""
+    first = _clock(calls[0])
+    if first > max(2 * budget_s, 0.3):
+        return Lane(lambda: [first], 1, "clock")  # neither warming up nor noise matters here
+    rotated = cycle([*calls[1:], calls[0]])
+
+    def turn() -> list[float]:
+        seconds: list[float] = []
+        end = time.perf_counter() + budget_s / MOST_BURSTS
+        while not seconds or (time.perf_counter() < end and len(seconds) < MOST_CALLS / MOST_BURSTS):
+            seconds.append(_clock(next(rotated)))
+        return seconds
+
+    return Lane(turn, MOST_BURSTS, "clock")
+
+
+def wall_lane(calls: Sequence[Call], device: torch.device, budget_s: float, most: int) -> Lane:
+    """A turn is one call as its caller sees it: from an idle device until the answer is there, launches included.
+
+    The lane has 3 to ``most`` turns, as many as the budget pays for. A call that takes a third of it gives one sample,
+    that of the call made here.
     """
-    if device.type == "cuda":
-        return _time_cuda(calls, budget_s, capturable, sustained)
-    return time_serial(calls, device, budget_s)
+    (call,) = calls
+
+    def wall() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        answer = call()
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        del answer  # freed when the clock stands
+        return seconds
+
+    first = wall()
+    if first > budget_s / 3:
+        return Lane(lambda: [first], 1, "wall")
+    turns = int(budget_s / wall())  # of the second: the first may have loaded kernels
+    return Lane(lambda: [wall()], max(3, min(most, turns)), "wall")
 
 
 def _clock(call: Call) -> float:
@@ -98,21 +187,7 @@ def _clock(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def time_serial(calls: Sequence[Call], device: torch.device, budget_s: float, most: int = 2000) -> Timing:
-    """Time call after call, each alone; a call too slow to be repeated within the budget gives one sample."""
-    gpu = device.type == "cuda"
-    measure, method = (_elapsed, "events") if gpu else (_clock, "clock")
-    first = measure(calls[0])
-    if first > max(2 * budget_s, 0.3):
-        return summarize([first], method)  # neither warming up nor noise matters here
-    seconds: list[float] = []
-    end = time.perf_counter() + budget_s
-    while len(seconds) < min(3, most) or (time.perf_counter() < end and len(seconds) < most):
-        seconds.append(measure(calls[(len(seconds) + 1) % len(calls)]))
-    return summarize(seconds, method)
-
-
-def _time_cuda(calls: Sequence[Call], budget_s: float, capturable: bool, sustained: bool) -> Timing:
+def _cuda_lane(calls: Sequence[Call], budget_s: float, capturable: bool) -> Lane:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -123,32 +198,30 @@ def _time_cuda(calls: Sequence[Call], budget_s: float, capturable: bool, sustain
             # from a replay and not from the calls: those of a small shape take the host far longer than the device
             rounds = math.ceil(MIN_ROUND_S / min(_burst(graph[0], 2)))
             graph = _capture(calls, rounds, stream) if rounds > 1 else graph
-        replay, count = graph or (lambda: [call() for call in calls], len(calls))
-        method = "events" if graph is None else "graph"
-        timing = time_bursts(partial(_burst, replay), _rest, count, budget_s, method, sustained and graph is not None)
-    torch.cuda.current_stream().wait_stream(stream)
-    return timing
+    replay, count = graph or (lambda: [call() for call in calls], len(calls))
+
+    def burst(times: int) -> list[float]:
+        with torch.cuda.stream(stream):
+            return _burst(replay, times)
+
+    return burst_lane(burst, _rest, count, budget_s, "graph" if graph else "events")
 
 
-def time_bursts(
-    burst: Callable[[int], list[float]],
-    rest: Callable[[], None],
-    count: int,
-    budget_s: float,
-    method: str,
-    sustained: bool,
-) -> Timing:
-    """The protocol of this module. ``burst(n)`` gives the seconds of each of n replays of ``count`` calls."""
+def burst_lane(
+    burst: Callable[[int], list[float]], rest: Callable[[], None], count: int, budget_s: float, method: str
+) -> Lane:
+    """A turn on a GPU: a rest, then a burst. ``burst(n)`` gives the seconds of each of n replays of ``count`` calls."""
     plan = plan_bursts(min(burst(2)), budget_s)
-    seconds: list[float] = []
-    for _ in range(plan.bursts):
+
+    def turn() -> list[float]:
         rest()
-        seconds += burst(plan.replays)[plan.skipped :]
-    timing = summarize([s / count for s in seconds], method)
-    if not sustained:
-        return timing
-    late = burst(plan.sustained)[plan.sustained // 2 :]
-    return replace(timing, sustained_us=statistics.median(late) / count * 1e6)
+        return [s / count for s in burst(plan.replays)[plan.skipped :]]
+
+    def sustain() -> float:
+        rest()  # so that every lane starts alike, whoever was before it
+        return statistics.median(burst(plan.sustained)[plan.sustained // 2 :]) / count
+
+    return Lane(turn, plan.bursts, method, sustain if method == "graph" else None)
 
 
 def _capture(calls: Sequence[Call], rounds: int, stream) -> tuple[Call, int] | None:
@@ -176,11 +249,6 @@ def _burst(work: Call, times: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
-def _elapsed(work: Call) -> float:
-    """Device seconds of ``work`` on the current stream."""
-    return _burst(work, 1)[0]
-
-
 def _rest() -> None:
     torch.cuda.synchronize()
     time.sleep(REST_S)
@@ -195,20 +263,27 @@ def time_host(call: Call, device: torch.device, calls_per_batch: int = 50, budge
         call()
     seconds: list[float] = []
     end = time.perf_counter() + budget_s
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         while not seconds or (time.perf_counter() < end and len(seconds) < 50):
             synchronize(device)
             start = time.perf_counter()
             for _ in range(calls_per_batch):
                 call()
             seconds.append((time.perf_counter() - start) / calls_per_batch)
+    synchronize(device)
+    return summarize(seconds, "clock")
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's garbage collector stands still: its pauses are nobody's time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-        synchronize(device)
-    return summarize(seconds, "clock")
 
 
 def synchronize(device: torch.device) -> None:

@@ -75,7 +75,10 @@ def run(
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
-    shapes = [parse_attention(text) for text in arguments.shapes]
+    try:
+        shapes = [parse_attention(text) for text in arguments.shapes]
+    except ValueError as problem:
+        parser.error(f"--shapes: got {problem}")
     if None in shapes:
         parser.error(f"--shapes: got {arguments.shapes}, want BATCHxTEXTxSLOW[@HQ/HKV/D]")
     device = torch.device("cuda", torch.cuda.current_device())

@@ -114,6 +114,28 @@ def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, na
     assert [shape.name for shape in shapes.select(registry, [text], parse, on_cpu=True)] == [name]
 
 
+@pytest.mark.parametrize("text", ["4x3x5", "1x1x8@28/4/128", "2of3", "16", "16 frames", "1x64x*", "28/4"])
+def test_among_all_benchmarks_a_shape_of_one_is_enough_and_the_others_pass_it_by(text):
+    shapes.check_shapes([text], shapes.OPS)
+    for registry, parse in shapes.OPS.values():
+        shapes.select(registry, [text], parse, on_cpu=True)
+    shapes.model_shapes([text], on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "text"),
+    [
+        *[("attention", text) for text in ("0x1x8", "1x1x8@0/1/8", "1x1x2000000000")],
+        *[("pool", text) for text in ("0x4x4", "4x4x4/t0", "4x4x4/p0", "4x0x0")],
+        *[("mix", text) for text in ("0of5", "5of0", "5of6@0")],
+        *[("model", text) for text in ("0", "-1", "2000000000")],
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_by_name(op, text):
+    with pytest.raises(ValueError, match=f"{text}.* want "):
+        shapes.check_shapes([text], [op])
+
+
 def test_shapes_are_selected_by_pattern_or_part_of_the_name_even_those_too_large_for_a_cpu():
     def names(text):
         return [s.name for s in shapes.select(shapes.ATTENTION, [text], shapes.parse_attention, on_cpu=True)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ class ThrottlingGpu:
         return seconds
 
     def time(self, budget_s: float = 0.15, sustained: bool = False, count: int = 1) -> timing.Timing:
-        return timing.time_bursts(self.burst, self.rest, count, budget_s, "graph", sustained)
+        return timing.time_lane(timing.burst_lane(self.burst, self.rest, count, budget_s, "graph"), sustained)
 
 
 @pytest.mark.parametrize("replay_s", [0.0011, 0.0021, 0.0068, 0.019])
@@ -132,6 +134,76 @@ def test_a_burst_queues_its_replays_without_waiting_and_times_each_from_the_end_
     assert log == ["work", "work", "work", "wait"]
 
 
+class FakeCuda:
+    """Streams, graphs and events of a GPU whose time only replays and eager launches move, in milliseconds."""
+
+    def __init__(self, monkeypatch, refuses_capture: bool = False) -> None:
+        self.ms, self.capturing, self.replays = 0.0, None, 0
+        fake, nothing = self, contextlib.nullcontext()
+
+        class Graph:
+            def __init__(self):
+                self.ms = 0.0
+
+            def replay(self):
+                fake.ms, fake.replays = fake.ms + self.ms, fake.replays + 1
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                self.at = fake.ms
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        @contextlib.contextmanager
+        def capture(graph, stream):
+            fake.capturing = graph
+            yield
+            fake.capturing = None
+            if refuses_capture:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        names = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda s: nothing}
+        names |= {"CUDAGraph": Graph, "graph": capture, "Event": Event, "synchronize": lambda: None}
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(timing, "REST_S", 0.0)
+
+    def call(self, ms: float):
+        def call():
+            if self.capturing:
+                self.capturing.ms += ms
+            else:
+                self.ms += ms
+
+        return call
+
+
+def test_a_gpu_s_lane_replays_a_graph_of_all_calls_and_gives_the_time_of_one(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    lane = timing.make_lane([fake.call(0.1), fake.call(0.3)], torch.device("cuda"), budget_s=0.15)
+    assert (lane.method, lane.turns) == ("graph", timing.MOST_BURSTS)
+    before = fake.replays
+    assert lane.turn() == pytest.approx([0.0002] * (fake.replays - before - 1))  # the first is no sample
+    assert lane.sustain() == pytest.approx(0.0002)
+    assert timing.time_lane(lane, sustained=True).sustained_us == pytest.approx(200)
+
+
+def test_a_call_that_no_graph_holds_is_timed_by_events_and_has_no_sustained_figure(monkeypatch):
+    for refuses, capturable in ((True, True), (False, False)):
+        fake = FakeCuda(monkeypatch, refuses)
+        lane = timing.make_lane([fake.call(0.5)], torch.device("cuda"), budget_s=0.15, capturable=capturable)
+        assert (lane.method, lane.sustain) == ("events", None)
+        assert timing.time_lane(lane, sustained=True).median_us == pytest.approx(500)
+
+
 def test_a_sleep_is_timed_as_such_and_calls_rotate():
     used = []
     calls = [lambda i=i: (used.append(i), time.sleep(0.002)) for i in range(3)]
@@ -143,5 +215,5 @@ def test_a_sleep_is_timed_as_such_and_calls_rotate():
 
 def test_a_very_slow_call_is_run_once():
     runs = []
-    result = timing.time_serial([lambda: (runs.append(1), time.sleep(0.35))], torch.device("cpu"), budget_s=0.01)
+    result = timing.time_calls([lambda: (runs.append(1), time.sleep(0.35))], torch.device("cpu"), budget_s=0.01)
     assert len(runs) == result.samples == 1

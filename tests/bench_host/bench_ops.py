@@ -49,9 +49,9 @@ def measure(benchmark):
 
 
 def _rounds(call, budget_s: float = 0.5) -> int:
-    from bench.timing import time_serial
+    from bench.timing import time_calls
 
-    return max(5, min(2000, int(budget_s * 1e6 / time_serial([call], CPU, 0.02).median_us)))
+    return max(5, min(2000, int(budget_s * 1e6 / time_calls([call], CPU, 0.02).median_us)))
 
 
 def _needs(backend: str) -> None:
