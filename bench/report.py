@@ -23,16 +23,22 @@ OP_TITLES = {
     "prefill": "Model prefill, one video",
     "decode": "Model decode, one token",
     "decode-compiled": "Model decode, one token, the step fused by torch.compile",
+    "prefill-gpu": "Model prefill, one video: GPU time",
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
 SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
 TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend")
-MODEL_OPS = ("prefill", "decode", "decode-compiled")
+MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
+METHODS = {
+    "wall": "Wall time, from a call to its answer.",
+    "kernels": "The time in which kernels and copies of a call keep the GPU busy, idle gaps left out (profiler).",
+}
 PAIRED = (
-    "Slow-fast and base LLM were measured in pairs (A B A B): medians of the wall times, and the median of the pairs' "
-    "differences with its 20th and 80th percentile. All tokens: alone, after the pairs."
+    "Slow-fast and base LLM were measured in pairs (A B A B): medians, and the median of the pairs' differences with "
+    "its 20th and 80th percentile."
 )
+ALONE = "All tokens: alone, after the pairs."
 NOT_PAIRED = (
     "Slow-fast and base LLM were not measured in pairs here, but minutes apart: what the slow path adds can't be told "
     "from these times. `python -m bench model` measures it."
@@ -196,12 +202,15 @@ def _added(row: Row) -> list[str]:
     return [ms, f"{low} .. {high}", f"{row.added['percent']:+.1f}%"]
 
 
-def _pairing(rows: list[Row], op: str) -> str | None:
-    """A sentence about the pairs of a model's op."""
+def _how_measured(rows: list[Row], op: str) -> str | None:
+    """What one has to know of a model's times to read them."""
     ours = [row for row in rows if row.op == op and row.kind == "ours" and row.ok]
     if not ours:
         return None
-    return PAIRED if any(row.added for row in ours) else NOT_PAIRED
+    if not any(row.added for row in ours):
+        return NOT_PAIRED
+    alone = any(row.op == op and row.kind == "peer" for row in rows)
+    return " ".join([METHODS.get(ours[0].method, ""), PAIRED, ALONE * alone]).strip()
 
 
 def demo_table(rows: list[Row]) -> list[list[str]]:
@@ -270,7 +279,7 @@ def _render(
                 cells = brief_table(rows, op)
             else:
                 cells = demo_table(rows) if op == "demo" else table(rows, op)
-            said = f"{pairing}\n\n" if op in MODEL_OPS and (pairing := _pairing(rows, op)) else ""
+            said = f"{how}\n\n" if op in MODEL_OPS and (how := _how_measured(rows, op)) else ""
             parts.append(f"{heading}{title}\n\n{said}{draw(cells)}")
             sustained = sustained_table(rows, op)
             if sustained:

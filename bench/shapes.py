@@ -316,7 +316,7 @@ LAYER: list[AttentionShape] = [
 ]
 
 MODEL_FRAMES = (16, 32, 64, 128, 256, 512, 1024, 1536)
-COMPILED_FRAMES = (128, 1536)  # decode fused by torch.compile: half a minute of compilation each
+CLOSER_FRAMES = (128, 1536)  # where decode is compiled too, half a minute a time, and a prefill's kernels are timed
 MODEL_FRAMES_ON_CPU = (16, 64, 256, 512, 1536)
 QWEN2_7B_MODEL = ModelShape(128, 3584, 18944, 28, QWEN2_7B, 152064, every=8)
 TINY_MODEL = ModelShape(128, 256, 704, 4, Heads(4, 2, 64), 1024, every=2, text=16, slow_side=3)

@@ -18,7 +18,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, pairwise
@@ -46,7 +46,7 @@ class Timing:
     p20_us: float
     p80_us: float
     samples: int
-    method: str  # "graph", "events": device time; "clock": a CPU's; "wall": call to answer, the host's part included
+    method: str  # "graph", "events", "kernels": device time; "clock": a CPU's; "wall": from call to answer
     sustained_us: float | None = None  # after a while without rest; graphs only, where asked for
 
 
@@ -178,6 +178,36 @@ def wall_lane(calls: Sequence[Call], device: torch.device, budget_s: float, most
         return Lane(lambda: [first], 1, "wall")
     turns = int(budget_s / wall())  # of the second: the first may have loaded kernels
     return Lane(lambda: [wall()], max(3, min(most, turns)), "wall")
+
+
+def kernel_lane(calls: Sequence[Call], turns: int) -> Lane:
+    """A turn is the time in which kernels and copies of one call keep the GPU busy, as the profiler saw them.
+
+    Events around a call that waits for the host would count the GPU's idle gaps too.
+    """
+    (call,) = calls
+
+    def busy() -> float:
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        on_gpu = [e.time_range for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        if not on_gpu:
+            raise NotImplementedError("the profiler saw no kernel (is CUPTI missing or not allowed?)")
+        return covered((span.start, span.end) for span in on_gpu) * 1e-6
+
+    busy()  # the first starts the profiler, for seconds
+    return Lane(lambda: [busy()], turns, "kernels")
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (start, end)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _clock(call: Call) -> float:

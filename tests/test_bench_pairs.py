@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from dataclasses import replace
 
@@ -334,8 +335,31 @@ def test_compiled_steps_are_measured_at_some_points_of_the_curve_and_are_rows_of
     monkeypatch.setattr(run, "is_gpu", True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 60, 1 << 60))
     monkeypatch.setattr(model, "model_shapes", lambda *_: [replace(SHAPES[0], frames=n) for n in (64, 128, 1536)])
+    monkeypatch.setattr(model, "kernel_lane", lambda calls, turns: timing.Lane(lambda: [1.0], turns, "kernels"))
     run.shapes = ["64", "128", "1536"]
     model.run(run, None)
+    assert {row.shape for row in run.journal.rows if row.op == "prefill-gpu"} == {"128 frames", "1536 frames"}
     compiled = {row.shape for row in run.journal.rows if row.variant.startswith("torch.compile")}
     assert compiled == {"128 frames", "1536 frames"}
     assert {row.shape for row in run.journal.rows if row.op == "decode-compiled"} == compiled
+
+
+def test_the_gpu_time_of_a_prefill_is_the_union_of_its_kernels_and_copies_in_pairs(run, monkeypatch):
+    """Kernels of two streams may overlap, and what runs on the host is no GPU time."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def span(start, end, device=cuda):
+        return types.SimpleNamespace(time_range=types.SimpleNamespace(start=start, end=end), device_type=device)
+
+    spans = [span(100, 130), span(0, 50, cpu), span(110, 120), span(125, 140), span(200, 210)]
+    profile = contextlib.nullcontext(types.SimpleNamespace(events=lambda: spans))
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(model, "_session", FakeSession)
+    model._measure(run, None, SHAPES[0], "float32", "prefill-gpu", model._prompts(SHAPES[0], "float32", CPU)[:2], {})
+    ours, base = run.journal.rows
+    assert (ours.median_us, base.median_us, ours.method) == (50.0, 50.0, "kernels")
+    assert (ours.added["median_us"], ours.added["pairs"]) == (0.0, model.PROFILED)
+    spans[:] = spans[1:2]
+    with pytest.raises(NotImplementedError, match="no kernel"):
+        timing.kernel_lane([lambda: None], turns=3)
