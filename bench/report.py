@@ -39,6 +39,7 @@ PAIRED = (
     "its 20th and 80th percentile."
 )
 ALONE = "All tokens: alone, after the pairs."
+ADDED = ["added ms", "p20 .. p80", "added", "pairs"]
 NOT_PAIRED = (
     "Slow-fast and base LLM were not measured in pairs here, but minutes apart: what the slow path adds can't be told "
     "from these times. `python -m bench model` measures it."
@@ -185,21 +186,21 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
     counted = any("slow_tokens" in row.extra for members in groups.values() for row in members)
     paired = any(row.added for members in groups.values() for row in members)
     header = ["frames", *["dtype"] * several, *["slow tokens"] * counted]
-    cells = [[*header, *(f"{name} ms" for name in names), *["added ms", "p20 .. p80", "added"] * paired, "floor ms"]]
+    cells = [[*header, *(f"{name} ms" for name in names), *ADDED * paired, "floor ms"]]
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
         ours = of.get("slow-fast")
         line = [shape.removesuffix(" frames"), *[dtype] * several]
         line += [str(members[0].extra.get("slow_tokens", ""))] * counted
         line += [_cell(of.get(name)) for name in names]
-        line += (_added(ours) if ours and ours.added else ["-"] * 3) * paired
+        line += (_added(ours) if ours and ours.added else ["-"] * len(ADDED)) * paired
         cells.append([*line, _cell(ours, "floor_us") if ours and ours.ok else ""])
     return cells
 
 
 def _added(row: Row) -> list[str]:
     ms, low, high = (f"{row.added[name] / 1e3:+.3f}" for name in ("median_us", "p20_us", "p80_us"))
-    return [ms, f"{low} .. {high}", f"{row.added['percent']:+.1f}%"]
+    return [ms, f"{low} .. {high}", f"{row.added['percent']:+.1f}%", str(row.added["pairs"])]
 
 
 def _how_measured(rows: list[Row], op: str) -> str | None:

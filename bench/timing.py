@@ -159,8 +159,7 @@ def clock_lane(calls: Sequence[Call], budget_s: float) -> Lane:
 def wall_lane(calls: Sequence[Call], device: torch.device, budget_s: float, most: int) -> Lane:
     """A turn is one call as its caller sees it: from an idle device until the answer is there, launches included.
 
-    The lane has 3 to ``most`` turns, as many as the budget pays for. A call that takes a third of it gives one sample,
-    that of the call made here.
+    The lane has 1 to ``most`` turns, as many as the budget pays for. A call that takes all of it is made once, here.
     """
     (call,) = calls
 
@@ -174,10 +173,10 @@ def wall_lane(calls: Sequence[Call], device: torch.device, budget_s: float, most
         return seconds
 
     first = wall()
-    if first > budget_s / 3:
+    if first > budget_s:
         return Lane(lambda: [first], 1, "wall")
     turns = int(budget_s / wall())  # of the second: the first may have loaded kernels
-    return Lane(lambda: [wall()], max(3, min(most, turns)), "wall")
+    return Lane(lambda: [wall()], max(1, min(most, turns)), "wall")
 
 
 def kernel_lane(calls: Sequence[Call], turns: int) -> Lane:
@@ -223,6 +222,7 @@ def _cuda_lane(calls: Sequence[Call], budget_s: float, capturable: bool) -> Lane
     with torch.cuda.stream(stream):
         for call in (calls[0], *calls):  # compiles, loads, allocates
             call()
+        torch.cuda.empty_cache()  # what other lanes left cached, a capture could not take back
         graph = _capture(calls, 1, stream) if capturable else None
         if graph is not None:
             # from a replay and not from the calls: those of a small shape take the host far longer than the device

@@ -204,10 +204,10 @@ def wall(monkeypatch):
     monkeypatch.setattr(timing, "synchronize", wait)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now.s)
 
-    def lane(launch_s: float, device_s: float, budget_s: float = 3.0, most: int = 30) -> timing.Lane:
+    def lane(launch_s: float, device_s, budget_s: float = 3.0, most: int = 30) -> timing.Lane:
         def call():
             now.s += launch_s
-            now.pending += device_s
+            now.pending += device_s() if callable(device_s) else device_s
             now.calls += 1
 
         return timing.wall_lane([call], CPU, budget_s, most)
@@ -226,14 +226,20 @@ def test_a_wall_lane_starts_from_an_idle_device(wall):
     assert lane.turn() == pytest.approx([0.021])
 
 
-@pytest.mark.parametrize(("device_s", "turns"), [(0.01, 30), (0.2, 15), (0.9, 3), (2.0, 1)])
+@pytest.mark.parametrize(("device_s", "turns"), [(0.01, 30), (0.25, 12), (0.9, 3), (2.0, 1), (9.0, 1)])
 def test_a_wall_lane_has_the_turns_that_its_budget_pays_for(wall, device_s, turns):
     assert wall(0.0, device_s).turns == turns
 
 
+def test_a_first_call_that_takes_long_leaves_the_lane_its_turns(wall):
+    slow_start = iter([2.0])
+    lane = wall(0.0, lambda: next(slow_start, 0.05))
+    assert lane.turns == 30
+
+
 def test_a_call_that_takes_the_budget_is_made_once(wall):
-    lane = wall(0.0, 2.0)
-    assert lane.turn() == [2.0]
+    lane = wall(0.0, 4.0)
+    assert lane.turn() == [4.0]
     assert wall.now.calls == 1
 
 
