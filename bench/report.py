@@ -181,19 +181,21 @@ def _cell(row: Row | None, figure: str = "median_us") -> str:
 def model_table(rows: list[Row], op: str) -> list[list[str]]:
     """Milliseconds against frames; what slow-fast adds to the base LLM only where it was measured in pairs."""
     groups = _by_shape(rows, op)
-    names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
+    kinds = {row.who: row.kind for members in groups.values() for row in members}
+    pair, alone = ([who for who, kind in kinds.items() if (kind == "peer") == peer] for peer in (False, True))
     several = len({dtype for _, dtype in groups}) > 1
     counted = any("slow_tokens" in row.extra for members in groups.values() for row in members)
     paired = any(row.added for members in groups.values() for row in members)
-    header = ["frames", *["dtype"] * several, *["slow tokens"] * counted]
-    cells = [[*header, *(f"{name} ms" for name in names), *ADDED * paired, "floor ms"]]
+    header = ["frames", *["dtype"] * several, *["slow tokens"] * counted, *(f"{who} ms" for who in pair)]
+    cells = [[*header, *ADDED * paired, *(f"{who} ms" for who in alone), "floor ms"]]
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
         ours = of.get("slow-fast")
         line = [shape.removesuffix(" frames"), *[dtype] * several]
         line += [str(members[0].extra.get("slow_tokens", ""))] * counted
-        line += [_cell(of.get(name)) for name in names]
+        line += [_cell(of.get(who)) for who in pair]
         line += (_added(ours) if ours and ours.added else ["-"] * len(ADDED)) * paired
+        line += [_cell(of.get(who)) for who in alone]
         cells.append([*line, _cell(ours, "floor_us") if ours and ours.ok else ""])
     return cells
 
