@@ -39,8 +39,8 @@ class DecodeSession:
         slow_tokens_in_decode: bool = True,
     ) -> None:
         self.model = model
-        config, device = model.config, input_ids.device
         x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None)
+        config, device = model.config, x.device
         batch, capacity = len(layout.lengths), x.shape[1] + max_new_tokens
         dtype = compute_dtype(model.lm_head.weight)
         heads = (config.num_key_value_heads, config.head_dim)

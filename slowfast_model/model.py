@@ -21,11 +21,14 @@ from slowfast_kernels.heuristics import BACKENDS
 from . import checkpoint as checkpoints
 from .attention import DecoderLayer
 from .cache import SelfKVCache, SlowContext
+from .checks import check_dense
 from .config import SlowFastConfig
 from .generate import generate
 from .layers import RMSNorm, Rope, compute_dtype, rope_at
 from .tokens import IGNORE_INDEX, Layout, splice
 from .vision import build_projector, check_features, slow_and_fast_tokens
+
+MIXED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features, where the model casts them itself
 
 
 @dataclass
@@ -115,7 +118,8 @@ class SlowFastForCausalLM(nn.Module):
         """Embeddings [B, L', C] with fast tokens spliced in, the layout, and the slow tokens (None: none attended)."""
         inference = not torch.is_grad_enabled()
         videos = [] if frame_features is None else frame_features
-        slow, fast, counts = self._pool(videos, self.config.rms_norm_eps if inference else None)
+        self._check_inputs(input_ids, videos)
+        slow, fast, counts = self._slow_and_fast(videos, inference)
         layout = splice(
             input_ids,
             attention_mask,
@@ -135,17 +139,28 @@ class SlowFastForCausalLM(nn.Module):
             )
         return F.embedding(layout.source, rows), layout, context
 
-    def _pool(self, frame_features: Sequence[Tensor], norm_eps: float | None):
+    def _check_inputs(self, input_ids: Tensor, frame_features: Sequence[Tensor]) -> None:
+        """Ids and features are where the weights are, and features are in their dtype; values are ``splice``'s."""
+        check_dense("input_ids", input_ids, "[B, L]")
         weight = self.model.embed_tokens.weight
-        any_float = compute_dtype(weight) != weight.dtype  # autocast
-        check_features(frame_features, self.config.mm_hidden_size, weight, any_float=any_float)
+        device, dtypes = weight.device, (weight.dtype,)
+        if type(weight) not in (Tensor, nn.Parameter) or device.type == "meta":
+            device, dtypes = input_ids.device, MIXED_DTYPES  # sharded or offloaded: not yet what it computes with
+        elif compute_dtype(weight) != weight.dtype:
+            dtypes = MIXED_DTYPES  # autocast
+        if input_ids.device != device:
+            raise ValueError(f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device)")
+        check_features(frame_features, self.config.mm_hidden_size, dtypes, device)
+
+    def _slow_and_fast(self, frame_features: Sequence[Tensor], inference: bool):
+        """Slow [Ns, C] and fast [Nf, C] tokens (None: no video) and the (fast, slow) counts of each video."""
         if not frame_features:
             return None, None, []
         sizes = [len(x) * x.shape[1] for x in frame_features]
         flat = [x.flatten(0, 1) for x in frame_features]
         projected = self.model.mm_projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
         videos = [y.view(len(x), x.shape[1], -1) for x, y in zip(frame_features, projected, strict=True)]
-        return slow_and_fast_tokens(videos, self.config, norm_eps, self.backend)
+        return slow_and_fast_tokens(videos, self.config, self.config.rms_norm_eps if inference else None, self.backend)
 
     def rope(self, positions: Tensor) -> Rope:
         """Rotary tables at ``positions``, in the type that the layers compute in."""
@@ -163,11 +178,11 @@ class SlowFastForCausalLM(nn.Module):
         """Logits and loss of a batch of prompts.
 
         Args:
-            input_ids: [B, L]; -200 stands for a video (or an image: a video of one frame).
-            frame_features: vision features before the projector, [T, H*W, mm_hidden] of each video, in reading order
-                over the batch; grids may differ between videos. None or []: text alone.
-            attention_mask: [B, L], 0 on padding, on either side.
-            labels: [B, L] token ids, -100 where there is no target.
+            input_ids: [B, L] int64 or int32; -200 stands for a video (or an image: a video of one frame).
+            frame_features: vision features before the projector, [T, H*W, mm_hidden] of each video, in the model's
+                dtype, in reading order over the batch; grids may differ between videos. None or []: text alone.
+            attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, on either side.
+            labels: [B, L] int64 or int32 token ids, -100 where there is no target.
 
         Returns:
             SlowFastOutput; rows are the expanded prompts, right-padded. ``loss`` is the mean cross-entropy of the next

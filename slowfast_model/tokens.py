@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .checks import check_dense
+
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 PROMPT, RESPONSE, VISUAL, PADDING = 1, 2, 3, 4  # the released code's token types
+ID_DTYPES = (torch.int64, torch.int32)
+MASK_DTYPES = (torch.bool, *ID_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,36 @@ class Layout:
         return self.token_types != PADDING
 
 
-def _selected(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[list, list]:
-    """Ids and labels of each sample without padding, on the CPU (the one sync of a prefill)."""
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, want [B, L]")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids: got {input_ids.dtype}, want int64 or int32")
-    for name, x in (("attention_mask", attention_mask), ("labels", labels)):
-        if x is not None and x.shape != input_ids.shape:
+def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
+    """Everything but values: tensors of one shape, of integers, that can be read."""
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    given = {name: x for name, x in given.items() if x is not None or name == "input_ids"}
+    for name, x in given.items():
+        check_dense(name, x, "[B, L]")
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, want [B, L] with at least one token a sample")
+    for name, x in given.items():
+        if x.shape != input_ids.shape:
             raise ValueError(
                 f"{name}: got shape {list(x.shape)}, want {list(input_ids.shape)} (the shape of input_ids)"
             )
+        if name == "attention_mask":
+            if x.dtype not in MASK_DTYPES:
+                raise TypeError(
+                    f"attention_mask: got {x.dtype}, want bool or integers: True or 1 on tokens, False or 0 on padding "
+                    "(an additive mask means the reverse)"
+                )
+        elif x.dtype not in ID_DTYPES:
+            raise TypeError(f"{name}: got {x.dtype}, want int64 or int32")
+        if x.device.type != "cpu" and (x.device.type == "meta" or x.device != input_ids.device):
+            raise ValueError(f"{name}: got a tensor on {x.device}, want it on the model's device or on the CPU")
+
+
+def _selected(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[list, list]:
+    """Ids and labels of each sample without padding, on the CPU (the one sync of a prefill)."""
+    _check_batch(input_ids, attention_mask, labels)
     ids = input_ids.cpu().long()
-    keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else _mask(attention_mask.cpu())
     targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.cpu().long()
     for b, row in enumerate(keep):
         if not row.any():
@@ -59,16 +80,31 @@ def _selected(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor |
     return [row[k] for row, k in zip(ids, keep, strict=True)], [row[k] for row, k in zip(targets, keep, strict=True)]
 
 
-def _check_ids(samples: list[Tensor], vocab_size: int, num_videos: int) -> None:
-    flat = torch.cat(samples)
-    markers = int((flat == IMAGE_TOKEN_INDEX).sum())
+def _mask(mask: Tensor) -> Tensor:
+    """Integers 0 and 1 as bool."""
+    keep = mask.bool()
+    wrong = mask[mask != keep]
+    if len(wrong):
+        raise ValueError(f"attention_mask: got {int(wrong[0])}, want 1 on tokens and 0 on padding")
+    return keep
+
+
+def _check_values(samples: list[Tensor], targets: list[Tensor], vocab_size: int, num_videos: int) -> None:
+    flat, wanted = torch.cat(samples), torch.cat(targets)
+    text = flat != IMAGE_TOKEN_INDEX
+    markers = int((~text).sum())
     if markers != num_videos:
         raise ValueError(
-            f"frame_features: got {num_videos} videos, want {markers} (one for each {IMAGE_TOKEN_INDEX} in input_ids)"
+            f"frame_features: got {num_videos} videos, want {markers} (one for each {IMAGE_TOKEN_INDEX} in input_ids "
+            "that attention_mask selects)"
         )
-    wrong = flat[((flat < 0) | (flat >= vocab_size)) & (flat != IMAGE_TOKEN_INDEX)]
+    wrong = flat[((flat < 0) | (flat >= vocab_size)) & text]
     if len(wrong):
         raise ValueError(f"input_ids: got {int(wrong[0])}, want 0..{vocab_size - 1} or {IMAGE_TOKEN_INDEX} for a video")
+    # not read where a video stands: labels are often copied from the ids
+    wrong = wanted[((wanted < 0) | (wanted >= vocab_size)) & (wanted != IGNORE_INDEX) & text]
+    if len(wrong):
+        raise ValueError(f"labels: got {int(wrong[0])}, want 0..{vocab_size - 1} or {IGNORE_INDEX} for no target")
 
 
 def _prefix_sums(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -101,20 +137,21 @@ def splice(
     """Lay out a batch.
 
     Args:
-        input_ids: [B, L]; -200 stands for a video or an image. Any number of them a sample, or none.
-        attention_mask: [B, L], 0 on padding, wherever it is. None: no padding.
-        labels: [B, L], -100 where there is no target. None: no targets, every text token is a prompt token.
+        input_ids: [B, L] int64 or int32; -200 stands for a video or an image. Any number of them a sample, or none.
+        attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, wherever it is. None: no padding.
+        labels: [B, L] int64 or int32 token ids, -100 where there is no target; not read on padding and on -200. None:
+            no targets, every text token is a prompt token.
         videos: (fast tokens, slow tokens) of each video, in reading order over the batch.
         every_row: all-to-media; visual rows attend slow tokens too.
         mask_system: text before a sample's first visual token attends nothing.
 
     Raises:
-        ValueError: shapes that differ, a sample with no token, an id outside the vocabulary, a number of videos that is
-            not the number of -200.
-        TypeError: ids that are not integers.
+        ValueError: shapes that differ, a sample with no token, an id or a label outside the vocabulary, a mask of
+            values other than 0 and 1, a number of videos that is not the number of -200, devices that differ.
+        TypeError: not a dense tensor; ids or labels that are not int64 or int32; a floating (additive) mask.
     """
     samples, targets = _selected(input_ids, attention_mask, labels)
-    _check_ids(samples, vocab_size, len(videos))
+    _check_values(samples, targets, vocab_size, len(videos))
     device = input_ids.device
 
     num_text = sum(int((ids != IMAGE_TOKEN_INDEX).sum()) for ids in samples)

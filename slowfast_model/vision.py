@@ -6,7 +6,7 @@ patch embedding that turns real frames into features of the right shape where no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isqrt
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import slowfast_kernels as sk
 from slowfast_kernels.pool_plan import make_pool_plan
 
+from .checks import as_count, check_dense
 from .config import SlowFastConfig
 
 
@@ -32,17 +33,29 @@ def build_projector(config: SlowFastConfig) -> nn.Module:
 
 
 def _grid(index: int, features: Tensor) -> tuple[int, int]:
-    side = isqrt(features.shape[1])
-    if side * side != features.shape[1] or not side:
+    tokens = features.shape[1]
+    side = isqrt(tokens)
+    if side * side != tokens or not side:
+        hint = ""
+        if tokens > 1 and isqrt(tokens - 1) ** 2 == tokens - 1:
+            hint = f"; {tokens} is one more than a square: drop the tower's class token"
         raise ValueError(
-            f"frame_features[{index}]: got {features.shape[1]} tokens a frame, want a square number (H * W, H = W)"
+            f"frame_features[{index}]: got {tokens} tokens a frame, want a square number (H * W, H = W){hint}"
         )
     return side, side
 
 
-def check_features(frame_features: Sequence[Tensor], width: int | None, like: Tensor, *, any_float: bool) -> None:
-    """A list of [T, H*W, width] in the dtype and on the device of ``like``; under autocast any floating dtype."""
-    if isinstance(frame_features, Tensor) or not isinstance(frame_features, Sequence):
+def check_features(
+    frame_features: Sequence[Tensor], width: int | None, dtypes: Collection[torch.dtype], device: torch.device
+) -> None:
+    """A list of [T, H*W, width] in one of ``dtypes`` and on ``device``, the model's.
+
+    Raises:
+        TypeError: not a list of dense tensors, another dtype.
+        ValueError: another shape or device, no frame, tokens that are no square grid, videos for a model without a
+            projector (``width`` None).
+    """
+    if isinstance(frame_features, str | bytes) or not isinstance(frame_features, Sequence):
         raise TypeError(
             f"frame_features: got {type(frame_features).__name__}, want a list with a tensor for each video"
         )
@@ -51,16 +64,18 @@ def check_features(frame_features: Sequence[Tensor], width: int | None, like: Te
             "frame_features: got videos, want none: the configuration has no mm_hidden_size (no projector)"
         )
     for i, x in enumerate(frame_features):
+        name = f"frame_features[{i}]"
+        check_dense(name, x, f"[T, H*W, {width}] (one flat list over the videos of the batch)")
         if x.dim() != 3 or x.shape[2] != width:
-            raise ValueError(f"frame_features[{i}]: got shape {list(x.shape)}, want [T, H*W, {width}]")
+            raise ValueError(f"{name}: got shape {list(x.shape)}, want [T, H*W, {width}]")
         if not x.shape[0]:
-            raise ValueError(f"frame_features[{i}]: got no frames, want at least one")
-        if x.device != like.device:
-            raise ValueError(
-                f"frame_features[{i}]: got a tensor on {x.device}, want {like.device} (the model's device)"
-            )
-        if x.dtype != like.dtype and not (any_float and x.is_floating_point()):
-            raise TypeError(f"frame_features[{i}]: got {x.dtype}, want {like.dtype} (the model's dtype)")
+            raise ValueError(f"{name}: got no frames, want at least one")
+        _grid(i, x)
+        if x.device != device:
+            raise ValueError(f"{name}: got a tensor on {x.device}, want {device} (the model's device)")
+        if x.dtype not in dtypes:
+            want = " or ".join(str(dtype) for dtype in dtypes)
+            raise TypeError(f"{name}: got {x.dtype}, want {want} (what the model computes in)")
 
 
 def slow_and_fast_tokens(
@@ -123,16 +138,43 @@ class PatchTower(nn.Module):
 def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32) -> Tensor:
     """Features of a video: uint8 frames [T, height, width, 3] through ``tower``, ``chunk`` frames at a time.
 
-    Returns [T, H*W, mm_hidden] on the tower's device and in its dtype, ready for ``frame_features``.
+    The tower is called with pixels [n, 3, height, width] in 0..1, in the dtype and on the device of its weights
+    (without any: float32, where the frames are), and returns a tensor [n, H*W, mm_hidden]. A tower that returns more
+    than that, as those of transformers do, is wrapped in a module that normalises the pixels as it was trained and
+    picks the layer, without a class token. Gradients reach the tower where they are enabled; features alone are
+    cheaper under ``torch.no_grad()``.
+
+    Returns:
+        [T, H*W, mm_hidden] on the tower's device and in its dtype, ready for ``frame_features``.
 
     Raises:
-        ValueError: frames of another shape, or none.
-        TypeError: frames that are not uint8.
+        ValueError: frames of another shape, or none; chunk < 1; a tower whose result has another shape.
+        TypeError: frames that are not uint8 or no tensor; a chunk that is no integer; a tower that is no module or
+            returns no tensor.
     """
-    if frames.dim() != 4 or frames.shape[3] != 3 or not frames.shape[0]:
+    if not isinstance(tower, nn.Module):
+        raise TypeError(f"tower: got {type(tower).__name__}, want a torch.nn.Module")
+    check_dense("frames", frames, "[T, height, width, 3]")
+    if frames.dim() != 4 or frames.shape[3] != 3 or not frames.numel():
         raise ValueError(f"frames: got shape {list(frames.shape)}, want [T, height, width, 3] with at least one frame")
     if frames.dtype != torch.uint8:
         raise TypeError(f"frames: got {frames.dtype}, want uint8")
-    like = next(tower.parameters())
+    chunk = as_count("chunk", chunk, "a number of frames >= 1")
+    weights = (x for x in (*tower.parameters(), *tower.buffers()) if x.is_floating_point())
+    like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
     parts = (part.to(like.device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))
-    return torch.cat([tower(part) for part in parts])
+    return torch.cat([_features(tower(part), len(part)) for part in parts])
+
+
+def _features(result: object, num_frames: int) -> Tensor:
+    """What a tower returned for so many frames, if it is their features."""
+    want = f"a tensor [{num_frames}, H*W, mm_hidden] for {num_frames} frames"
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"tower: got {type(result).__name__} as its result, want {want}; wrap the tower in a module that returns "
+            "the layer that the model was trained on (such as hidden_states[-2]), without a class token"
+        )
+    if result.dim() != 3 or result.shape[0] != num_frames:
+        hint = "; a feature map [T, C, H, W] needs .flatten(2).transpose(1, 2)" if result.dim() == 4 else ""
+        raise ValueError(f"tower: got shape {list(result.shape)} as its result, want {want}{hint}")
+    return result

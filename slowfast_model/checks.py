@@ -1,0 +1,39 @@
+"""Checks that the model's tensor arguments share. A message names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+
+def check_dense(name: str, x: object, shape: str) -> None:
+    """``x`` is a tensor, neither sparse nor nested; nothing is converted silently.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, want a tensor {shape}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a {kind} tensor, want a dense tensor {shape}")
+
+
+def as_count(name: str, value: object, want: str) -> int:
+    """``value`` as an int >= 1: a Python or numpy integer, or an integer tensor of one element.
+
+    Raises:
+        TypeError: not an integer, or a bool.
+        ValueError: less than 1.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, want {want}")
+    if count < 1:
+        raise ValueError(f"{name}: got {count}, want {want}")
+    return count
