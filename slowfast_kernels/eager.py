@@ -232,7 +232,7 @@ def gated_residual_mix_backward(
         grad_bias = grad_pre.sum().reshape(gate.bias.shape).to(gate.bias.dtype)
     if gate.warm_up is not None:
         slope = 1 - factor**2 if gate.warm_up_tanh else torch.ones_like(factor)
-        grad_warm = ((grad_gate * act).sum() * slope).reshape(gate.warm_up.shape).to(gate.warm_up.dtype)
+        grad_warm = (grad_gate * act * slope).sum().reshape(gate.warm_up.shape).to(gate.warm_up.dtype)
     if gate.value is not None:
         grad_value = grad_act.to(gate.value.dtype)
     return MixGradients(

@@ -8,11 +8,12 @@ layers; training keeps norm and projection apart, for their gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,13 +34,25 @@ MIXED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features, wh
 
 @dataclass
 class SlowFastOutput:
-    """logits [B, L', V] and, on the same expanded, right-padded rows, what they belong to."""
+    """logits [B, L', V] and, on the same expanded, right-padded rows, what they belong to.
+
+    A pytree node: wrappers that look for the tensors of an output, as DistributedDataParallel's and FSDP's hooks do,
+    find them.
+    """
 
     logits: Tensor
     loss: Tensor | None
     attention_mask: Tensor  # [B, L'] bool
     token_types: Tensor  # [B, L'] 1 prompt, 2 response, 3 visual, 4 padding
     labels: Tensor | None  # [B, L']
+
+
+pytree.register_pytree_node(
+    SlowFastOutput,
+    lambda output: ([getattr(output, field.name) for field in fields(output)], None),
+    lambda values, _: SlowFastOutput(*values),
+    serialized_type_name="slowfast_model.SlowFastOutput",
+)
 
 
 class Decoder(nn.Module):
@@ -119,7 +132,7 @@ class SlowFastForCausalLM(nn.Module):
         inference = not torch.is_grad_enabled()
         videos = [] if frame_features is None else frame_features
         self._check_inputs(input_ids, videos)
-        slow, fast, counts = self._slow_and_fast(videos, inference)
+        slow, fast, counts = self._slow_and_fast(videos, input_ids.device, inference)
         layout = splice(
             input_ids,
             attention_mask,
@@ -152,15 +165,29 @@ class SlowFastForCausalLM(nn.Module):
             raise ValueError(f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device)")
         check_features(frame_features, self.config.mm_hidden_size, dtypes, device)
 
-    def _slow_and_fast(self, frame_features: Sequence[Tensor], inference: bool):
+    def _slow_and_fast(self, frame_features: Sequence[Tensor], device: torch.device, inference: bool):
         """Slow [Ns, C] and fast [Nf, C] tokens (None: no video) and the (fast, slow) counts of each video."""
         if not frame_features:
-            return None, None, []
+            tokens = self._no_tokens(device) if self.training and not inference else None
+            return tokens, tokens, []
         sizes = [len(x) * x.shape[1] for x in frame_features]
         flat = [x.flatten(0, 1) for x in frame_features]
         projected = self.model.mm_projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
         videos = [y.view(len(x), x.shape[1], -1) for x, y in zip(frame_features, projected, strict=True)]
         return slow_and_fast_tokens(videos, self.config, self.config.rms_norm_eps if inference else None, self.backend)
+
+    def _no_tokens(self, device: torch.device) -> Tensor:
+        """[0, C] from the projector: what text alone trains on.
+
+        With no tokens instead of no video every module runs, in the order of a batch with videos. So every parameter
+        gets a gradient (zeros), and the ranks of a data-parallel job, which gather and reduce as modules run, agree.
+        """
+        width = self.config.mm_hidden_size
+        if width is None:
+            return torch.zeros(0, self.config.hidden_size, dtype=self.model.embed_tokens.weight.dtype, device=device)
+        weights = (w for w in self.model.mm_projector.parameters() if w.is_floating_point())
+        dtype = next(weights, self.model.embed_tokens.weight).dtype
+        return self.model.mm_projector(torch.zeros(0, width, dtype=dtype, device=device))
 
     def rope(self, positions: Tensor) -> Rope:
         """Rotary tables at ``positions``, in the type that the layers compute in."""
@@ -176,6 +203,9 @@ class SlowFastForCausalLM(nn.Module):
         labels: Tensor | None = None,
     ) -> SlowFastOutput:
         """Logits and loss of a batch of prompts.
+
+        In training mode every trainable parameter takes part in every batch: what text alone does not reach gets a
+        gradient of zeros.
 
         Args:
             input_ids: [B, L] int64 or int32; -200 stands for a video (or an image: a video of one frame).

@@ -1,10 +1,16 @@
-"""Training: what receives a gradient, that recomputation changes none, and that inference sees updated weights."""
+"""Training: what receives a gradient, also from text alone, recomputation, the output, and updated weights."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from model_cases import MODEL_TARGETS, PROMPT_VIDEOS, PROMPTS, VIDEO, features, one_thread, padded, tiny_model  # noqa: F401
+
+from slowfast_model import SlowFastOutput
 
 every_target = pytest.mark.parametrize("target", MODEL_TARGETS)
 
@@ -113,12 +119,170 @@ def test_training_runs_under_autocast_with_float32_parameters():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_text_alone_trains():
-    model = tiny_model()
-    ids = torch.tensor([[1, 2, 3, 4]])
-    model(ids, labels=ids).loss.backward()
-    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
-    assert model.model.layers[0].self_attn.cross_attn_kv_proj.weight.grad is None
+# ------------------------------------------------------------------------------- batches that a video does not reach
+
+TEXT = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+SLOW_PATH = ("cross_attn_", "mm_projector")
+
+
+def is_slow_path(name: str) -> bool:
+    return any(part in name for part in SLOW_PATH)
+
+
+def train_on_text(model, device="cpu"):
+    """Loss and gradients of a batch that is text alone."""
+    model.zero_grad()
+    loss = model(TEXT.to(device), labels=TEXT.to(device)).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@every_target
+def test_text_alone_gives_the_slow_path_zeros_and_the_rest_what_the_language_model_gets(target):
+    model = tiny_model(target.backend, target.device).train()
+    plain = tiny_model(target.backend, target.device, cross_attn_every_n_layers=0, mm_hidden_size=None).train()
+    plain.load_state_dict({name: x for name, x in model.state_dict().items() if not is_slow_path(name)})
+    loss, grads = train_on_text(model, target.device)
+    expected_loss, expected = train_on_text(plain, target.device)
+    assert torch.equal(loss, expected_loss)
+    for name, grad in grads.items():
+        wanted = torch.zeros_like(grad) if is_slow_path(name) else expected[name]
+        assert torch.equal(grad, wanted), name
+
+
+@every_target
+@pytest.mark.parametrize("trainable", ["kv_proj", "cross_attn_gate_proj", "warm_up_gate", "mm_projector"])
+def test_text_alone_has_a_graph_where_only_a_part_of_the_slow_path_trains(trainable, target):
+    model = tiny_model(target.backend, target.device).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable in name)
+    _, grads = train_on_text(model, target.device)
+    for name, grad in grads.items():
+        assert (grad is None) == (trainable not in name), name
+        assert grad is None or torch.equal(grad, torch.zeros_like(grad)), name
+
+
+@every_target
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_the_slow_path_holds_does_not_reach_text_alone(value, target):
+    model = tiny_model(target.backend, target.device).train()
+    expected, _ = train_on_text(model, target.device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_slow_path(name):
+                parameter.fill_(value)
+    loss, grads = train_on_text(model, target.device)
+    assert torch.equal(loss, expected)
+    for name, grad in grads.items():
+        assert torch.equal(grad, torch.zeros_like(grad)) if is_slow_path(name) else grad.isfinite().all(), name
+
+
+VARIANTS = {
+    "all_to_media": {"cross_attn_implementation": "vanilla"},
+    "mask_system": {"cross_attn_implementation": "text-only-vanilla-masksystem"},
+    "linear_gate_without_warm_up": {"cross_attn_gating_type": "whole-dynamic"},
+    "no_hybrid_layer": {"cross_attn_every_n_layers": 0},
+    "no_projector": {"mm_hidden_size": None},
+    "identity_projector": {"mm_hidden_size": 32, "mm_projector_type": "identity"},
+    "linear_projector": {"mm_projector_type": "linear"},
+    "tied_embeddings": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_takes_part_in_text_alone_in_every_variant(variant):
+    model = tiny_model(**VARIANTS[variant]).train()
+    assert all(grad is not None and grad.isfinite().all() for grad in train_on_text(model)[1].values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["float32", "autocast", "half"])
+def test_every_parameter_takes_part_in_text_alone_in_every_precision(dtype, checkpointing):
+    model = tiny_model().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    if dtype == torch.float16:
+        model.half()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss, grads = train_on_text(model)
+    assert loss.isfinite()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "videos", "labelled"),
+    [
+        ([[1, 2, 3, VIDEO]], ((4, 4),), [0]),
+        ([[VIDEO]], ((4, 4),), []),
+        ([[1, 2, 3], [4, VIDEO, 5]], ((4, 4),), [0]),
+        ([[1, 2, 3], [4, VIDEO, 5]], ((4, 4),), []),
+        ([[VIDEO, 1, VIDEO, 2], [3]], ((4, 4), (1, 4)), [0, 1]),
+    ],
+    ids=["no_text_after_the_video", "no_text", "no_label_for_the_video", "no_label", "text_alone_in_one_sample"],
+)
+@pytest.mark.parametrize("implementation", ["text-only-vanilla", "text-only-vanilla-masksystem", "vanilla"])
+def test_every_parameter_takes_part_in_a_batch_with_a_video(prompts, videos, labelled, implementation):
+    model = tiny_model(cross_attn_implementation=implementation).train()
+    ids, mask = padded(prompts)
+    labels = torch.full_like(ids, -100)
+    for b in labelled:
+        labels[b] = ids[b].masked_fill((ids[b] == VIDEO) | (mask[b] == 0), -100)
+    model(ids, features(*videos), mask, labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_modules_run_in_one_order_with_a_video_and_without():
+    """What gathers and frees weights as modules run (FSDP, ZeRO-3) must see one order on all ranks."""
+    model = tiny_model().train()
+    ran = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    loss_of(model)
+    with_video = ran.copy()
+    ran.clear()
+    model(TEXT, labels=TEXT)
+    assert ran == with_video
+    assert {"model.mm_projector", "model.layers.0.self_attn.cross_attn_kv_proj"} <= set(ran)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["eval_mode", "no_grad"])
+def test_text_alone_runs_nothing_of_the_slow_path_outside_training(grad):
+    model = tiny_model().train(not grad)
+    for module in (model.model.mm_projector, model.model.layers[0].self_attn.cross_attn_kv_proj):
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the slow path ran"))
+    with torch.set_grad_enabled(grad):
+        model(TEXT)
+
+
+# -------------------------------------------------------------------------------------------------------- the output
+
+
+def test_the_output_is_a_pytree_node_of_its_tensors():
+    ids = torch.tensor([[1, 2, 3]])
+    output = tiny_model()(ids, labels=ids)
+    leaves, spec = pytree.tree_flatten(output)
+    assert [x is y for x, y in zip(leaves, vars(output).values(), strict=True)] == [True] * 5
+    doubled = pytree.tree_map(lambda x: 2 * x, output)
+    assert type(pytree.tree_unflatten(leaves, spec)) is type(doubled) is SlowFastOutput
+    assert torch.equal(doubled.loss, 2 * output.loss)
+
+
+def test_an_output_without_labels_is_a_pytree_node_too():
+    output = tiny_model()(torch.tensor([[1, 2, 3]]))
+    same = pytree.tree_map(lambda x: x, output)
+    assert same.loss is None
+    assert same.logits is output.logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_an_output_can_be_copied_and_sent(clone):
+    output = tiny_model()(torch.tensor([[1, 2, 3]]))
+    same = clone(output)
+    assert torch.equal(same.logits, output.logits)
+    assert same.loss is None
 
 
 def test_a_batch_without_a_target_has_loss_zero():
