@@ -159,7 +159,9 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32) -> Tenso
         raise ValueError(f"frames: got shape {list(frames.shape)}, want [T, height, width, 3] with at least one frame")
     if frames.dtype != torch.uint8:
         raise TypeError(f"frames: got {frames.dtype}, want uint8")
-    chunk = as_count("chunk", chunk, "a number of frames >= 1")
+    if frames.is_meta:
+        raise ValueError("frames: got a tensor on meta, want one that holds frames")
+    chunk = min(as_count("chunk", chunk, "a number of frames >= 1"), len(frames))
     weights = (x for x in (*tower.parameters(), *tower.buffers()) if x.is_floating_point())
     like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
     parts = (part.to(like.device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))

@@ -303,7 +303,12 @@ def test_frames_are_encoded_a_chunk_at_a_time(chunk):
 
 @pytest.mark.parametrize(
     ("chunk", "error"),
-    [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError), (None, TypeError)],
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        *((wrong, TypeError) for wrong in (2.0, np.float32(2), True, np.True_, torch.tensor(True), "2", None, [2])),
+        *((wrong, TypeError) for wrong in (np.array([2]), torch.tensor([2]), torch.tensor([2, 3]), torch.tensor(2.0))),
+    ],
 )
 def test_a_chunk_that_is_no_count_is_refused(chunk, error):
     with pytest.raises(error, match=r"chunk: got .*, want a number of frames >= 1"):
@@ -328,6 +333,17 @@ def test_a_chunk_that_is_no_count_is_refused(chunk, error):
 def test_wrong_frames_are_refused(frames, error, message):
     with pytest.raises(error, match=message):
         encode_frames(Tower(), frames)
+
+
+def test_frames_without_memory_are_refused():
+    with pytest.raises(ValueError, match="frames: got a tensor on meta"):
+        encode_frames(Tower(), FRAMES.to("meta"))
+
+
+def test_a_chunk_may_be_larger_than_any_video():
+    tower = Tower()
+    encode_frames(tower, FRAMES, chunk=10**30)
+    assert tower.sizes == [5]
 
 
 def test_a_tower_computes_in_the_dtype_of_its_weights():
