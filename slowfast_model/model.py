@@ -127,12 +127,23 @@ class SlowFastForCausalLM(nn.Module):
         frame_features: Sequence[Tensor] | None,
         attention_mask: Tensor | None,
         labels: Tensor | None,
+        *,
+        run_every_module: bool = False,
     ) -> tuple[Tensor, Layout, SlowContext | None]:
-        """Embeddings [B, L', C] with fast tokens spliced in, the layout, and the slow tokens (None: none attended)."""
+        """Embeddings [B, L', C] with fast tokens spliced in, the layout, and the slow tokens (None: none attended).
+
+        ``run_every_module``: text alone has no slow and fast tokens instead of no video, so that every module still
+        runs, in the order of a batch with videos. So every parameter gets a gradient (zeros), and the ranks of a
+        data-parallel job, which gather weights as modules run, agree.
+        """
         inference = not torch.is_grad_enabled()
         videos = [] if frame_features is None else frame_features
         self._check_inputs(input_ids, videos)
-        slow, fast, counts = self._slow_and_fast(videos, input_ids.device, inference)
+        slow, fast, counts = None, None, []
+        if videos:
+            slow, fast, counts = self._slow_and_fast(videos, inference)
+        elif run_every_module:
+            slow = fast = self._no_tokens(input_ids.device)
         layout = splice(
             input_ids,
             attention_mask,
@@ -165,11 +176,8 @@ class SlowFastForCausalLM(nn.Module):
             raise ValueError(f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device)")
         check_features(frame_features, self.config.mm_hidden_size, dtypes, device)
 
-    def _slow_and_fast(self, frame_features: Sequence[Tensor], device: torch.device, inference: bool):
-        """Slow [Ns, C] and fast [Nf, C] tokens (None: no video) and the (fast, slow) counts of each video."""
-        if not frame_features:
-            tokens = self._no_tokens(device) if self.training and not inference else None
-            return tokens, tokens, []
+    def _slow_and_fast(self, frame_features: Sequence[Tensor], inference: bool):
+        """Slow [Ns, C] and fast [Nf, C] tokens and the (fast, slow) counts of each video."""
         sizes = [len(x) * x.shape[1] for x in frame_features]
         flat = [x.flatten(0, 1) for x in frame_features]
         projected = self.model.mm_projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
@@ -177,11 +185,7 @@ class SlowFastForCausalLM(nn.Module):
         return slow_and_fast_tokens(videos, self.config, self.config.rms_norm_eps if inference else None, self.backend)
 
     def _no_tokens(self, device: torch.device) -> Tensor:
-        """[0, C] from the projector: what text alone trains on.
-
-        With no tokens instead of no video every module runs, in the order of a batch with videos. So every parameter
-        gets a gradient (zeros), and the ranks of a data-parallel job, which gather and reduce as modules run, agree.
-        """
+        """The projector's [0, C]."""
         width = self.config.mm_hidden_size
         if width is None:
             return torch.zeros(0, self.config.hidden_size, dtype=self.model.embed_tokens.weight.dtype, device=device)
@@ -221,7 +225,8 @@ class SlowFastForCausalLM(nn.Module):
         Raises:
             ValueError, TypeError: as ``tokens.splice`` and ``vision.check_features`` say.
         """
-        x, layout, slow = self.prepare(input_ids, frame_features, attention_mask, labels)
+        training = self.training and torch.is_grad_enabled()
+        x, layout, slow = self.prepare(input_ids, frame_features, attention_mask, labels, run_every_module=training)
         positions = torch.arange(x.shape[1], device=x.device)
         logits = self.lm_head(self.model(x, self.rope(positions), slow, backend=self.backend))
         loss = None if labels is None else self._loss(logits, layout.labels)
