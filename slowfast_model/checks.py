@@ -5,20 +5,6 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor
-
-
-def check_dense(name: str, x: object, shape: str) -> None:
-    """``x`` is a tensor, neither sparse nor nested; nothing is converted silently.
-
-    Raises:
-        TypeError: it is not.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, want a tensor {shape}")
-    if x.is_nested or x.layout != torch.strided:
-        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: got a {kind} tensor, want a dense tensor {shape}")
 
 
 def as_count(name: str, value: object, want: str) -> int:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slowfast_kernels.heuristics import BACKENDS
+from slowfast_kernels.ops.checks import check_dense
 
 from . import checkpoint as checkpoints
 from .attention import DecoderLayer
 from .cache import SelfKVCache, SlowContext
-from .checks import check_dense
 from .config import SlowFastConfig
 from .generate import generate
 from .layers import RMSNorm, Rope, compute_dtype, rope_at

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .checks import check_dense
+from slowfast_kernels.ops.checks import check_dense
 
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100

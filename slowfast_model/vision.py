@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slowfast_kernels as sk
+from slowfast_kernels.ops.checks import check_dense
 from slowfast_kernels.pool_plan import make_pool_plan
 
-from .checks import as_count, check_dense
+from .checks import as_count
 from .config import SlowFastConfig
 
 

@@ -42,13 +42,13 @@ def nested(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        ([[1, VIDEO, 2]], TypeError, r"input_ids: got list, want a tensor \[B, L\]"),
-        (np.array([[1, 2]]), TypeError, "input_ids: got ndarray"),
+        ([[1, VIDEO, 2]], TypeError, r"input_ids: got list .*, want a tensor \[B, L\]"),
+        (np.array([[1, 2]]), TypeError, "input_ids: got numpy int64"),
         (None, TypeError, "input_ids: got NoneType"),
         (ids_of([1, 2]).float(), TypeError, "input_ids: got torch.float32, want int64 or int32"),
         (ids_of([1, 1]).bool(), TypeError, "input_ids: got torch.bool"),
         (ids_of([1, 2], dtype=torch.uint8), TypeError, "input_ids: got torch.uint8"),
-        (sparse(ids_of([1, 2])), TypeError, "input_ids: got a sparse_coo tensor"),
+        (sparse(ids_of([1, 2])), TypeError, "input_ids: got a tensor of layout torch.sparse_coo"),
         (nested(ids_of([1, 2])), TypeError, "input_ids: got a nested tensor"),
         (torch.tensor(1), ValueError, r"input_ids: got shape \[\], want \[B, L\]"),
         (torch.tensor([1, 2]), ValueError, r"input_ids: got shape \[2\]"),
@@ -103,7 +103,7 @@ def test_a_mask_of_no_integers_is_refused_whatever_it_holds(model, dtype):
 
 @pytest.mark.parametrize("make", [sparse, nested, torch.Tensor.tolist, torch.Tensor.numpy])
 def test_a_mask_that_is_no_dense_tensor_is_refused(model, make):
-    with pytest.raises(TypeError, match=r"attention_mask: got .*, want a (dense )?tensor"):
+    with pytest.raises(TypeError, match=r"attention_mask: got .*, want (a (dense )?tensor|torch.strided)"):
         forward(model, mask=make(torch.tensor(MASK)))
 
 
@@ -150,7 +150,7 @@ def test_wrong_labels_are_refused(model, labels, error, message):
 
 @pytest.mark.parametrize("make", [sparse, nested, torch.Tensor.tolist, torch.Tensor.numpy])
 def test_labels_that_are_no_dense_tensor_are_refused(model, make):
-    with pytest.raises(TypeError, match=r"labels: got .*, want a (dense )?tensor"):
+    with pytest.raises(TypeError, match=r"labels: got .*, want (a (dense )?tensor|torch.strided)"):
         forward(model, labels=make(torch.tensor(LABELS)))
 
 
@@ -193,11 +193,11 @@ def clip(*shape: int, **options) -> torch.Tensor:
         ({1, 2}, TypeError, "frame_features: got set, want a list"),
         ((x for x in [clip()]), TypeError, "frame_features: got generator, want a list"),
         (4, TypeError, "frame_features: got int, want a list"),
-        ([None], TypeError, r"frame_features\[0\]: got NoneType, want a tensor \[T, H\*W, 12\]"),
-        ([clip(), "video"], TypeError, r"frame_features\[1\]: got str, want a tensor"),
-        ([[clip()]], TypeError, r"frame_features\[0\]: got list, want a tensor .*one flat list"),
-        ([clip().numpy()], TypeError, r"frame_features\[0\]: got ndarray, want a tensor"),
-        ([sparse(clip())], TypeError, r"frame_features\[0\]: got a sparse_coo tensor"),
+        ([None], TypeError, r"frame_features\[0\]: got NoneType None, want a tensor \[T, H\*W, 12\]"),
+        ([clip(), "video"], TypeError, r"frame_features\[1\]: got str 'video', want a tensor"),
+        ([[clip()]], TypeError, r"frame_features\[0\]: got list .*, want a tensor .*one flat list"),
+        ([clip().numpy()], TypeError, r"frame_features\[0\]: got numpy float32.*, want a tensor"),
+        ([sparse(clip())], TypeError, r"frame_features\[0\]: got a tensor of layout torch.sparse_coo"),
         ([nested(clip())], TypeError, r"frame_features\[0\]: got a nested tensor"),
         ([clip(dtype=torch.int64)], TypeError, r"frame_features\[0\]: got torch.int64, want torch.float32"),
         ([clip(dtype=torch.uint8)], TypeError, r"frame_features\[0\]: got torch.uint8"),
@@ -318,10 +318,10 @@ def test_a_chunk_that_is_no_count_is_refused(chunk, error):
 @pytest.mark.parametrize(
     ("frames", "error", "message"),
     [
-        (FRAMES.numpy(), TypeError, "frames: got ndarray, want a tensor"),
-        (list(FRAMES), TypeError, "frames: got list, want a tensor"),
+        (FRAMES.numpy(), TypeError, r"frames: got numpy uint8.*, want a tensor"),
+        (list(FRAMES), TypeError, r"frames: got list .*, want a tensor"),
         (None, TypeError, "frames: got NoneType"),
-        (sparse(FRAMES), TypeError, "frames: got a sparse_coo tensor"),
+        (sparse(FRAMES), TypeError, "frames: got a tensor of layout torch.sparse_coo"),
         (FRAMES.float(), TypeError, "frames: got torch.float32, want uint8"),
         (FRAMES.long(), TypeError, "frames: got torch.int64, want uint8"),
         (FRAMES[0], ValueError, r"frames: got shape \[4, 4, 3\]"),

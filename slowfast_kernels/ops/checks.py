@@ -20,7 +20,7 @@ def describe(x: object) -> str:
         return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
     if isinstance(x, np.ndarray):
         return f"numpy {x.dtype}{list(x.shape)}"
-    text = repr(x)
+    text = " ".join(repr(x).split())  # one line
     return f"{type(x).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
@@ -31,6 +31,8 @@ def fail(name: str, got: object, want: str) -> None:
 def check_dense(name: str, x: Tensor, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {describe(x)}, want a tensor {shape}")
+    if x.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, want a dense tensor {shape}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: got a tensor of layout {x.layout}, want torch.strided (call .to_dense() on it first)")
 
