@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .constants import plain_tensors
+
 
 @dataclass(frozen=True)
 class VideoPlan:
@@ -101,7 +103,8 @@ class PoolPlan:
 @lru_cache(maxsize=64)
 def _tables_on(plan: PoolPlan, device: torch.device) -> tuple[torch.Tensor, ...]:
     rows = (*plan._rows, plan.cu_slow, plan.cu_fast)
-    return tuple(torch.tensor(r, dtype=torch.int32, device=device) for r in rows)
+    with plain_tensors():
+        return tuple(torch.tensor(r, dtype=torch.int32, device=device) for r in rows)
 
 
 def sample_fast_frames(num_frames: int, sampling_stride: int, min_fast_frames: int) -> list[int]:

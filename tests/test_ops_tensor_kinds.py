@@ -12,6 +12,8 @@ import torch.autograd.forward_ad as fwAD
 from cases import Shape, make_inputs
 from targets import FLOAT32
 from test_ops_backward import finite
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import slowfast_kernels as sk
 
@@ -151,3 +153,40 @@ def test_a_backend_that_does_not_exist_is_refused_under_a_transform_too():
     x = torch.randn(4, 9, 8)
     with pytest.raises(ValueError, match="backend: got 'nonsense'"):
         torch.func.jvp(lambda y: sk.slowfast_pool(y, [4], (3, 3), backend="nonsense").slow, (x,), (x,))
+
+
+def in_functionalize(op, x):
+    torch.func.functionalize(op)(x)
+
+
+def in_vmap(op, x):
+    torch.func.vmap(op)(x[None])
+
+
+def in_a_trace(op, x):
+    make_fx(op, tracing_mode="fake")(x)
+
+
+def in_inference_mode(op, x):
+    with torch.inference_mode():
+        op(x)
+
+
+def in_fake_tensor_mode(op, x):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        op(x)
+
+
+WAYS = (in_functionalize, in_vmap, in_a_trace, in_inference_mode, in_fake_tensor_mode)
+
+
+@pytest.mark.parametrize("first", WAYS, ids=lambda f: f.__name__)
+def test_what_a_first_call_leaves_behind_is_plain(first):
+    """Tables of a plan are kept: made inside a transform or a mode, they would have no memory for the next call."""
+    length = 20 + WAYS.index(first)  # a plan that nobody has made yet
+    frames = torch.randn(length, 9, 4)
+    first(lambda x: sk.slowfast_pool(x, [length], (3, 3), temporal_stride=2).fast, frames)
+    for backend in ("eager", "cpu"):
+        pooled = sk.slowfast_pool(frames, [length], (3, 3), temporal_stride=2, backend=backend)
+        assert pooled.cu_slow.tolist() == [0, 9 * length]
+        torch.testing.assert_close(pooled.fast[:9], frames[:2].mean(0))
