@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 import torch._dynamo.testing
+from cases import Shape, make_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from targets import FLOAT32
@@ -101,3 +102,22 @@ def test_shapes_of_images_are_those_of_the_plan():
     for grid, spatial in product(((3, 7), (8, 2)), (1, 2)):
         plan = make_pool_plan((1,), grid, 4, 2, 2, spatial, 3)
         assert token_counts(1, grid, PoolOptions(4, 2, 2, spatial, 3)) == (plan.num_slow, plan.num_fast)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_may_be_arguments_of_the_compiled_function(dynamic, rng):
+    def pooled(x, eps, stride):
+        return sk.slowfast_pool(x, [4], (4, 4), norm_eps=eps, temporal_stride=stride).slow * 2
+
+    inputs = make_inputs(Shape(((2, 9), (3, 5))), torch.float32, "cpu", rng())
+
+    def attended(q, scale, splits):
+        return sk.text_cross_attention(q, *inputs.attention[1:], softmax_scale=scale, num_splits=splits) * 2
+
+    for function, x, calls in (
+        (pooled, frames(4, 4, rng()), ((1e-6, 1), (1e-2, 2), (0.5, 3))),
+        (attended, inputs.q, ((0.1, 0), (0.2, 2), (0.3, 3))),
+    ):
+        op, _ = compiled_counter(function, dynamic=dynamic)
+        for options in calls:
+            torch.testing.assert_close(op(x, *options), function(x, *options))

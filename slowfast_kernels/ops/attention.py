@@ -96,7 +96,10 @@ def check_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_
         checks.fail("cu_text", cu_text, f"as many entries as cu_slow, B + 1 >= 1 ({cu_slow.shape[0]})")
     if not 0 <= num_splits <= MAX_SPLITS:
         checks.fail("num_splits", num_splits, f"0 (automatic) to {MAX_SPLITS}")
-    return head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if softmax_scale is None:
+        return head_dim**-0.5
+    checks.check_finite("softmax_scale", softmax_scale)
+    return softmax_scale
 
 
 def check_attention_data(q, slow_kv, cu_slow, text_rows, cu_text) -> None:

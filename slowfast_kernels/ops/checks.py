@@ -95,17 +95,20 @@ def as_ints(name: str, values: object, what: str) -> list[int]:
 
 
 def as_float(name: str, value: object) -> float:
-    """A finite Python float from any real number (numpy's, a 0-d tensor)."""
-    if type(value) is not float:
-        if isinstance(value, (str, bytes)):
-            raise TypeError(f"{name}: got {describe(value)}, want a number")
-        try:
-            value = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{name}: got {describe(value)}, want a number") from None
-    if not math.isfinite(value):
+    """A Python float of its own from any real number (numpy's, a 0-d tensor)."""
+    if type(value) is float or isinstance(value, torch.SymFloat):
+        return value
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name}: got {describe(value)}, want a number")
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {describe(value)}, want a number") from None
+
+
+def check_finite(name: str, value: float) -> None:
+    if not -math.inf < value < math.inf:  # NaN is not
         raise ValueError(f"{name}: got {value}, want a finite number")
-    return value
 
 
 def as_bool(name: str, value: object) -> bool:

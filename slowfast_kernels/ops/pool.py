@@ -95,8 +95,10 @@ def _check(frames, frame_counts, grid, options, norm_eps) -> None:
         checks.fail("frames", frames, f"{grid[0] * grid[1]} tokens a frame (grid {tuple(grid)})")
     if frames.shape[2] < 1:
         checks.fail("frames", frames, "at least one channel")
-    if norm_eps is not None and norm_eps < 0:
-        checks.fail("norm_eps", norm_eps, ">= 0 or None")
+    if norm_eps is not None:
+        checks.check_finite("norm_eps", norm_eps)
+        if norm_eps < 0:
+            checks.fail("norm_eps", norm_eps, ">= 0 or None")
 
 
 def _run(
