@@ -1,4 +1,4 @@
-"""The gate of a call, as one thing that ops hand to every backend: what kind it is, and its tensors.
+"""The gate of a call, as one thing that ops hand to every backend: what kind it is, and its tensors. Kinds:
 
 g = act(state . weight + bias) * factor(warm_up)        kinds "tanh", "linear"
 g =                              factor(warm_up)        kind "none"

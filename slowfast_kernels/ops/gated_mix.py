@@ -35,7 +35,7 @@ def gated_residual_mix(
     gate_value: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """state[r] + g * context[i] for r = text_rows[i], g = gate(state[r] . gate_weight + gate_bias) * f(warm_up).
+    """state[r] + g * context[i] for r = text_rows[i]; by default g = tanh(state[r] . gate_weight + gate_bias) * f(warm_up).
 
     Args:
         state: attention output before ``o_proj`` [rows, C]; float32, bfloat16 or float16.
@@ -46,7 +46,8 @@ def gated_residual_mix(
         gate_bias: [1] (``cross_attn_gate_proj.0.bias``), gate_weight's dtype; None where gate_weight is.
         warm_up: [1] (``cross_attn_warm_up_gate``), gate_weight's dtype (without one, state's or float32), or None: no
             warm-up factor.
-        gate: "tanh"; "linear" for the gating types without tanh; "none": g is the warm-up factor alone.
+        gate: how g is formed, one of ``slowfast_kernels.gate.GATES`` (formulas there): "tanh", "linear" for the gating
+            types without tanh, "none" for the warm-up factor alone.
         warm_up_tanh: f is tanh; False: f is the identity (the all-to-media variant).
         gate_value: [Nt], state's dtype or float32: gates of the text rows after their activation, formed outside (a
             projection with an adapter, say). g is then gate_value[i] * f(warm_up), and ``gate`` is not applied.
