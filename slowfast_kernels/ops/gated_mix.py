@@ -35,7 +35,7 @@ def gated_residual_mix(
     gate_value: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """state[r] + g * context[i] for r = text_rows[i]; by default g = tanh(state[r] . gate_weight + gate_bias) * f(warm_up).
+    """state[r] + g * context[i] for r = text_rows[i]; g = act(state[r] . gate_weight + gate_bias) * f(warm_up).
 
     Args:
         state: attention output before ``o_proj`` [rows, C]; float32, bfloat16 or float16.
