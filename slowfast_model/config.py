@@ -1,14 +1,17 @@
 """Configuration: the keys of the released config.json, checked once, with the rules that follow from them.
 
 A plain Qwen2 config.json is accepted too: without ``cross_attn_every_n_layers`` there are no hybrid layers, without
-``mm_hidden_size`` no projector.
+``mm_hidden_size`` no projector. ``official_config`` reads and writes the file's keys.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from .official_config import read_official, write_official
+from .scalars import flag, integer, real
 
 GATING_TYPES = ("whole-dynamic", "whole-dynamic-tanh", "whole-dynamic-warmup", "whole-dynamic-tanh-warmup")
 IMPLEMENTATIONS = (
@@ -22,12 +25,32 @@ IMPLEMENTATIONS = (
 )
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COUNTS = (
+    *SIZES,
+    "num_key_value_heads",
+    "head_dim",
+    "mm_hidden_size",
+    "mm_video_pooling_stride",
+    "fast_token_spatial_stride",
+    "fast_token_temporal_stride",
+    "fast_token_temporal_sampling_stride",
+    "min_fast_frames",
+)
+LAYERS = ("cross_attn_every_n_layers", "cross_attn_min_layer_depth", "cross_attn_max_layer_depth")
+MAY_BE_NONE = ("mm_hidden_size", "cross_attn_min_layer_depth", "cross_attn_max_layer_depth")
+
+
 @dataclass
 class SlowFastConfig:
-    """Shapes and variants of the model; every field but ``head_dim`` has the name of its official key.
+    """Shapes and variants of the model; every field has the name of its official key (``head_dim``: of Qwen2's).
+
+    Numbers may be Python's, numpy's or a tensor's without a dimension; the fields hold Python's own.
 
     Raises:
-        ValueError: a gating type, implementation or projector that does not exist, or numbers that do not fit together.
+        TypeError: a value of another type: nothing is rounded, and a string or a bool is no number.
+        ValueError: a gating type, implementation or projector that does not exist, a number out of range, or numbers
+            that do not fit together.
     """
 
     vocab_size: int = 152064
@@ -35,10 +58,10 @@ class SlowFastConfig:
     intermediate_size: int = 18944
     num_hidden_layers: int = 28
     num_attention_heads: int = 28
-    num_key_value_heads: int = 4
-    head_dim: int | None = None  # default: hidden_size / num_attention_heads
+    num_key_value_heads: int | None = 4  # None: num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rope_theta: float = 1e4
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     # projector: None means that there is none
@@ -58,13 +81,7 @@ class SlowFastConfig:
     min_fast_frames: int = 1
 
     def __post_init__(self) -> None:
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size: got {self.hidden_size}, want a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}), or head_dim"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._take_plain_values()
         if self.head_dim % 2:
             raise ValueError(f"head_dim: got {self.head_dim}, want an even number (rotary embedding)")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -72,10 +89,7 @@ class SlowFastConfig:
                 f"num_attention_heads: got {self.num_attention_heads}, want a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
-        if self.cross_attn_every_n_layers < 0:
-            raise ValueError(
-                f"cross_attn_every_n_layers: got {self.cross_attn_every_n_layers}, want >= 0 (0: no hybrid layer)"
-            )
+        self._check_layers()
         for name, known in (("cross_attn_gating_type", GATING_TYPES), ("cross_attn_implementation", IMPLEMENTATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {', '.join(known)}")
@@ -86,31 +100,71 @@ class SlowFastConfig:
                 f"mm_hidden_size: got {self.mm_hidden_size}, want hidden_size ({self.hidden_size}) for an identity"
             )
 
+    def _take_plain_values(self) -> None:
+        """Every field becomes a str, bool, float, int or None of Python's, within its own range."""
+        for name in ("cross_attn_gating_type", "cross_attn_implementation", "mm_projector_type"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, want a string")
+        self.tie_word_embeddings = flag("tie_word_embeddings", self.tie_word_embeddings)
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = real(name, getattr(self, name))
+            if value < 0 or (value == 0 and name == "rope_theta"):
+                raise ValueError(f"{name}: got {value}, want a number {'>' if name == 'rope_theta' else '>='} 0")
+            setattr(self, name, value)
+        for name in SIZES:
+            setattr(self, name, integer(name, getattr(self, name), 1))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size: got {self.hidden_size}, want a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}), or head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        for names, low in ((COUNTS, 1), (LAYERS, 0)):
+            for name in names:
+                if getattr(self, name) is not None or name not in MAY_BE_NONE:
+                    setattr(self, name, integer(name, getattr(self, name), low))
+
+    def _check_layers(self) -> None:
+        if not self.cross_attn_every_n_layers:
+            return
+        first, stop = self.cross_attn_min_layer_depth or 0, self.cross_attn_max_layer_depth
+        if first >= self.num_hidden_layers:
+            raise ValueError(
+                f"cross_attn_min_layer_depth: got {first}, want less than num_hidden_layers ({self.num_hidden_layers})"
+            )
+        if stop is not None and stop < first:
+            raise ValueError(
+                f"cross_attn_max_layer_depth: got {stop}, want at least cross_attn_min_layer_depth ({first})"
+            )
+
     @classmethod
     def from_official(cls, config: Mapping) -> SlowFastConfig:
-        """Read a released (or a Qwen2) config.json, given as a dict. Keys that do not shape the model are not read.
+        """Read a released (or a Qwen2) config.json, given as a dict, which is not changed.
 
-        Absent or null strides take the official defaults, all 1. ``tokenizer_model_max_length`` is not applied: nothing
-        is truncated. ``rope_scaling`` is dropped on the released models, as the released code does.
+        Absent or null strides take the official defaults, all 1; a null ``num_key_value_heads`` is num_attention_heads.
+        ``rope_theta`` is looked for as transformers does: in ``rope_scaling`` or else ``rope_parameters``, then at top
+        level; where there is none it is 1e4. ``rope_scaling`` is dropped on the released models, as the released code
+        does, with a warning. ``tokenizer_model_max_length`` is not applied: nothing is truncated.
+
+        Keys that do not shape the computation are not read. A key that does, and whose value this model does not
+        implement, is refused: another family's ``model_type``, rope other than the default, sliding windows, dropout,
+        biases, another activation, quantisation.
 
         Raises:
-            ValueError: a setting that this model does not implement (sliding windows, rope scaling, an activation other
-                than silu), or a wrong value.
+            TypeError: ``config`` is no mapping, or a value has another type.
+            ValueError: a setting that this model does not implement, or a wrong value, by its key.
         """
-        if config.get("use_sliding_window"):
-            raise ValueError("use_sliding_window: got True, want False (the released models do not use it)")
-        released = config.get("model_type") == "llava_qwen_slow_fast" or "cross_attn_every_n_layers" in config
-        if config.get("rope_scaling") is not None and not released:
-            raise ValueError(f"rope_scaling: got {config['rope_scaling']!r}, want null")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act: got {config['hidden_act']!r}, want 'silu'")
-        rope_parameters = config.get("rope_parameters") or {}  # where newer transformers write rope_theta
-        if rope_parameters.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters: got {rope_parameters!r}, want rope_type 'default'")
-        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        if "rope_theta" in rope_parameters:
-            values.setdefault("rope_theta", rope_parameters["rope_theta"])
-        return cls(**values)
+        return cls(**read_official(config, cls))
+
+    def to_official(self) -> dict:
+        """The config.json that ``from_official`` reads back as this configuration.
+
+        With hybrid layers it is that of the released models, without them a Qwen2's, which transformers reads too.
+        """
+        return write_official(self)
 
     @property
     def hybrid_layers(self) -> tuple[int, ...]:

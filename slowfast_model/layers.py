@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +35,6 @@ class MLP(nn.Module):
 Rope = tuple[Tensor, Tensor]  # cos and signed sin, [..., 1, D]: the 1 broadcasts over heads
 
 
-@lru_cache(maxsize=8)
 def _inverse_frequencies(head_dim: int, theta: float) -> Tensor:
     """On the CPU, whatever the default device: a GPU's pow differs in the last bits, which large positions magnify."""
     exponent = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
