@@ -55,14 +55,11 @@ class HybridAttention(SelfAttention):
 
     def __init__(self, config: SlowFastConfig, layer: int) -> None:
         super().__init__(config, layer)
-        if config.hidden_size != config.num_attention_heads * config.head_dim:
-            raise ValueError(
-                f"head_dim: got {config.head_dim}, want hidden_size / num_attention_heads in a hybrid model"
-            )
         self.num_kv_heads = config.num_key_value_heads
         self.gate, self.warm_up_tanh = config.gate, not config.updates_every_row
         self.cross_attn_kv_proj = nn.Linear(config.hidden_size, 2 * self.num_kv_heads * self.head_dim)
-        self.cross_attn_gate_proj = nn.Sequential(nn.Linear(config.hidden_size, 1))
+        # the gate reads the attention output, before o_proj
+        self.cross_attn_gate_proj = nn.Sequential(nn.Linear(config.num_attention_heads * config.head_dim, 1))
         self.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1)) if config.has_warm_up else None
 
     def project_slow(self, slow: SlowContext, norm: RMSNorm) -> Tensor:
