@@ -131,6 +131,60 @@ def test_a_session_refuses_more_steps_than_its_caches_hold():
         session.step(torch.tensor([3]))
 
 
+BAD_IDS = {
+    "past the vocabulary": torch.tensor([3, 61]),
+    "negative": torch.tensor([3, -1]),
+    "a video": torch.tensor([VIDEO, 3]),
+    "too few": torch.tensor([3]),
+    "too many": torch.tensor([3, 3, 3]),
+    "a column": torch.tensor([[3], [3]]),
+    "no dimension": torch.tensor(3),
+    "floating": torch.tensor([3.0, 3.0]),
+    "bool": torch.tensor([True, False]),
+    "complex": torch.tensor([3j, 3j]),
+    "on another device": torch.tensor([3, 3], device="meta"),
+    "a list": [3, 3],
+    "a number": 3,
+    "nothing": None,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ids", BAD_IDS.values(), ids=list(BAD_IDS))
+def test_a_step_refuses_bad_ids_and_leaves_the_session_as_it_was(ids):
+    session, fresh = (DecodeSession(tiny_model(), torch.tensor([[1, 2], [3, 4]]), max_new_tokens=1) for _ in range(2))
+    with pytest.raises((TypeError, ValueError), match=r"^token: got "):
+        session.step(ids)
+    good = torch.tensor([5, 6])
+    assert torch.equal(session.step(good), fresh.step(good))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_a_step_takes_ids_of_any_integer_type(dtype):
+    session, fresh = (DecodeSession(tiny_model(), torch.tensor([[1, 2], [3, 4]]), max_new_tokens=1) for _ in range(2))
+    ids = torch.tensor([60, 0])
+    assert torch.equal(session.step(ids.to(dtype)), fresh.step(ids))
+
+
+@pytest.mark.parametrize("count", [-1, 2.0, True, "2", None, torch.tensor([2])])
+def test_a_session_refuses_a_count_that_is_none(count):
+    with pytest.raises((TypeError, ValueError), match=r"^max_new_tokens: got "):
+        DecodeSession(tiny_model(), torch.tensor([[1, 2]]), max_new_tokens=count)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@torch.no_grad()
+def test_a_step_looks_at_ids_on_a_gpu_only_when_debugging(monkeypatch):
+    session = DecodeSession(tiny_model(None, "cuda"), torch.tensor([[1, 2]], device="cuda"), max_new_tokens=2)
+    with pytest.raises(ValueError, match="token: got a tensor on cpu, want cuda"):
+        session.step(torch.tensor([3]))
+    monkeypatch.setenv("SLOWFAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="token: got id 61"):
+        session.step(torch.tensor([61], device="cuda"))
+
+
 @torch.no_grad()
 def test_a_finished_session_frees_its_caches_at_once():
     session = DecodeSession(tiny_model(), torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=3)
@@ -151,6 +205,19 @@ def test_generation_works_in_inference_mode_and_in_training_mode():
     expected = model.generate(ids, videos, mask, max_new_tokens=4)
     with torch.inference_mode():
         assert torch.equal(model.eval().generate(ids, videos, mask, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize("inside", [(True, False), (False, True)], ids=["made in it", "stepped in it"])
+def test_a_session_may_be_made_and_stepped_in_different_modes(inside):
+    model, token = tiny_model(), torch.tensor([3, 4, 5])
+    with torch.inference_mode(inside[0]):
+        session = DecodeSession(model, *batch(), max_new_tokens=2)
+    with torch.inference_mode(inside[1]):
+        session.step(token)
+        logits = session.step(token)
+    fresh = DecodeSession(model, *batch(), max_new_tokens=2)
+    fresh.step(token)
+    assert torch.equal(logits, fresh.step(token))
 
 
 # ------------------------------------------------------------------------------------------ the step as a graph
