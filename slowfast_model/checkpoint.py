@@ -1,4 +1,4 @@
-"""Released and Qwen2 checkpoints, by their own key names, from safetensors files, sharded or not. Strict.
+"""Released and Qwen2 checkpoints, by their own key names: what a model takes from one, and what it saves. Strict.
 
 A key that is missing or has no place raises, with its name. Two families are exempt, because they are not weights of
 this model: ``model.vision_tower.*`` (the model takes the tower's features) and ``*.rotary_emb.inv_freq`` (recomputed).
@@ -6,78 +6,87 @@ this model: ``model.vision_tower.*`` (the model takes the tower's features) and 
 
 from __future__ import annotations
 
-import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import SlowFastConfig
+from .weight_files import CONFIG, listed, raise_on_keys, read_json, read_safetensors, shard_bytes, write_checkpoint
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+__all__ = [
+    "from_pretrained",
+    "load_official_state_dict",
+    "load_qwen2_state_dict",
+    "read_safetensors",
+    "save_pretrained",
+]
 
-
-def read_safetensors(path: str | PathLike, *, device: str = "cpu") -> dict[str, Tensor]:
-    """State dict of a .safetensors file, an index of shards, or a directory that holds either.
-
-    Raises:
-        FileNotFoundError: no checkpoint at ``path``, or a shard that the index names is missing.
-        ValueError: the shards do not hold the keys that the index promises.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in (INDEX, SINGLE) if (path / name).exists()]
-        if not found:
-            raise FileNotFoundError(f"path: got {path} with neither {INDEX} nor {SINGLE}")
-        path = found[0]
-    if not path.exists():
-        raise FileNotFoundError(f"path: no such checkpoint: {path}")
-    if path.suffix != ".json":
-        return load_file(path, device=device)
-    weight_map = json.loads(path.read_text())["weight_map"]
-    state_dict: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (path.parent / shard).exists():
-            raise FileNotFoundError(f"path: {path.name} names {shard}, which is not in {path.parent}")
-        state_dict |= load_file(path.parent / shard, device=device)
-    _raise_on_keys("shards", set(weight_map) - set(state_dict), set(state_dict) - set(weight_map), [])
-    return state_dict
-
-
-def _raise_on_keys(name: str, missing: set[str], unexpected: set[str], misshapen: list[str]) -> None:
-    problems = []
-    for what, keys in (
-        ("missing", sorted(missing)),
-        ("unexpected", sorted(unexpected)),
-        ("of another shape", misshapen),
-    ):
-        if keys:
-            shown = ", ".join(keys[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
-            problems.append(f"{len(keys)} keys {what}: {shown}")
-    if problems:
-        raise ValueError(f"{name}: got " + "; ".join(problems))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT32_ASIDE = (re.compile(r"norm\.weight$"), re.compile(r"\.cross_attn_(gate_proj|warm_up_gate)"))  # each as a whole
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WRAPPERS = {  # what puts a prefix before every key
+    "module.": "DistributedDataParallel: save model.module",
+    "_orig_mod.": "torch.compile: save the model that was compiled",
+    "base_model.model.": "PEFT: save what merge_and_unload returns",
+}
 
 
 def _is_ours(key: str) -> bool:
     return not key.startswith("model.vision_tower.") and not key.endswith("rotary_emb.inv_freq")
 
 
-def _load(model, state_dict: Mapping[str, Tensor], optional: set[str], assign: bool) -> None:
-    own = model.state_dict()
+def _weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries that are weights of this model; each is a tensor of numbers that it can compute with."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: got {type(state_dict).__name__}, want a mapping of key to tensor")
     given = {key: value for key, value in state_dict.items() if _is_ours(key)}
-    embedding = "model.embed_tokens.weight"
-    if model.config.tie_word_embeddings and embedding in given:
-        given["lm_head.weight"] = given[embedding]
+    for key, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state_dict: got {type(value).__name__} for {key}, want a tensor")
+        if value.is_meta:
+            raise ValueError(f"state_dict: got {key} on the meta device, without values")
+    unusable = [f"{key} ({value.dtype})" for key, value in sorted(given.items()) if value.dtype not in DTYPES]
+    if unusable:
+        raise ValueError(
+            f"state_dict: got {listed(unusable)}, want float32, bfloat16, float16 or float64 (dequantise it first)"
+        )
+    return given
+
+
+def _tie(given: dict[str, Tensor]) -> None:
+    """Both keys of tied weights, from either; savers keep the one or the other."""
+    if EMBEDDING in given and HEAD in given:
+        a, b = given[EMBEDDING], given[HEAD]
+        if a.shape == b.shape and not ((a == b) | (a.isnan() & b.isnan())).all():
+            raise ValueError(
+                f"state_dict: got {HEAD} other than {EMBEDDING}, want one of them, or equal ones: "
+                "tie_word_embeddings is true"
+            )
+    for here, there in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        if here in given:
+            given.setdefault(there, given[here])
+
+
+def _load(model, state_dict: Mapping[str, Tensor], optional: set[str], assign: bool) -> None:
+    own, given = model.state_dict(), _weights(state_dict)
+    if model.config.tie_word_embeddings:
+        _tie(given)
     misshapen = [
         f"{key} {list(given[key].shape)} (want {list(own[key].shape)})"
         for key in sorted(set(own) & set(given))
         if given[key].shape != own[key].shape
     ]
-    _raise_on_keys("state_dict", set(own) - set(given) - optional, set(given) - set(own), misshapen)
+    unexpected = set(given) - set(own)
+    wrappers = [by for prefix, by in WRAPPERS.items() if any(key.startswith(prefix) for key in unexpected)]
+    hint = f" (saved by {wrappers[0]})" if wrappers else ""
+    raise_on_keys("state_dict", set(own) - set(given) - optional, unexpected, misshapen, hint)
+    if not assign and any(value.is_meta for value in own.values()):
+        raise ValueError("model: got parameters on the meta device, want them to have memory (model.to_empty)")
     model.load_state_dict(given, strict=False, assign=assign)
     if assign and model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -86,10 +95,13 @@ def _load(model, state_dict: Mapping[str, Tensor], optional: set[str], assign: b
 def load_official_state_dict(model, state_dict: Mapping[str, Tensor], *, assign: bool = False) -> None:
     """Load every weight of ``model`` from a released checkpoint's state dict.
 
-    Values are copied into the model's parameters, in their dtype; ``assign`` makes them the parameters instead.
+    Values are copied into the model's parameters, in their dtype; ``assign`` makes them the parameters instead. Tied
+    weights may be under either name, or both if they are equal.
 
     Raises:
-        ValueError: keys that are missing, unexpected, or of another shape, by name. Nothing is loaded then.
+        ValueError: keys that are missing, unexpected, of another shape, or of integers or 8-bit floats, by name; tied
+            weights that differ. Nothing is loaded then.
+        TypeError: what is no mapping of tensors.
     """
     _load(model, state_dict, set(), assign)
 
@@ -101,12 +113,12 @@ def load_qwen2_state_dict(model, state_dict: Mapping[str, Tensor]) -> None:
     model then computes exactly what the language model does. The projector and the gates keep their values.
 
     Raises:
-        ValueError: keys that are missing, unexpected, or of another shape, by name. Nothing is loaded then.
+        ValueError, TypeError: as ``load_official_state_dict``. Nothing is loaded then.
     """
     added = {key for key in model.state_dict() if ".cross_attn_" in key or key.startswith("model.mm_projector.")}
-    given = set(state_dict) & added
+    given = set(_weights(state_dict)) & added
     if given:
-        _raise_on_keys("state_dict", set(), given, [])
+        raise_on_keys("state_dict", set(), given, [])
     _load(model, state_dict, added, False)
     initialise_slow_path(model)
 
@@ -134,22 +146,135 @@ def initialise_slow_path(model) -> None:
                 attention.cross_attn_warm_up_gate.zero_()
 
 
+# ------------------------------------------------------------------------------------------ directories
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype of ``DTYPES`` by itself or by name ("bfloat16", "torch.bfloat16"); None stays None."""
+    if dtype is None:
+        return None
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or named not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, want float32, bfloat16, float16, float64, 'auto' or None")
+    return named
+
+
+def _device(device: torch.device | str | int) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: got {device!r}, want a device such as 'cpu' or 'cuda:0' ({error})") from error
+    if found.type == "meta":
+        raise ValueError("device: got 'meta', want a device that holds values")
+    return found
+
+
+def _cast(given: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors in ``dtype``, or, where that is None, as they are if the model computes with their dtypes.
+
+    ``given`` is emptied by a cast: on a GPU there may be no room for all of them twice.
+    """
+    if dtype is not None:
+        return {key: given.pop(key).to(dtype) for key in list(given)}
+    counts = Counter(value.dtype for key, value in given.items() if not any(p.search(key) for p in FLOAT32_ASIDE))
+    if not counts:
+        return given
+    most, aside = counts.most_common(1)[0][0], set()
+    for pattern in FLOAT32_ASIDE:
+        part = {key for key in given if pattern.search(key)}
+        if {given[key].dtype for key in part} == {torch.float32}:
+            aside |= part
+    others = [f"{k} ({value.dtype})" for k, value in sorted(given.items()) if value.dtype != most and k not in aside]
+    if others:
+        raise ValueError(
+            f"dtype: got a checkpoint of {most} beside {listed(others)}, want dtype={most}, which casts these"
+        )
+    return given
+
+
 def from_pretrained(
-    cls, directory: str | PathLike, *, device: str = "cpu", dtype: torch.dtype | None = None, **options
+    cls,
+    directory: str | PathLike,
+    *,
+    device: torch.device | str | int = "cpu",
+    dtype: torch.dtype | str | None = None,
+    **options,
 ):
     """Build ``cls`` from a directory with config.json and safetensors, on ``device``, without initialising it first.
 
-    ``dtype`` None keeps the checkpoint's. ``options`` go to the constructor.
+    ``dtype`` None keeps the dtype of the checkpoint's tensors, which must be one (all norms, and all gates with their
+    warm-up, may be in float32 beside it); "auto" takes what config.json calls its dtype, if it does; a dtype, or its
+    name, is cast to. ``options`` go to the constructor.
 
     Raises:
-        FileNotFoundError: no config.json or no weights.
-        ValueError: a configuration or keys that do not fit.
+        FileNotFoundError, NotADirectoryError: no such directory, no config.json in it, or no weights.
+        ValueError, TypeError: a configuration or keys that do not fit, files that cannot be read, by their path;
+            tensors of several dtypes where ``dtype`` names none; a ``dtype`` or ``device`` that does not exist.
     """
-    directory = Path(directory)
-    if not (directory / "config.json").exists():
-        raise FileNotFoundError(f"directory: got {directory} without config.json")
-    config = SlowFastConfig.from_official(json.loads((directory / "config.json").read_text()))
+    directory, device = Path(directory), _device(device)
+    kept = dtype is None or (isinstance(dtype, str) and dtype == "auto")
+    wanted = None if kept else _dtype(dtype)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory: got {directory}, which is a file")
+    file = directory / CONFIG
+    if not file.exists():
+        hint = "" if directory.exists() else ", as it does not exist (nothing is downloaded by its name)"
+        raise FileNotFoundError(f"directory: got {directory} without {CONFIG}{hint}")
+    written = read_json(file)
+    try:
+        config = SlowFastConfig.from_official(written)
+        if dtype is not None and kept:
+            wanted = _dtype(written.get("dtype") or written.get("torch_dtype"))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{file}: {error}") from error
     with torch.device("meta"):
         model = cls(config, **options)
-    load_official_state_dict(model, read_safetensors(directory, device=device), assign=True)
-    return model.to(dtype) if dtype is not None else model
+    state_dict = read_safetensors(directory, device=device)
+    try:
+        weights = _weights(state_dict)
+        del state_dict
+        load_official_state_dict(model, _cast(weights, wanted), assign=True)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{directory}: {error}") from error
+    return model
+
+
+def save_pretrained(model, directory: str | PathLike, *, max_shard_size: int | str = "5GB") -> None:
+    """Write what ``from_pretrained`` reads: config.json with the official keys, and safetensors by the official names.
+
+    Weights are in one file, or in shards of at most ``max_shard_size`` (bytes, or "5GB", "200MB", "1GiB") with an
+    index; tied weights are written once. The files of an older save in ``directory`` are replaced or removed. Without
+    hybrid layers and projector, transformers' ``Qwen2ForCausalLM`` reads the directory too. Keys of the released
+    config.json that this package does not read, such as the vision tower's name, are not written.
+
+    Raises:
+        ValueError: parameters on the meta device (offloaded), sharded over processes, quantised, or other ones than the
+            configuration's (adapters that were not merged), by name; tied weights that differ; a wrong size.
+        TypeError: ``max_shard_size`` of another type.
+        NotADirectoryError: ``directory`` is a file.
+    """
+    limit = shard_bytes(max_shard_size)
+    state_dict = {key.replace("_orig_mod.", ""): value for key, value in model.state_dict().items()}
+    with torch.device("meta"):
+        expected = type(model)(model.config).state_dict()
+    misshapen = [
+        f"{key} {list(value.shape)} (want {list(expected[key].shape)})"
+        for key, value in sorted(state_dict.items())
+        if key in expected and value.shape != expected[key].shape
+    ]
+    hint = " against the configuration (merge adapters, remove parametrisations first)"
+    raise_on_keys("model", set(expected) - set(state_dict), set(state_dict) - set(expected), misshapen, hint)
+    for key, value in state_dict.items():
+        if type(value) not in (Tensor, nn.Parameter) or value.dtype not in DTYPES:
+            raise ValueError(
+                f"model: got {key} as {type(value).__name__} of {value.dtype}, want a plain tensor in floating point "
+                "(gather shards, dequantise first)"
+            )
+        if value.is_meta:
+            raise ValueError(f"model: got {key} on the meta device, without values (offloaded?), want it in memory")
+    if model.config.tie_word_embeddings:
+        _tie(state_dict)
+        del state_dict[HEAD]
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in state_dict.values()}
+    config = model.config.to_official() | ({"torch_dtype": dtypes.pop()} if len(dtypes) == 1 else {})
+    write_checkpoint(directory, config, state_dict, limit)

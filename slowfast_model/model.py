@@ -255,3 +255,7 @@ class SlowFastForCausalLM(nn.Module):
     def from_pretrained(cls, directory: str | PathLike, **options) -> SlowFastForCausalLM:
         """A model from a directory with config.json and safetensors. See ``checkpoint.from_pretrained``."""
         return checkpoints.from_pretrained(cls, directory, **options)
+
+    def save_pretrained(self, directory: str | PathLike, *, max_shard_size: int | str = "5GB") -> None:
+        """Write what ``from_pretrained`` reads. See ``checkpoint.save_pretrained``."""
+        checkpoints.save_pretrained(self, directory, max_shard_size=max_shard_size)
