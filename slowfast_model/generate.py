@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from slowfast_kernels.ops.checks import reads_device_data
+from slowfast_kernels.ops.checks import check_dense, reads_device_data
 
 from .cache import SelfKVCache, SlowContext
 from .layers import compute_dtype
@@ -114,8 +114,7 @@ class DecodeSession:
 
     def _check_ids(self, token: Tensor) -> None:
         batch, device, vocab_size = len(self._token), self._token.device, self.model.config.vocab_size
-        if not isinstance(token, Tensor):
-            raise TypeError(f"token: got {type(token).__name__}, want a tensor [{batch}] of ids")
+        check_dense("token", token, f"[{batch}] of ids")
         if token.dtype not in ID_DTYPES:
             raise TypeError(f"token: got {token.dtype}, want int64 or another integer type")
         if token.shape != (batch,):

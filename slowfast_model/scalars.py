@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 import operator
 
-
-def _shown(value: object) -> str:
-    return f"{type(value).__name__} {value!r}"
+from slowfast_kernels.ops.checks import describe
 
 
 def _is_bool(value: object) -> bool:
@@ -35,7 +33,7 @@ def integer(name: str, value: object, low: int | None = None, want: str | None =
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None:
-        raise TypeError(f"{name}: got {_shown(value)}, want {want}")
+        raise TypeError(f"{name}: got {describe(value)}, want {want}")
     if low is not None and number < low:
         raise ValueError(f"{name}: got {number}, want {want}")
     return number
@@ -56,7 +54,7 @@ def real(name: str, value: object, want: str = "a finite number") -> float:
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None:
-        raise TypeError(f"{name}: got {_shown(value)}, want {want}")
+        raise TypeError(f"{name}: got {describe(value)}, want {want}")
     if not math.isfinite(number):
         raise ValueError(f"{name}: got {number}, want {want}")
     return number
@@ -73,4 +71,4 @@ def flag(name: str, value: object) -> bool:
     try:
         return {0: False, 1: True}[integer(name, value)]
     except (TypeError, KeyError):
-        raise TypeError(f"{name}: got {_shown(value)}, want True or False") from None
+        raise TypeError(f"{name}: got {describe(value)}, want True or False") from None

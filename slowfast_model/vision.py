@@ -17,8 +17,8 @@ import slowfast_kernels as sk
 from slowfast_kernels.ops.checks import check_dense
 from slowfast_kernels.pool_plan import make_pool_plan
 
-from .checks import as_count
 from .config import SlowFastConfig
+from .scalars import integer
 
 
 def build_projector(config: SlowFastConfig) -> nn.Module:
@@ -162,7 +162,7 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32) -> Tenso
         raise TypeError(f"frames: got {frames.dtype}, want uint8")
     if frames.is_meta:
         raise ValueError("frames: got a tensor on meta, want one that holds frames")
-    chunk = min(as_count("chunk", chunk, "a number of frames >= 1"), len(frames))
+    chunk = min(integer("chunk", chunk, 1, "a number of frames >= 1"), len(frames))
     weights = (x for x in (*tower.parameters(), *tower.buffers()) if x.is_floating_point())
     like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
     parts = (part.to(like.device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))

@@ -143,6 +143,7 @@ BAD_IDS = {
     "bool": torch.tensor([True, False]),
     "complex": torch.tensor([3j, 3j]),
     "on another device": torch.tensor([3, 3], device="meta"),
+    "sparse": torch.tensor([3, 3]).to_sparse(),
     "a list": [3, 3],
     "a number": 3,
     "nothing": None,
