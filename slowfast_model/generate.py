@@ -131,8 +131,11 @@ class DecodeSession:
         """Record the step as a CUDA graph. ``compile_step`` first fuses it by torch.compile (about a minute, once).
 
         Raises:
-            ValueError: not on a GPU, or the eager backend, whose cross-attention reads lengths on the host.
+            ValueError: not on a GPU, or the eager backend, whose cross-attention reads lengths on the host; no step
+                left to record.
         """
+        if not self.steps_left:
+            raise ValueError("capture: got a session at its end, want a step left (max_new_tokens)")
         if self.position.device.type != "cuda":
             raise ValueError(f"capture: got a model on {self.position.device}, want a CUDA device")
         if self.model.backend == "eager" and self.slow is not None:

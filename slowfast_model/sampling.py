@@ -142,9 +142,9 @@ def sample(
     """
     scores = logits.float()
     if temperature is not None:
-        if temperature < 1e-30:  # the quotients would leave float32's range, and so would the divisor
-            scores, temperature = scores - scores.amax(-1, keepdim=True), max(temperature, 1e-37)
-        scores = scores / temperature
+        if temperature < 1e-30:  # quotients would leave float32's range
+            scores = scores - scores.amax(-1, keepdim=True)
+        scores = scores / min(max(temperature, 1e-37), 1e37)  # and so would the divisor
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:

@@ -117,13 +117,19 @@ def _read_shards(index: Path, device: str) -> dict[str, Tensor]:
     return state_dict
 
 
-def _read_file(path: Path, device: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _safetensors():
     try:
-        tensors = load_file(path, device=device)
-    except (SafetensorError, OSError) as error:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("checkpoints need safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def _read_file(path: Path, device: str) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    try:
+        tensors = safetensors.torch.load_file(path, device=device)
+    except (safetensors.SafetensorError, OSError) as error:
         cause = _likely_cause(path) or f": {path.stat().st_size} bytes, is the download complete?"
         raise ValueError(f"{path}: got no readable safetensors file{cause} ({error})") from error
     # In a mapped file a tensor may start at any element, and a GEMM's last bits depend on where its operands do.
@@ -213,8 +219,6 @@ def write_checkpoint(
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     plain, seen = {}, set()
     for key, value in tensors.items():
         value = value.detach().cpu().contiguous()
@@ -223,7 +227,7 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
             value = value.clone()
         seen.add(value.data_ptr())
         plain[key] = value
-    save_file(plain, path, metadata={"format": "pt"})
+    _safetensors().torch.save_file(plain, path, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: Mapping) -> None:

@@ -245,6 +245,12 @@ def test_capture_needs_a_gpu_and_kernels():
         session.capture()
 
 
+def test_capture_needs_a_step_to_record():
+    session = DecodeSession(tiny_model(), torch.tensor([[1, 2]]), max_new_tokens=0)
+    with pytest.raises(ValueError, match="capture: got a session at its end"):
+        session.capture()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -266,6 +266,12 @@ def test_sampling_near_zero_temperature_is_greedy(model, temperature):
     assert torch.equal(generated(model, do_sample=True, temperature=temperature), generated(model))
 
 
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e308])
+def test_at_any_temperature_what_is_ruled_out_stays_so(temperature, rng):
+    logits = torch.tensor([5.0, -torch.inf, 0.0, -5.0]).expand(500, -1)
+    assert sample(logits, temperature, generator=rng()).unique().tolist() == [0, 2, 3]
+
+
 # ------------------------------------------------------------------------------------------ ends
 
 
