@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fractions
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -335,7 +336,7 @@ BAD = {
     "cuda_graph": ["yes", 2],
     "compile_step": ["yes", None],
     "generator": [3, "cpu"],
-    "streamer": [3, "stdout", object(), print],
+    "streamer": [3, "stdout", SimpleNamespace(), print],
 }
 
 

@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize
   __shared__ int32_t text_of[kMaxTasks];
   __shared__ BlockSum::Partials partials;
   BlockSum block_sum(partials);
-  const GateScalars scalars(p.gate);
   constexpr bool kWeighted = !std::is_void_v<W>;
+  const GateScalars scalars(p.gate, kWeighted);
   const std::conditional_t<kWeighted, Weight<T, W, kVectors>, NoWeight> weight(p);
   const RowTasks tasks(p, text_of);
 
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(256) gated_mix_scalar(const __grid_constant__ 
   __shared__ BlockSum::Partials partials;
   BlockSum block_sum(partials);
   const RowTasks tasks(p, text_of);
-  const Gate gate(p.gate, GateScalars(p.gate));
+  const Gate gate(p.gate, GateScalars(p.gate, p.gate.weight != nullptr));
   for (int k = 0; k < tasks.count(); ++k) {
     const int row = tasks.row(k);
     const int text = tasks.text(k);

@@ -21,13 +21,9 @@ __device__ __forceinline__ float decode(uint32_t bits, DType dtype) {
 struct GateScalars {
   uint32_t bias, warm_up;
 
-  __device__ explicit GateScalars(const GateParams& p)
-      : bias(load(p.bias, p.dtype)), warm_up(load(p.warm_up, p.dtype)) {}
-
- private:
-  static __device__ uint32_t load(const void* scalar, DType dtype) {
-    return scalar == nullptr ? 0 : load_bits(scalar, dtype, 0);
-  }
+  __device__ GateScalars(const GateParams& p, bool weighted)
+      : bias(weighted ? load_bits(p.bias, p.dtype, 0) : 0),
+        warm_up(p.warm_up == nullptr ? 0 : load_bits(p.warm_up, p.dtype, 0)) {}
 };
 
 static_assert(kNumGateKinds == 4, "a new kind of gate must be taught to weighted() or unweighted()");

@@ -130,7 +130,7 @@ struct Gates {
     // Few rows go ahead of Q; many would hold it up.
     const bool are_few = text_end() - text_begin() <= 8;
     if (forms_gates() && are_few) prefetch(warp * 32 + lane);
-    if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate));
+    if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate, p.gate.weight != nullptr));
     for (int i = warp * 32 + lane; i < num_rows; i += 32 * Traits::kGateWarps) {
       const int row_of_head = packed(first_row + i), text = text_of(plan, row_of_head);
       const int kv_head = unit.kv_head + is_next_head(first_row + i);
