@@ -1,13 +1,27 @@
-"""Decode a video file and sample frames uniformly over it, as the released code does: linspace(0, n - 1, frames)."""
+"""Decode a video file and sample its frames: evenly, as the released demo, or at a rate, as the released evaluation.
+
+What a frame is, and whether a file is whole, is decided in ``_container``; here are the arguments, which frames are
+taken, and the times that they are shown at.
+"""
 
 from __future__ import annotations
 
-from os import PathLike, fspath
-from pathlib import Path
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Rational
+from os import PathLike
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._container import Clock, decode, file_name, scan
+
+_ORDERS = ("index", "time")
 
 
 def sample_indices(total: int, num_frames: int) -> list[int]:
@@ -15,87 +29,157 @@ def sample_indices(total: int, num_frames: int) -> list[int]:
     return np.linspace(0, total - 1, num_frames, dtype=int).tolist()
 
 
-def load_video(path: str | PathLike, num_frames: int = 64) -> Tensor:
-    """uint8 frames [num_frames, height, width, 3] (RGB), sampled uniformly over the whole clip.
+def load_video(
+    path: str | bytes | PathLike,
+    num_frames: int = 64,
+    *,
+    fps: float | None = None,
+    by: str = "index",
+    return_times: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """uint8 frames [T, height, width, 3] (RGB) of the best video track, upright, sampled over the whole clip.
 
-    The file is decoded in order, once: seeking is not exact in every container. Needs PyAV (``pip install av``).
+    Frames are those that decode and are displayed, in display order: no hidden ones, none that an edit list cuts off.
+    Without ``fps``, T is ``num_frames``, and frames repeat if the clip has fewer:
+
+    - ``by="index"``: frames ``numpy.linspace(0, n - 1, num_frames, dtype=int)`` of n, as the released demo.
+    - ``by="time"``: the frame on screen at each of ``num_frames`` times, evenly spaced from the first frame's time to
+      the last one's. The two differ where the frame rate varies.
+
+    With ``fps``, T is at most ``num_frames``:
+
+    - ``by="index"``: every ``max(1, round(rate / fps))``-th frame from the first on, ``rate`` being the clip's mean
+      frame rate: the header's, or the measured one where these are more than 1% apart.
+    - ``by="time"``: the frame on screen at the first frame's time + k / fps, k = 0, 1, ... up to the last frame's time.
+    - If these are m > num_frames, then ``round((i + 1) * m / num_frames - 1)`` of them for i = 0 ... num_frames - 1,
+      as the released evaluation (``fps=2``): the last is always taken, the first is not.
+
+    ``path`` is the name of a local file whatever it looks like; nothing that it refers to is opened. The display
+    matrix (rotation, mirror) is applied, the pixel aspect ratio is not. A file is refused where its structure, its
+    damaged packets or frames, a read error or (for containers that store one) its duration say that a part is
+    missing; what nothing tells, such as a raw stream cut between two frames, is taken as it is. A stream that begins
+    between key frames is taken from its first key frame on.
+
+    Cost: the file is read twice and decoded once, and once more if its packets foretell other frames than are
+    displayed. Threads share a frame, not several frames, so that damage is found in every run. Memory: the frames
+    taken, twice.
+
+    Args:
+        path: name of a video file.
+        num_frames: how many frames to take, >= 1; with ``fps``, at most.
+        fps: frames per second to take, > 0; None samples the whole clip evenly.
+        by: "index" or "time".
+        return_times: also return when the taken frames are shown.
+
+    Returns:
+        The frames; with ``return_times``, (frames, seconds float64 [T]): the presentation time of each frame taken on
+        the file's own clock, whose zero is where the container's time begins. A first frame is not always at 0. A
+        stream without times (raw H.264) counts from 0 at its frame rate; where the clock jumps back (joined
+        recordings) it goes on from the frame before.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a video, no frames, truncated, or a frame that cannot be decoded; or ``num_frames`` < 1.
-        ImportError: PyAV is not installed.
+        FileNotFoundError: no such file. ValueError: not a readable video, no video track, no frames, cut short or
+        damaged, or a picture size that changes; or ``num_frames``, ``fps`` or ``by`` out of range. TypeError:
+        ``path``, ``num_frames`` or ``fps`` of another type. ImportError: PyAV is not installed.
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames: got {num_frames}, want >= 1")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"path: no such video file: {fspath(path)}")
-    total = _count_frames(path)
-    frames, decoded = _decode(path, sample_indices(total, num_frames))
-    if decoded != total:  # packets are not frames in every codec: sample again over what the decoder gives
-        if not decoded:
-            raise ValueError(f"path: got {fspath(path)} with no decodable frame, want a video")
-        total = decoded
-        frames, decoded = _decode(path, sample_indices(total, num_frames))
-    return torch.from_numpy(np.stack([frames[i] for i in sample_indices(total, num_frames)]))
+    num_frames = _frame_count(num_frames)
+    rate = None if fps is None else _exact_rate(fps)
+    if by not in _ORDERS:
+        raise ValueError(f"by: got {by!r}, want {' or '.join(map(repr, _ORDERS))}")
+    name = file_name(path)
+
+    found = scan(path, name)
+    taken = _select(_timeline(found.clock), num_frames, rate, by)
+    decoded = decode(path, name, found, set(taken))
+    shown = _timeline(decoded.clock)
+    taken = _select(shown, num_frames, rate, by)
+    frames = decoded.frames
+    if not frames.keys() >= set(taken):  # the codec hides frames, or their times differ from the packets'
+        frames = decode(path, name, found, set(taken)).frames
+
+    pictures = torch.from_numpy(np.stack([frames[index] for index in taken]))
+    if not return_times:
+        return pictures
+    return pictures, torch.tensor([shown.seconds(index) for index in taken], dtype=torch.float64)
 
 
-def _av():
+def _frame_count(num_frames: int) -> int:
     try:
-        import av
-    except ImportError as error:
-        raise ImportError("load_video needs PyAV: pip install av") from error
-    return av
+        if isinstance(num_frames, bool):
+            raise TypeError
+        count = operator.index(num_frames)
+    except TypeError:
+        raise TypeError(f"num_frames: got {type(num_frames).__name__}, want an integer >= 1") from None
+    if count < 1:
+        raise ValueError(f"num_frames: got {count}, want >= 1")
+    return count
 
 
-def _open(path: str | PathLike):
-    av = _av()
+def _exact_rate(fps: float) -> Fraction:
+    """``fps`` as the fraction that was meant: 1/10 for 0.1, so that every tenth second falls on its frame."""
     try:
-        container = av.open(fspath(path))
-    except (av.error.FFmpegError, OSError) as error:
-        raise ValueError(
-            f"path: got {fspath(path)}, which is no readable video ({error}); is the file truncated?"
-        ) from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"path: got {fspath(path)}, which has no video stream")
-    return container
+        if isinstance(fps, (bool, np.bool_, str, bytes)):
+            raise TypeError
+        value = float(fps)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"fps: got {type(fps).__name__}, want a number > 0 or None") from None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"fps: got {value}, want a finite number > 0 or None")
+    if isinstance(fps, Rational):
+        return Fraction(fps)
+    return Fraction(value).limit_denominator(1_000_000) or Fraction(value)
 
 
-def _count_frames(path: str | PathLike) -> int:
-    """Video packets of the file, read without decoding; if its header promises more, the end is missing."""
-    packets = 0
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        promised = stream.frames
-        try:
-            for packet in container.demux(stream):
-                packets += packet.size > 0
-        except _av().error.FFmpegError as error:
-            raise ValueError(f"path: got {fspath(path)}, unreadable after {packets} frames ({error})") from error
-    if packets < promised:
-        raise ValueError(
-            f"path: got {fspath(path)} with {packets} of {promised} frames, want the whole file (truncated?)"
-        )
-    if not packets:
-        raise ValueError(f"path: got {fspath(path)} with no video frames")
-    return packets
+@dataclass(frozen=True)
+class _Timeline:
+    """When each frame of a clip is shown: rising stamps in ticks of ``time_base`` seconds, and the mean rate."""
+
+    ticks: Sequence[int]
+    time_base: Fraction
+    rate: Fraction  # frames per second
+
+    def seconds(self, index: int) -> float:
+        return self.ticks[index] * self.time_base.numerator / self.time_base.denominator
+
+    def on_screen(self, tick: Fraction) -> int:
+        return max(0, bisect_right(self.ticks, tick) - 1)
 
 
-def _decode(path: str | PathLike, wanted: list[int]) -> tuple[dict[int, np.ndarray], int]:
-    """The wanted frames by index, and how many frames there were in all."""
-    keep, frames, count = set(wanted), {}, 0
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        try:
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise ValueError(
-                        f"path: got {fspath(path)} with a damaged frame {count}, want the whole file (truncated?)"
-                    )
-                if count in keep:
-                    frames[count] = frame.to_ndarray(format="rgb24")
-                count += 1
-        except _av().error.FFmpegError as error:
-            raise ValueError(f"path: got {fspath(path)}, whose frame {count} cannot be decoded ({error})") from error
-    return frames, count
+def _timeline(clock: Clock) -> _Timeline:
+    header = clock.header_rate
+    if None in clock.stamps:
+        rate = header or Fraction(25)
+        return _Timeline(range(len(clock.stamps)), 1 / rate, rate)
+    steps = sorted(b - a for a, b in zip(clock.stamps, clock.stamps[1:], strict=False) if b > a)
+    step = steps[len(steps) // 2] if steps else clock.last_duration or 1
+    ticks, shift = [], 0
+    for stamp in clock.stamps:
+        if ticks and stamp + shift < ticks[-1]:  # the clock was set back
+            shift = ticks[-1] + step - stamp
+        ticks.append(stamp + shift)
+    measured = len(ticks) / ((ticks[-1] - ticks[0] + (clock.last_duration or step)) * clock.time_base)
+    close = header is not None and abs(header - measured) * 100 <= measured
+    return _Timeline(ticks, clock.time_base, header if close else measured)
+
+
+def _select(clip: _Timeline, num_frames: int, fps: Fraction | None, by: str) -> list[int]:
+    """Indices of the frames to take, as ``load_video`` describes them."""
+    total, ticks = len(clip.ticks), clip.ticks
+    if fps is None and by == "index":
+        return sample_indices(total, num_frames)
+    if fps is None:
+        spacing = Fraction(ticks[-1] - ticks[0], max(1, num_frames - 1))
+        return [clip.on_screen(ticks[0] + k * spacing) for k in range(num_frames)]
+    if by == "index":
+        every = max(1, round(clip.rate / fps))
+        return [k * every for k in _thinned(-(-total // every), num_frames)]
+    spacing = 1 / (fps * clip.time_base)
+    return [clip.on_screen(ticks[0] + k * spacing) for k in _thinned((ticks[-1] - ticks[0]) // spacing + 1, num_frames)]
+
+
+def _thinned(count: int, at_most: int) -> list[int]:
+    """All of ``count`` indices, or ``at_most`` of them as the released evaluation takes them."""
+    if count <= at_most:
+        return list(range(count))
+    spacing = count / at_most if count < 2**53 else Fraction(count, at_most)
+    return [round((i + 1) * spacing - 1) for i in range(at_most)]
