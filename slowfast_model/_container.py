@@ -31,7 +31,7 @@ _NO_VIDEO = (
     (b"ffconcat version", "a list of other files, want the video file itself"),
     (b"version https://git-lfs", "a Git LFS pointer, want the file itself: git lfs pull"),
 )
-_STORED_DURATION = {"mp4", "matroska", "flv", "avi", "asf", "mxf", "ivf"}  # elsewhere FFmpeg guesses it from the data
+_STORED_DURATION = {"mp4", "matroska", "flv", "asf", "mxf", "ivf"}  # elsewhere FFmpeg guesses it from the data
 _BUFFER = 1 << 18
 
 
@@ -134,7 +134,10 @@ def _opened(path: str | bytes | os.PathLike, name: str) -> Iterator[tuple[Any, _
         source = _Source(file)
         try:
             container = av.open(
-                source, options={"protocol_whitelist": "none"}, metadata_errors="replace", buffer_size=_BUFFER
+                source,
+                container_options={"protocol_whitelist": "none"},  # ``options`` makes PyAV 15 and 16 crash on FLV
+                metadata_errors="replace",
+                buffer_size=_BUFFER,
             )
         except (av.error.FFmpegError, OSError, ValueError) as error:
             what = f"which is no readable video ({_cause(error)}); is the file truncated?"
@@ -226,8 +229,10 @@ def _expected_clock(packets: list[_Packet], stream: Any) -> Clock:
 def _check_end(end: Fraction, duration: Fraction, clock: Clock, name: str) -> None:
     """Refuse a file whose streams, all of them, end before the duration that its header holds."""
     stamps = [stamp for stamp in clock.stamps if stamp is not None]
-    frame = (stamps[-1] - stamps[0]) * clock.time_base / (len(stamps) - 1) if len(stamps) > 1 else Fraction(0)
-    if duration - end > max(Fraction(3, 2) * frame, Fraction(1, 20)):
+    period = 1 / clock.header_rate if clock.header_rate else Fraction(0)
+    if len(stamps) > 1:
+        period = max(period, (stamps[-1] - stamps[0]) * clock.time_base / (len(stamps) - 1))
+    if duration - end > max(Fraction(3, 2) * period, Fraction(1, 20)):  # how long the last frame lasts may be unknown
         what = f"which ends at {float(end):.2f} s of {float(duration):.2f} s, want the whole file (truncated?)"
         raise refusal(name, what)
 
@@ -277,7 +282,7 @@ def decode(path: str | bytes | os.PathLike, name: str, scan: Scan, wanted: set[i
             size = frame.width, frame.height
             if len(stamps) in wanted:
                 try:
-                    picture = _upright(frame.to_ndarray(format="rgb24"), frame)
+                    picture = np.ascontiguousarray(_upright(frame.to_ndarray(format="rgb24"), frame))
                 except (av.error.FFmpegError, OSError, ValueError) as error:
                     what = f"whose frame {len(stamps)} ({frame.format.name}) has no RGB form ({_cause(error)})"
                     raise refusal(name, what) from error
@@ -375,7 +380,10 @@ def _upright(picture: np.ndarray, frame: Any) -> np.ndarray:
     The matrix [[a, b, u], [c, d, v], [x, y, w]] takes the stored column p and row q to the displayed column a p + c q
     + x and row b p + d q + y.
     """
-    matrix = frame.side_data.get(_av().sidedata.sidedata.Type.DISPLAYMATRIX)
+    try:
+        matrix = frame.side_data.get(_av().sidedata.sidedata.Type.DISPLAYMATRIX)
+    except ValueError:  # the frame has side data of a kind that this PyAV does not know: it gives the angle alone
+        return np.rot90(picture, round(frame.rotation / 90) % 4)
     if matrix is None:
         return picture
     a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32, count=5).tolist()

@@ -44,7 +44,7 @@ def _mp4(file: BinaryIO, size: int) -> bool | None:
         if not head.strip(b"\0"):
             break  # padding
         if len(head) < 8:
-            return False
+            return head[0] != 0  # a length below 16 MB begins with 0; anything else was appended
         length, kind = struct.unpack_from(">I4s", head)
         if kind not in _MP4_BOXES:
             break  # something else was appended
@@ -75,13 +75,13 @@ def _matroska(file: BinaryIO, size: int) -> bool | None:
         if id_bytes > 4:
             break  # no element: something else was appended
         if len(head) <= id_bytes:
-            return False
+            return stated
         length_bytes = 9 - head[id_bytes].bit_length()
         if length_bytes > 8:
             break
         field = head[id_bytes : id_bytes + length_bytes]
         if len(field) < length_bytes:
-            return False
+            return stated
         unknown = (1 << 7 * length_bytes) - 1
         length = int.from_bytes(field, "big") & unknown
         position += id_bytes + length_bytes
@@ -105,7 +105,7 @@ def _riff(file: BinaryIO, size: int) -> bool | None:
     while position < size:
         head = _at(file, position, 8)
         if len(head) < 8:
-            return not head.strip(b"\0")
+            return not any(known.startswith(head[:4]) for known in (b"RIFF", *_RIFF_CHUNKS))
         kind, length = struct.unpack("<4sI", head)
         if kind == b"RIFF":
             position += 12
@@ -204,6 +204,20 @@ def _asf(file: BinaryIO, size: int) -> bool | None:
     return size >= stated
 
 
+def _y4m(file: BinaryIO, size: int) -> bool | None:
+    """A header line with the width, height and format, then frames of one length, each after a line ``FRAME``."""
+    header, newline, rest = _at(file, 0, 4096).partition(b"\n")
+    tags = {tag[:1]: tag[1:].decode("ascii", "replace") for tag in header.split()[1:]}
+    chroma, _, depth = tags.get(b"C", "420").partition("p")
+    across, down = {"420": (2, 2), "422": (2, 1), "444": (1, 1), "411": (4, 1)}.get(chroma[:3], (0, 0))
+    if not rest.startswith(b"FRAME\n") or not across or "alpha" in chroma:
+        return None
+    width, height = int(tags[b"W"]), int(tags[b"H"])
+    samples = width * height + 2 * -(-width // across) * -(-height // down)
+    frame = len(b"FRAME\n") + samples * (2 if depth.isdigit() else 1)
+    return (size - len(header + newline)) % frame == 0
+
+
 def _png(file: BinaryIO, size: int) -> bool | None:
     """The last chunk of a PNG, animated or not, is IEND."""
     return b"IEND" in _at(file, max(0, size - _TAIL), _TAIL)
@@ -226,6 +240,7 @@ _WALKS: dict[str, Callable[[BinaryIO, int], bool | None]] = {
     "ogg": _ogg,
     "gif": _gif,
     "asf": _asf,
+    "yuv4mpegpipe": _y4m,
     "apng": _png,
     "png_pipe": _png,
     "mjpeg": _jpeg,

@@ -78,13 +78,15 @@ def load_video(
         recordings) it goes on from the frame before.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a readable video, no video track, no frames, cut short or
-        damaged, or a picture size that changes; or ``num_frames``, ``fps`` or ``by`` out of range. TypeError:
-        ``path``, ``num_frames`` or ``fps`` of another type. ImportError: PyAV is not installed.
+        FileNotFoundError: no such file.
+        ValueError: not a readable video, no video track, no frames, cut short or damaged, or a picture size that
+            changes; or ``num_frames``, ``fps`` or ``by`` out of range.
+        TypeError: ``path``, ``num_frames`` or ``fps`` of another type.
+        ImportError: PyAV is not installed.
     """
     num_frames = _frame_count(num_frames)
     rate = None if fps is None else _exact_rate(fps)
-    if by not in _ORDERS:
+    if not isinstance(by, str) or by not in _ORDERS:
         raise ValueError(f"by: got {by!r}, want {' or '.join(map(repr, _ORDERS))}")
     name = file_name(path)
 
@@ -142,7 +144,9 @@ class _Timeline:
         return self.ticks[index] * self.time_base.numerator / self.time_base.denominator
 
     def on_screen(self, tick: Fraction) -> int:
-        return max(0, bisect_right(self.ticks, tick) - 1)
+        """The frame shown at a time; stamps in milliseconds (Matroska, FLV) and finer are rounded ones."""
+        rounding = Fraction(1, 2) if self.time_base <= Fraction(1, 1000) else 0
+        return max(0, bisect_right(self.ticks, tick + rounding) - 1)
 
 
 def _timeline(clock: Clock) -> _Timeline:
