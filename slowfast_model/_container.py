@@ -328,6 +328,8 @@ def _displayed(
         except (av.error.FFmpegError, OSError) as error:
             if _holds_picture(bytes(packet), stream.codec_context):
                 what = f"whose frame {len(done)} cannot be decoded ({_cause(error)})"
+                if container.format.name == "webp_pipe":
+                    what += "; an animated WebP is not: convert it to GIF, PNG or MP4"
                 raise refusal(name, what) from error
             continue
         for frame in decoded:

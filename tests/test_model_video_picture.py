@@ -40,7 +40,7 @@ def write_tracks(path, *tracks, first=()):
             stream.width = stream.height = size
             stream.pix_fmt = "yuv420p"
             if disposition:
-                stream.disposition = int(disposition)
+                stream.disposition = disposition.value
             streams.append(stream)
         for shade, (stream, (num_frames, rate, size, _)) in enumerate(zip(streams, tracks, strict=True)):
             for i in range(num_frames):
@@ -151,7 +151,7 @@ def test_a_cover_beside_a_video_is_not_taken(tmp_path, cover):
     with av.open(str(path), "w") as container:
         picture, video = container.add_stream("png", rate=1), container.add_stream("mpeg4", rate=10)
         picture.width = picture.height = 256
-        picture.pix_fmt, picture.disposition = "rgb24", int(Disposition.attached_pic)
+        picture.pix_fmt, picture.disposition = "rgb24", Disposition.attached_pic.value
         video.width = video.height = 64
         video.pix_fmt = "yuv420p"
         container.mux(picture.encode(av.VideoFrame.from_ndarray(gray(13, 256, 256), format="rgb24")))
@@ -202,8 +202,26 @@ def test_palettes_become_rgb(tmp_path, pixels):
     assert load_video(path, 5).shape == (5, 64, 64, 3)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp"])
+def test_an_animated_webp_is_decoded_or_called_so(tmp_path):
+    path = write_clip(tmp_path / "clip.webp", 5, codec="libwebp_anim", pixels="bgra")
+    try:
+        frames = load_video(path, 5)
+    except ValueError as error:
+        assert "animated WebP" in str(error)
+    else:
+        assert brightness(frames) == shades(5)
+
+
+PICTURES = {
+    ".png": ("png", "rgb24"),
+    ".jpg": ("mjpeg", "yuvj420p"),
+    ".bmp": ("bmp", "bgr24"),
+    ".tiff": ("tiff", "rgb24"),
+}
+
+
+@pytest.mark.parametrize("suffix", PICTURES)
 def test_a_picture_file_is_a_clip_of_one_frame(tmp_path, suffix):
-    codec, pixels = {".png": ("png", "rgb24"), ".jpg": ("mjpeg", "yuvj420p"), ".bmp": ("bmp", "bgr24")}[suffix]
+    codec, pixels = PICTURES[suffix]
     path = write_clip(tmp_path / f"picture{suffix}", 1, codec=codec, pixels=pixels, live_format="image2pipe")
     assert brightness(load_video(path, 2)) == [0, 0]

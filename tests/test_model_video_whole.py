@@ -126,6 +126,22 @@ def test_flv_tags_that_end_before_the_duration_are_refused(tmp_path):
         load_video(keep_bytes(path, position), 4)
 
 
+def test_a_transport_stream_that_ends_inside_a_packet_is_refused(tmp_path):
+    path = write_clip(tmp_path / "clip.ts", 40, codec="libx264")  # a frame is one packet
+    data = path.read_bytes()
+    for whole_packets in range(30, 40):
+        path.write_bytes(data[: 188 * whole_packets + 50])
+        with pytest.raises(ValueError, match="cut short"):
+            load_video(path, 4)
+
+
+def test_an_animated_png_that_ends_between_two_frames_is_refused(tmp_path):
+    path = write_clip(tmp_path / "clip.apng", 20, codec="apng", pixels="rgb24")
+    data = path.read_bytes()
+    with pytest.raises(ValueError, match="cut short"):
+        load_video(keep_bytes(path, data.index(b"fcTL", len(data) // 2) - 4), 4)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".avi", ".mov"])
 @pytest.mark.parametrize("start", [0, 20], ids=["", "video_from_2_s_on"])
 @pytest.mark.parametrize("audio_seconds", [1, 6])
@@ -312,6 +328,15 @@ def test_a_read_error_is_not_the_end_of_the_file(tmp_path, monkeypatch, suffix):
         builtins, "open", lambda name, *rest, **more: Failing(name) if name == path else real(name, *rest, **more)
     )
     with pytest.raises(ValueError, match="Input/output error"):
+        load_video(path, 4)
+
+
+def test_a_file_that_cannot_be_read_on_is_refused(tmp_path):
+    path = write_clip(tmp_path / "clip.y4m", 20, codec="wrapped_avframe")
+    data = path.read_bytes()
+    middle = data.index(b"FRAME", len(data) // 2)
+    path.write_bytes(data[:middle] + b"frame" + data[middle + 5 :])
+    with pytest.raises(ValueError, match="unreadable after 10 frames"):
         load_video(path, 4)
 
 
