@@ -206,9 +206,9 @@ def scan(path: str | bytes | os.PathLike, name: str) -> Scan:
             damaged = _damaged(found, file)
         if whole is False:
             raise refusal(name, f"cut short after {len(found)} frames, want the whole file (truncated?)")
-        if not found:
-            raise refusal(name, "with no video frames")
         clock = _expected_clock(found, stream)
+        if not clock.stamps:
+            raise refusal(name, "with no video frames")
         if whole is None and container.duration and _STORED_DURATION & set(container.format.name.split(",")):
             _check_end(end, Fraction(container.duration, 1_000_000), clock, name)
         keys = [number for number, packet in enumerate(found) if packet.is_key]

@@ -204,12 +204,13 @@ def test_palettes_become_rgb(tmp_path, pixels):
 
 def test_an_animated_webp_is_decoded_or_called_so(tmp_path):
     path = write_clip(tmp_path / "clip.webp", 5, codec="libwebp_anim", pixels="bgra")
-    try:
-        frames = load_video(path, 5)
-    except ValueError as error:
-        assert "animated WebP" in str(error)
+    with av.open(str(path)) as container:
+        decodes = container.format.name != "webp_pipe"  # FFmpeg's reader of still pictures
+    if decodes:
+        assert brightness(load_video(path, 5)) == shades(5)
     else:
-        assert brightness(frames) == shades(5)
+        with pytest.raises(ValueError, match="animated WebP"):
+            load_video(path, 5)
 
 
 PICTURES = {

@@ -175,6 +175,12 @@ def test_an_edit_list_shows_a_part_of_what_an_mp4_holds(tmp_path, reordered, fir
     assert brightness(load_video(path, shown)) == [(round(first * 10) + i) % 14 for i in range(shown)]
 
 
+def test_an_edit_list_that_shows_no_frame_is_refused(tmp_path):
+    path = show_part(write_clip(tmp_path / "clip.mp4", 60), 100.0, 1.0)
+    with pytest.raises(ValueError, match="no video frames"):
+        load_video(path, 4)
+
+
 def test_repeated_pictures_of_an_avi_are_not_frames(tmp_path):
     times = [0, 1, 2, 5, 6, 9, 10, 11, 15, 16, 17, 20]
     path = write_clip(tmp_path / "clip.avi", 12, times=times)
