@@ -57,7 +57,8 @@ def load_video(
     ``path`` is the name of a local file whatever it looks like; nothing that it refers to is opened. The display
     matrix (rotation, mirror) is applied, the pixel aspect ratio is not. A file is refused where its structure, its
     damaged packets or frames, a read error or (for containers that store one) its duration say that a part is
-    missing; what nothing tells, such as a raw stream cut between two frames, is taken as it is. A stream that begins
+    missing; what nothing tells, such as a raw stream cut between two frames, is taken as it is. Damage inside a
+    frame is found as far as its decoder reports it: those of HEVC, VP9 and AV1 report little. A stream that begins
     between key frames is taken from its first key frame on.
 
     Cost: the file is read twice and decoded once, and once more if its packets foretell other frames than are
