@@ -33,7 +33,7 @@ def pytest_report_header():
 
 def pytest_collection_modifyitems(items):
     """Longest first, so that parallel workers end together; they must all have found the same names."""
-    changing = [item.nodeid for item in items if " object at 0x" in item.nodeid]
+    changing = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if changing:
         raise pytest.UsageError(f"names that hold an address differ from worker to worker: {changing}")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -97,7 +97,7 @@ def test_a_name_need_not_be_unicode(tmp_path, clip):
     assert brightness(load_video(os.fsdecode(path), 10)) == shades(10)
 
 
-@pytest.mark.parametrize("path", [None, 3, 3.5, ["clip.mp4"], memoryview(b"clip.mp4")], ids=repr)
+@pytest.mark.parametrize("path", [None, 3, 3.5, ["clip.mp4"], memoryview(b"clip.mp4")], ids=lambda x: type(x).__name__)
 def test_what_is_no_name_is_refused(path):
     with pytest.raises(TypeError, match="path: got"):
         load_video(path)
