@@ -16,6 +16,18 @@ import slowfast_kernels as sk
 from .cache import SelfKVCache, SlowContext
 from .config import SlowFastConfig
 from .layers import MLP, RMSNorm, Rope, apply_rope
+from .plain import is_plain
+
+ACTIVATIONS = {"tanh": torch.tanh, "linear": lambda x: x}  # of a gate that the kernel does not compute
+
+
+def _in_one_dtype(weight: Tensor, bias: Tensor, warm_up: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The kernel reads a gate's weights in one type: the widest that one of them is kept in."""
+    widest = torch.promote_types(weight.dtype, bias.dtype)
+    if warm_up is not None:
+        widest = torch.promote_types(widest, warm_up.dtype)
+        warm_up = warm_up.to(widest)
+    return weight.to(widest), bias.to(widest), warm_up
 
 
 class SelfAttention(nn.Module):
@@ -62,19 +74,39 @@ class HybridAttention(SelfAttention):
         self.cross_attn_gate_proj = nn.Sequential(nn.Linear(config.num_attention_heads * config.head_dim, 1))
         self.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1)) if config.has_warm_up else None
 
-    def project_slow(self, slow: SlowContext, norm: RMSNorm) -> Tensor:
-        """K and V of the slow tokens, [Ns, Hkv, 2, D] interleaved as the projection writes them.
+    def project_slow(self, tokens: Tensor, norm_weight: Tensor | None) -> Tensor:
+        """K and V of normalised slow tokens [Ns, C], as [Ns, Hkv, 2, D]: interleaved as the projection writes them.
 
-        Normalised tokens (inference) meet a projection that carries the norm's weight: one GEMM and no pass over the
-        tokens. The product is formed afresh, a read of the projection a prefill, so that nothing can go stale.
+        ``norm_weight`` [C]: the tokens lack the norm's weight, so the projection carries it: one GEMM and no pass over
+        the tokens. The product is formed afresh, a read of the projection a prefill, so that nothing can go stale.
         """
         proj = self.cross_attn_kv_proj
-        if slow.tokens_are_normalised:
-            weight = (proj.weight.float() * norm.weight.float()).to(proj.weight.dtype)
-            kv = F.linear(slow.tokens, weight, proj.bias)
+        if norm_weight is None:
+            kv = proj(tokens)
         else:
-            kv = proj(norm(slow.tokens))
-        return kv.view(-1, self.num_kv_heads, 2, self.head_dim)
+            computed = torch.promote_types(proj.weight.dtype, torch.float32)
+            weight = (proj.weight.to(computed) * norm_weight.to(computed)).to(proj.weight.dtype)
+            kv = F.linear(tokens, weight, proj.bias)
+        return kv.reshape(-1, self.num_kv_heads, 2, self.head_dim)
+
+    def gating(self, state: Tensor, text_rows: Tensor) -> tuple[Tensor | None, ...]:
+        """Gate weight, gate bias, warm-up factor and gate values of the attention op.
+
+        A plain gate gives its weights, for the kernel to read; any other is called, and gives values [Nt] after the
+        activation, in the type that the kernel would have computed them in.
+        """
+        gate, warm_up = self.cross_attn_gate_proj, self.cross_attn_warm_up_gate
+        if is_plain(gate, nn.Sequential) and len(gate) == 1:
+            (linear,) = gate
+            if is_plain(linear, nn.Linear) and linear.bias is not None:
+                return *_in_one_dtype(linear.weight, linear.bias, warm_up), None
+        rows = state.index_select(0, text_rows)
+        computed = torch.promote_types(state.dtype, torch.float32)
+        weights = [p for p in gate.parameters() if p.is_floating_point()]
+        if weights and all(p.dtype == computed for p in weights):  # kept in float32 beside a half precision model
+            rows = rows.to(computed)
+        value = ACTIVATIONS[self.gate](gate(rows).flatten().to(computed))
+        return None, None, None if warm_up is None else warm_up.to(computed), value
 
     def forward(
         self,
@@ -82,23 +114,31 @@ class HybridAttention(SelfAttention):
         rope: Rope,
         cache: SelfKVCache | None,
         slow: SlowContext | None = None,
-        slow_kv: Tensor | None = None,
+        slow_tokens: Tensor | None = None,
+        norm_weight: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
+        """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``slow`` has this layer's K and V."""
         a, q = self.attend(x, rope, cache)
-        if slow_kv is not None:
-            gate_proj = self.cross_attn_gate_proj[0]
+        if slow is not None:
+            if slow_tokens is None:
+                slow_kv = slow.kv[self.layer]
+            else:
+                slow_kv = self.project_slow(slow_tokens, norm_weight).to(q.dtype)
+            if cache is not None:
+                slow.kv[self.layer] = slow_kv
+            state = a.flatten(0, 1)
+            *gating, value = self.gating(state, slow.text_rows)
             a = sk.slowfast_cross_attention(
-                a.flatten(0, 1),
+                state,
                 q.flatten(0, 1),
                 slow_kv,
                 slow.cu_slow,
                 slow.text_rows,
                 slow.cu_text,
-                gate_proj.weight,
-                gate_proj.bias,
-                self.cross_attn_warm_up_gate,
+                *gating,
                 gate=self.gate,
+                gate_value=value,
                 warm_up_tanh=self.warm_up_tanh,
                 backend=backend,
             ).view_as(a)
@@ -115,6 +155,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rms_norm_eps = config.rms_norm_eps
+
+    @property
+    def folds_norm(self) -> bool:
+        """Whether slow tokens that are normalised once for all layers do for this one: nothing but weights follows."""
+        norm, proj = self.input_layernorm, getattr(self.self_attn, "cross_attn_kv_proj", None)
+        return is_plain(norm, RMSNorm) and norm.eps == self.rms_norm_eps and is_plain(proj, nn.Linear)
 
     def forward(
         self,
@@ -127,11 +174,12 @@ class DecoderLayer(nn.Module):
         """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or read while decoding."""
         hybrid_inputs = ()
         if self.is_hybrid and slow is not None:
-            slow_kv = slow.kv.get(self.layer)
-            if slow_kv is None:
-                slow_kv = self.self_attn.project_slow(slow, self.input_layernorm)
-            if cache is not None:
-                slow.kv[self.layer] = slow_kv
-            hybrid_inputs = (slow, slow_kv, backend)
+            tokens = norm_weight = None
+            is_projected = slow.tokens is None or (cache is not None and self.layer in slow.kv)
+            if not is_projected and slow.tokens_are_normalised and self.folds_norm:
+                tokens, norm_weight = slow.tokens, self.input_layernorm.weight
+            elif not is_projected:
+                tokens = self.input_layernorm(slow.tokens)
+            hybrid_inputs = (slow, tokens, norm_weight, backend)
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, *hybrid_inputs)
         return x + self.mlp(self.post_attention_layernorm(x))

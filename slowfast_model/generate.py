@@ -64,13 +64,13 @@ class DecodeSession:
         x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None)
         config, device = model.config, x.device
         batch, capacity = len(layout.lengths), x.shape[1] + max_new_tokens
-        dtype = compute_dtype(model.lm_head.weight)
+        dtype = compute_dtype(x.dtype, x.device)
         heads = (config.num_key_value_heads, config.head_dim)
         self.cache = SelfKVCache(
             config.num_hidden_layers, batch, capacity, *heads, dtype=dtype, device=device, backend=model.backend
         )
 
-        self._cos, self._sin = model.rope(torch.arange(capacity, device=device))
+        self._cos, self._sin = model.rope(torch.arange(capacity, device=device), x.dtype)
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
         hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
         self.position = torch.tensor(layout.lengths, device=device)

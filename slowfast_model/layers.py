@@ -54,7 +54,15 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """What a linear layer returns: the autocast type where autocast is on, else the parameter's."""
-    device = parameter.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a linear layer returns for activations of ``dtype``: the autocast type where autocast is on."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # of meta, torch cannot be asked
+        return dtype
+    return torch.get_autocast_dtype(device.type)
+
+
+def weights_dtype(*modules: nn.Module) -> torch.dtype:
+    """The dtype of the first weight that is computed with as it is stored: quantised ones are integers, or one byte."""
+    weights = (p for module in modules for p in module.parameters())
+    dtypes = (p.dtype for p in weights if p.is_floating_point() and p.element_size() > 1)
+    return next(dtypes, torch.get_default_dtype())

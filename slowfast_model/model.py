@@ -25,7 +25,7 @@ from .attention import DecoderLayer
 from .cache import SelfKVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import generate
-from .layers import RMSNorm, Rope, compute_dtype, rope_at
+from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
 from .tokens import IGNORE_INDEX, Layout, splice
 from .vision import build_projector, check_features, slow_and_fast_tokens
 
@@ -136,12 +136,12 @@ class SlowFastForCausalLM(nn.Module):
         runs, in the order of a batch with videos. So every parameter gets a gradient (zeros), and the ranks of a
         data-parallel job, which gather weights as modules run, agree.
         """
-        inference = not torch.is_grad_enabled()
+        normalise = not torch.is_grad_enabled() and self._folds_norms()
         videos = [] if frame_features is None else frame_features
         self._check_inputs(input_ids, videos)
         slow, fast, counts = None, None, []
         if videos:
-            slow, fast, counts = self._slow_and_fast(videos, inference)
+            slow, fast, counts = self._slow_and_fast(videos, self.config.rms_norm_eps if normalise else None)
         elif run_every_module:
             slow = fast = self._no_tokens(input_ids.device)
         layout = splice(
@@ -159,43 +159,49 @@ class SlowFastForCausalLM(nn.Module):
         context = None
         if self.config.hybrid_layers and slow is not None:
             context = SlowContext(
-                layout.cu_slow, layout.text_rows, layout.cu_text, tokens=slow, tokens_are_normalised=inference
+                layout.cu_slow, layout.text_rows, layout.cu_text, tokens=slow, tokens_are_normalised=normalise
             )
         return F.embedding(layout.source, rows), layout, context
 
     def _check_inputs(self, input_ids: Tensor, frame_features: Sequence[Tensor]) -> None:
         """Ids and features are where the weights are, and features are in their dtype; values are ``splice``'s."""
         check_dense("input_ids", input_ids, "[B, L]")
-        weight = self.model.embed_tokens.weight
-        device, dtypes = weight.device, (weight.dtype,)
-        if type(weight) not in (Tensor, nn.Parameter) or device.type == "meta":
-            device, dtypes = input_ids.device, MIXED_DTYPES  # sharded or offloaded: not yet what it computes with
-        elif compute_dtype(weight) != weight.dtype:
+        device, dtypes = input_ids.device, (weights_dtype(self),)
+        weight = next(self.model.embed_tokens.parameters(), None)
+        if weight is not None and type(weight) not in (Tensor, nn.Parameter):
+            dtypes = MIXED_DTYPES  # sharded: not yet what it computes with
+        elif weight is not None and not weight.is_meta:  # on meta: offloaded
+            device = weight.device
+        if compute_dtype(dtypes[0], input_ids.device) != dtypes[0]:
             dtypes = MIXED_DTYPES  # autocast
         if input_ids.device != device:
             raise ValueError(f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device)")
         check_features(frame_features, self.config.mm_hidden_size, dtypes, device)
 
-    def _slow_and_fast(self, frame_features: Sequence[Tensor], inference: bool):
+    def _folds_norms(self) -> bool:
+        """Whether one normalisation of the slow tokens serves every hybrid layer. A wrapper that hides a layer: no."""
+        return all(getattr(self.model.layers[i], "folds_norm", False) for i in self.config.hybrid_layers)
+
+    def _slow_and_fast(self, frame_features: Sequence[Tensor], norm_eps: float | None):
         """Slow [Ns, C] and fast [Nf, C] tokens and the (fast, slow) counts of each video."""
         sizes = [len(x) * x.shape[1] for x in frame_features]
         flat = [x.flatten(0, 1) for x in frame_features]
         projected = self.model.mm_projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
         videos = [y.view(len(x), x.shape[1], -1) for x, y in zip(frame_features, projected, strict=True)]
-        return slow_and_fast_tokens(videos, self.config, self.config.rms_norm_eps if inference else None, self.backend)
+        return slow_and_fast_tokens(videos, self.config, norm_eps, self.backend)
 
     def _no_tokens(self, device: torch.device) -> Tensor:
         """The projector's [0, C]."""
         width = self.config.mm_hidden_size
         if width is None:
-            return torch.zeros(0, self.config.hidden_size, dtype=self.model.embed_tokens.weight.dtype, device=device)
-        weights = (w for w in self.model.mm_projector.parameters() if w.is_floating_point())
-        dtype = next(weights, self.model.embed_tokens.weight).dtype
+            return torch.zeros(0, self.config.hidden_size, dtype=weights_dtype(self), device=device)
+        dtype = weights_dtype(self.model.mm_projector, self)
         return self.model.mm_projector(torch.zeros(0, width, dtype=dtype, device=device))
 
-    def rope(self, positions: Tensor) -> Rope:
-        """Rotary tables at ``positions``, in the type that the layers compute in."""
-        return rope_at(positions, self.config.head_dim, self.config.rope_theta, compute_dtype(self.lm_head.weight))
+    def rope(self, positions: Tensor, dtype: torch.dtype | None = None) -> Rope:
+        """Rotary tables at ``positions``, in the type that the layers compute in, given embeddings of ``dtype``."""
+        dtype = compute_dtype(dtype or weights_dtype(self), positions.device)
+        return rope_at(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
     # -------------------------------------------------------------------------------------- calls
 
@@ -228,7 +234,7 @@ class SlowFastForCausalLM(nn.Module):
         training = self.training and torch.is_grad_enabled()
         x, layout, slow = self.prepare(input_ids, frame_features, attention_mask, labels, run_every_module=training)
         positions = torch.arange(x.shape[1], device=x.device)
-        logits = self.lm_head(self.model(x, self.rope(positions), slow, backend=self.backend))
+        logits = self.lm_head(self.model(x, self.rope(positions, x.dtype), slow, backend=self.backend))
         loss = None if labels is None else self._loss(logits, layout.labels)
         return SlowFastOutput(logits, loss, layout.attention_mask, layout.token_types, layout.labels)
 

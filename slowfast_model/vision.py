@@ -165,7 +165,8 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32) -> Tenso
     chunk = min(integer("chunk", chunk, 1, "a number of frames >= 1"), len(frames))
     weights = (x for x in (*tower.parameters(), *tower.buffers()) if x.is_floating_point())
     like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
-    parts = (part.to(like.device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))
+    device = frames.device if like.is_meta else like.device  # on meta: offloaded, and fetched when the tower is called
+    parts = (part.to(device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))
     return torch.cat([_features(tower(part), len(part)) for part in parts])
 
 
