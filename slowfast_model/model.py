@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 
 from slowfast_kernels.heuristics import BACKENDS
@@ -205,6 +206,16 @@ class SlowFastForCausalLM(nn.Module):
 
     # -------------------------------------------------------------------------------------- calls
 
+    def _start(self, *inputs) -> tuple[Tensor, Rope, Layout, SlowContext | None]:
+        """What comes before the layers: Python over lengths, and tables that are the same bits in every run."""
+        training = self.training and torch.is_grad_enabled()
+        x, layout, slow = self.prepare(*inputs, run_every_module=training)
+        return x, self.rope(torch.arange(x.shape[1], device=x.device), x.dtype), layout, slow
+
+    # The one graph break of torch.compile(model), on purpose: a batch is laid out by its values. This form of
+    # torch.compiler.disable, which torch's optimizers use, does not import the compiler (seconds) before it is needed.
+    _start_uncompiled = _disable_dynamo(_start)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -231,10 +242,9 @@ class SlowFastForCausalLM(nn.Module):
         Raises:
             ValueError, TypeError: as ``tokens.splice`` and ``vision.check_features`` say.
         """
-        training = self.training and torch.is_grad_enabled()
-        x, layout, slow = self.prepare(input_ids, frame_features, attention_mask, labels, run_every_module=training)
-        positions = torch.arange(x.shape[1], device=x.device)
-        logits = self.lm_head(self.model(x, self.rope(positions, x.dtype), slow, backend=self.backend))
+        start = self._start_uncompiled if torch.compiler.is_compiling() else self._start
+        x, rope, layout, slow = start(input_ids, frame_features, attention_mask, labels)
+        logits = self.lm_head(self.model(x, rope, slow, backend=self.backend))
         loss = None if labels is None else self._loss(logits, layout.labels)
         return SlowFastOutput(logits, loss, layout.attention_mask, layout.token_types, layout.labels)
 
