@@ -7,6 +7,7 @@ Functions take validated tensors (see ``ops``) and the backend signatures that c
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,20 @@ from torch import Tensor
 
 from .gate import Gate
 from .pool_plan import PoolPlan, VideoPlan
+
+
+def _without_autocast(op: Callable) -> Callable:
+    """Autocast would narrow the products that are widened here; an op's precision is its arguments'."""
+
+    @wraps(op)
+    def exact(first: Tensor, *args):
+        device = first.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return op(first, *args)
+        return op(first, *args)
+
+    return exact
 
 
 def _fp32_or_wider(x: Tensor) -> Tensor:
@@ -41,6 +56,7 @@ def _inverse_rms(tokens: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(tokens.pow(2).mean(-1, keepdim=True) + eps)
 
 
+@_without_autocast
 def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """frames [F, H * W, C] -> slow [Ns, C], cu_slow, fast [Nf, C], cu_fast (prefix sums int32 [B + 1])."""
     slow, fast = [], []
@@ -62,6 +78,7 @@ def _unpool_cells(grad: Tensor, stride: int, grid: tuple[int, int]) -> Tensor:
     return F.pad(spread, (0, 0, 0, grid[1] - spread.shape[2], 0, grid[0] - spread.shape[1]))
 
 
+@_without_autocast
 def pool_backward(
     grad_slow: Tensor, grad_fast: Tensor, frames: Tensor, plan: PoolPlan, norm_eps: float | None
 ) -> Tensor:
@@ -103,6 +120,7 @@ def _heads_of(slow_kv: Tensor, tokens: slice, num_q_heads: int) -> tuple[Tensor,
     return tuple(x.transpose(0, 1).repeat_interleave(group, 0) for x in (keys, values))
 
 
+@_without_autocast
 def text_cross_attention(
     q: Tensor,
     slow_kv: Tensor,
@@ -129,6 +147,7 @@ def text_cross_attention(
     return torch.cat(contexts), torch.cat(lses) if return_lse else None
 
 
+@_without_autocast
 def text_cross_attention_backward(
     grad_context: Tensor,
     grad_lse: Tensor | None,
@@ -195,6 +214,7 @@ def _warm_up_factor(like: Tensor, gate: Gate) -> Tensor:
     return warm_up.tanh() if gate.warm_up_tanh else warm_up
 
 
+@_without_autocast
 def gated_residual_mix(state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate) -> Tensor:
     """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
     rows = text_rows.long()
@@ -214,6 +234,7 @@ class MixGradients(NamedTuple):
     gate_value: Tensor | None
 
 
+@_without_autocast
 def gated_residual_mix_backward(
     grad: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate
 ) -> MixGradients:

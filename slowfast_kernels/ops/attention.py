@@ -60,15 +60,15 @@ def text_cross_attention(
     softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
     return_lse = checks.as_bool("return_lse", return_lse)
     num_splits = checks.as_int("num_splits", num_splits)
+    check_backend_name(backend)
     tensors = (q, slow_kv, cu_slow, text_rows, cu_text)
     if needs_formula(*tensors):
         scale = check_attention(*tensors, softmax_scale, num_splits)
         check_attention_data(*tensors)
-        check_backend_name(backend)
         context, lse = eager.text_cross_attention(*tensors, scale, return_lse, num_splits)
     else:
         options = (softmax_scale, return_lse, num_splits, backend)
-        context, lse = run_op(torch.ops.slowfast.text_cross_attention, _run, tensors, *options)
+        context, lse = run_op(torch.ops.slowfast.text_cross_attention, _run, _check, tensors, *options)
     return (context, lse) if return_lse else context
 
 
@@ -100,6 +100,10 @@ def check_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_
         return head_dim**-0.5
     checks.check_finite("softmax_scale", softmax_scale)
     return softmax_scale
+
+
+def _check(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, return_lse, num_splits, backend) -> None:
+    check_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits)
 
 
 def check_attention_data(q, slow_kv, cu_slow, text_rows, cu_text) -> None:
@@ -134,7 +138,7 @@ def addresses_aligned(*tensors: Tensor) -> bool:
     """16-byte base addresses: the one thing besides a signature that dispatch looks at."""
     try:
         return all(x.data_ptr() % 16 == 0 for x in tensors)
-    except (AttributeError, RuntimeError):  # no tensor, or one without an address: the checks say so
+    except (AttributeError, TypeError, RuntimeError):  # no tensor, or one without an address: the checks say so
         return False
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+FLOAT_NAMES = "float32, bfloat16 or float16 (float64 on backend='eager')"
 
 
 def describe(x: object) -> str:
@@ -20,21 +24,53 @@ def describe(x: object) -> str:
         return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
     if isinstance(x, np.ndarray):
         return f"numpy {x.dtype}{list(x.shape)}"
-    text = " ".join(repr(x).split())  # one line
-    return f"{type(x).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+    try:
+        return f"{type(x).__name__} {_shortened(repr(x))}"
+    except Exception:  # an object without a text is still named by its type
+        return type(x).__name__
+
+
+def named(value: object) -> str:
+    """What came where the name of an option belongs."""
+    return _shortened(repr(value)) if isinstance(value, str) else describe(value)
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())  # one line
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def fail(name: str, got: object, want: str) -> None:
-    raise ValueError(f"{name}: got {describe(got) if isinstance(got, Tensor) else got}, want {want}")
+    raise ValueError(f"{name}: got {describe(got) if isinstance(got, Tensor) else _shortened(str(got))}, want {want}")
 
 
 def check_dense(name: str, x: Tensor, shape: str) -> None:
+    """``x`` is a tensor of numbers that lie in memory, one after another or at strides."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {describe(x)}, want a tensor {shape}")
     if x.is_nested:
         raise TypeError(f"{name}: got a nested tensor, want a dense tensor {shape}")
+    if isinstance(x, torch.masked.MaskedTensor):
+        raise TypeError(f"{name}: got a masked tensor, want a plain tensor {shape} (call .get_data() on it first)")
+    if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
+        raise TypeError(f"{name}: got an uninitialized parameter, want a tensor {shape} (run its lazy module once)")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: got a tensor of layout {x.layout}, want torch.strided (call .to_dense() on it first)")
+    if _is_freed(x):
+        raise ValueError(f"{name}: got {describe(x)} whose memory was freed, want a tensor {shape} that holds numbers")
+
+
+def _is_freed(x: Tensor) -> bool:
+    """Its storage was resized to nothing, as sharding does to parameters between calls."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    try:
+        if x.data_ptr() != 0:
+            return False
+    except RuntimeError:  # a function transform's wrapper: the tensor inside has the memory
+        return False
+    needs_none = x.is_meta or not x.numel() or x._is_zerotensor() or torch._is_functional_tensor(x)
+    return not needs_none
 
 
 def check_tensor(name: str, x: Tensor, rank: int | tuple[int, ...], shape: str) -> None:
@@ -49,7 +85,7 @@ def check_tensor(name: str, x: Tensor, rank: int | tuple[int, ...], shape: str) 
 
 def check_float(name: str, x: Tensor) -> None:
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: got {x.dtype}, want float32, bfloat16 or float16 (float64 on backend='eager')")
+        raise TypeError(f"{name}: got {x.dtype}, want {FLOAT_NAMES}")
 
 
 def check_like(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
@@ -73,24 +109,30 @@ def check_index(name: str, x: Tensor, shape: str, reference_name: str, reference
 
 def as_int(name: str, value: object) -> int:
     """A Python int of its own from any integer (numpy's, a 0-d tensor); no caller's object is kept or changed."""
-    if type(value) is int:
+    if type(value) is int and -(2**63) <= value < 2**63:
         return value
     if isinstance(value, torch.SymInt) or (torch.compiler.is_compiling() and isinstance(value, int)):
         return value  # a symbolic length: making it an int here would compile every length anew
-    try:
-        return operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # several elements raise any of these
-        raise TypeError(f"{name}: got {describe(value)}, want an integer") from None
+    if type(value) is not int:
+        try:
+            value = operator.index(value)
+        except Exception:  # several elements raise this or that, and a type of the caller's may raise anything
+            raise TypeError(f"{name}: got {describe(value)}, want an integer") from None
+    if not -(2**63) <= value < 2**63:  # what a registered op can carry
+        raise ValueError(f"{name}: got {describe(value)}, want an integer of 64 bits")
+    return value
 
 
 def as_ints(name: str, values: object, what: str) -> list[int]:
-    """A list of Python ints from any sequence, array or 1-d tensor of integers."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    """A list of Python ints from any iterable in an order, array or 1-d tensor of integers."""
+    unordered = isinstance(values, (str, bytes, Set, Mapping)) or not isinstance(values, Iterable)
+    if unordered or (isinstance(values, (Tensor, np.ndarray)) and values.ndim != 1):
         raise TypeError(f"{name}: got {describe(values)}, want {what}")
     if isinstance(values, (Tensor, np.ndarray)):
-        if values.ndim != 1:
-            raise TypeError(f"{name}: got {describe(values)}, want {what}")
-        values = values.tolist()
+        try:
+            values = values.tolist()
+        except (RuntimeError, NotImplementedError):  # no memory, or not one number after another
+            raise TypeError(f"{name}: got {describe(values)} without numbers to read, want {what}") from None
     return [as_int(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -98,12 +140,31 @@ def as_float(name: str, value: object) -> float:
     """A Python float of its own from any real number (numpy's, a 0-d tensor)."""
     if type(value) is float or isinstance(value, torch.SymFloat):
         return value
-    if isinstance(value, (str, bytes)):
-        raise TypeError(f"{name}: got {describe(value)}, want a number")
+    if isinstance(value, Tensor) and carries_derivative(value):
+        raise TypeError(f"{name}: got a tensor that is differentiated, want a number: no derivative is formed for it")
     try:
+        if isinstance(value, (str, bytes, bytearray)) or np.iscomplexobj(value):  # float() would read these too
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except OverflowError:
+        raise ValueError(f"{name}: got {describe(value)}, want a finite number") from None
+    except Exception:  # as in as_int
         raise TypeError(f"{name}: got {describe(value)}, want a number") from None
+
+
+def carries_derivative(x: Tensor) -> bool:
+    """Autograd, a forward-mode level or a function transform follows ``x``, and would lose it in a Python number."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return has_tangent(x)
+
+
+def has_tangent(x: Tensor | None) -> bool:
+    if forward_ad._current_level < 0 or not isinstance(x, Tensor):
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_finite(name: str, value: float) -> None:
@@ -122,8 +183,8 @@ def as_bool(name: str, value: object) -> bool:
 
 
 def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, options))}")
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name}: got {named(value)}, want one of {', '.join(map(repr, options))}")
 
 
 def reads_device_data(x: Tensor) -> bool:
@@ -143,6 +204,8 @@ def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> Non
 def check_rows(name: str, rows: Tensor, limit_name: str, limit: int) -> None:
     if not rows.numel():
         return
+    if not limit:
+        raise ValueError(f"{name}: got {rows.numel()} row indices, want none ({limit_name} has no rows)")
     values = rows.tolist()  # for the few rows of a text, quicker than three tensor ops
     low, high = min(values), max(values)
     if low < 0 or high >= limit:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from .. import _extension
 from ..heuristics import BACKENDS, OpCall, choose_backend, unsupported_reason
+from .checks import has_tangent, named
 
 _requested: ContextVar[str | None] = ContextVar("slowfast_backend", default=None)
 
@@ -45,8 +46,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def check_backend_name(name: str | None) -> None:
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)} or None (automatic)")
+    if name is not None and not (isinstance(name, str) and name in BACKENDS):
+        raise ValueError(f"backend: got {named(name)}, want one of {', '.join(BACKENDS)} or None (automatic)")
 
 
 def backend_for(call: OpCall, device: torch.device, backend: str | None) -> ModuleType:
@@ -80,10 +81,15 @@ class SignatureCache(dict):
 
 
 def signature(*tensors: Tensor | None) -> tuple | None:
-    """All that checks and dispatch look at but data; None if an argument is no tensor (the checks then say so)."""
+    """All that checks and dispatch look at but data; None if an argument has no such thing (the checks then say so).
+
+    The last is False for memory that was freed; a layout other than strided has no strides, or no address.
+    """
     try:
-        return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-    except AttributeError:
+        return tuple(
+            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() != 0) for x in tensors
+        )
+    except (AttributeError, TypeError, RuntimeError):
         return None
 
 
@@ -105,12 +111,12 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def needs_torch_op(*tensors: Tensor | None) -> bool:
-    """True where the call must be visible to PyTorch: autograd, torch.compile, tensor subclasses and modes, and tensors
+    """True where the call must be visible to PyTorch: autograd, torch.compile, traces, subclasses, modes, and tensors
     whose memory is not what they are (meta, lazily negated, all zero without storage).
 
     Otherwise the backend is called directly, which spares tens of microseconds a call.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
         return True
     grad = torch.is_grad_enabled()
     for x in tensors:
@@ -125,13 +131,22 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
     return False
 
 
-def run_op(op: Callable, run: Callable, tensors: tuple[Tensor | None, ...], *options):
-    """``op``, registered with PyTorch, where the call must be visible to it, else its implementation ``run``."""
+def run_op(op: Callable, run: Callable, check: Callable, tensors: tuple[Tensor | None, ...], *options):
+    """``op``, registered with PyTorch, where the call must be visible to it, else its implementation ``run``.
+
+    ``check`` takes what ``run`` takes: PyTorch refuses what does not fit an op's schema in words of its own.
+    """
     if not needs_torch_op(*tensors):
         return run(*tensors, *options)
-    if not torch.compiler.is_compiling():
-        tensors = (x.clone() if isinstance(x, Tensor) and x._is_zerotensor() else x for x in tensors)
-    return op(*tensors, *options)
+    if torch.compiler.is_compiling():
+        return op(*tensors, *options)
+    try:
+        plain = (x.clone() if isinstance(x, Tensor) and x._is_zerotensor() else x for x in tensors)
+        return op(*plain, *options)
+    except Exception as error:
+        failure = error
+    check(*tensors, *options)
+    raise failure
 
 
 def needs_formula(*tensors: Tensor | None) -> bool:
@@ -141,11 +156,7 @@ def needs_formula(*tensors: Tensor | None) -> bool:
     """
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))
-
-
-def _has_tangent(x: Tensor | None) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    return forward_ad._current_level >= 0 and any(map(has_tangent, tensors))
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
@@ -154,7 +165,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     Raises:
         NotImplementedError: a tensor has a tangent.
     """
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+    if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
         raise NotImplementedError(
             "torch.ops.slowfast has no forward-mode derivatives; the functions of slowfast_kernels have them"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import eager
-from ..gate import Gate
+from ..gate import GATES, Gate
 from . import checks
 from .attention import (
     addresses_aligned,
@@ -66,12 +66,13 @@ def slowfast_cross_attention(
     softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
     num_splits = checks.as_int("num_splits", num_splits)
     warm_up_tanh = checks.as_bool("warm_up_tanh", warm_up_tanh)
+    checks.check_option("gate", gate, GATES)
+    check_backend_name(backend)
     gating = (gate_weight, gate_bias, warm_up, gate_value)
     tensors = (state, q, slow_kv, cu_slow, text_rows, cu_text, *gating)
     if needs_formula(*tensors):
         scale, checked = _check(*tensors, softmax_scale, num_splits, gate, warm_up_tanh)
         check_attention_data(*tensors[1:6])
-        check_backend_name(backend)
         return eager.slowfast_cross_attention(*tensors[:6], checked, scale, num_splits)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
         # Keep the context for the backward pass instead of computing it twice.
@@ -80,7 +81,7 @@ def slowfast_cross_attention(
         options = {"gate": gate, "warm_up_tanh": warm_up_tanh, "gate_value": gate_value, "backend": backend}
         return gated_residual_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, **options)
     options = (softmax_scale, num_splits, gate, warm_up_tanh, backend)
-    return run_op(torch.ops.slowfast.cross_attention, _run, tensors, *options)
+    return run_op(torch.ops.slowfast.cross_attention, _run, lambda *a: _check(*a[:-1]), tensors, *options)
 
 
 def _check(

@@ -62,17 +62,25 @@ def gated_residual_mix(
         TypeError: a wrong dtype.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    if isinstance(context, Tensor) and context.dim() == 3:
-        context = context.flatten(1)
+    context = _with_flat_heads(context)
     warm_up_tanh = checks.as_bool("warm_up_tanh", warm_up_tanh)
+    checks.check_option("gate", gate, GATES)
+    check_backend_name(backend)
     gating = (gate_weight, gate_bias, warm_up, gate_value)
     tensors = (state, context, text_rows, *gating)
     if needs_formula(*tensors):
         checked = check_mix(*tensors, gate, warm_up_tanh)
         check_mix_data(state, text_rows)
-        check_backend_name(backend)
         return eager.gated_residual_mix(state, context, text_rows, checked)
-    return run_op(torch.ops.slowfast.gated_residual_mix, _run, tensors, gate, warm_up_tanh, backend)
+    return run_op(torch.ops.slowfast.gated_residual_mix, _run, _check, tensors, gate, warm_up_tanh, backend)
+
+
+def _with_flat_heads(context: Tensor) -> Tensor:
+    try:
+        return context.flatten(1) if context.dim() == 3 else context
+    except Exception:  # no tensor, or one that has no dimensions to flatten
+        checks.check_dense("context", context, "[Nt, C] or [Nt, Hq, D]")
+        raise
 
 
 def check_gate(state, num_text, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh) -> Gate:
@@ -131,6 +139,10 @@ def check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_v
     if context.shape[1] != state.shape[1] or context.shape[0] != text_rows.shape[0]:
         checks.fail("context", context, f"shape [{text_rows.shape[0]}, {state.shape[1]}] (Nt of text_rows, C of state)")
     return check_gate(state, text_rows.shape[0], gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
+
+
+def _check(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh, backend) -> None:
+    check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
 
 
 def check_mix_data(state: Tensor, text_rows: Tensor) -> None:

@@ -72,12 +72,12 @@ def slowfast_pool(
     given = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
     options = [checks.as_int(name, value) for name, value in zip(_OPTIONS, given, strict=True)]
     eps = None if norm_eps is None else checks.as_float("norm_eps", norm_eps)
+    check_backend_name(backend)
     if needs_formula(frames):
         _check(frames, counts, sides, options, eps)
-        check_backend_name(backend)
         return PooledTokens(*eager.pool(frames, make_pool_plan(tuple(counts), tuple(sides), *options), eps))
     arguments = (counts, sides, *options, eps, backend)
-    return PooledTokens(*run_op(torch.ops.slowfast.pool, _run, (frames,), *arguments))
+    return PooledTokens(*run_op(torch.ops.slowfast.pool, _run, _check_call, (frames,), *arguments))
 
 
 _OPTIONS = PoolOptions._fields
@@ -99,6 +99,10 @@ def _check(frames, frame_counts, grid, options, norm_eps) -> None:
         checks.check_finite("norm_eps", norm_eps)
         if norm_eps < 0:
             checks.fail("norm_eps", norm_eps, ">= 0 or None")
+
+
+def _check_call(frames, frame_counts, grid, pool, sampling, temporal, spatial, minimum, norm_eps, backend) -> None:
+    _check(frames, frame_counts, grid, (pool, sampling, temporal, spatial, minimum), norm_eps)
 
 
 def _run(

@@ -36,14 +36,20 @@ def warmup(
         backend: as in the ops.
 
     Raises:
+        TypeError: a number that is no integer, a dtype that is none of the ops'.
+        ValueError: a number below 1, a device that does not exist.
         ValueError, NotImplementedError: as the ops do for such shapes.
     """
     heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    num_q_heads, num_kv_heads, head_dim = (checks.as_int(name, value) for name, value in heads.items())
+    num_q_heads, num_kv_heads, head_dim = (_positive(name, checks.as_int(name, x)) for name, x in heads.items())
     text_rows = checks.as_ints("text_rows", text_rows, "integers, rows a sequence")
     batch_sizes = checks.as_ints("batch_sizes", batch_sizes, "integers, numbers of sequences")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, numbers in (("text_rows", text_rows), ("batch_sizes", batch_sizes)):
+        for i, number in enumerate(numbers):
+            _positive(f"{name}[{i}]", number)
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype: got {checks.describe(dtype)}, want a torch.dtype of {checks.FLOAT_NAMES}")
+    device = _device(device)
     channels = num_q_heads * head_dim
     make = {"dtype": dtype, "device": device}
     gating = (torch.zeros(1, channels, **make), torch.zeros(1, **make), torch.zeros(1, **make))
@@ -59,5 +65,21 @@ def warmup(
                     places = (steps * slow, row_index, steps * rows)
                     slowfast_cross_attention(state, q, slow_kv, *places, *gating, backend=backend)
                     gated_residual_mix(state, q, row_index, *gating, backend=backend)
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _positive(name: str, number: int) -> int:
+    if number < 1:
+        checks.fail(name, number, ">= 1")
+    return number
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: got {checks.describe(device)}, want a device of this machine ({reason})") from None
