@@ -178,7 +178,10 @@ def _features(result: object, num_frames: int) -> Tensor:
             f"tower: got {type(result).__name__} as its result, want {want}; wrap the tower in a module that returns "
             "the layer that the model was trained on (such as hidden_states[-2]), without a class token"
         )
-    if result.dim() != 3 or result.shape[0] != num_frames:
+    check_dense("tower", result, "[n, H*W, mm_hidden] as its result")
+    if not result.is_floating_point():
+        raise TypeError(f"tower: got {result.dtype} as its result, want {want} of floating point")
+    if result.dim() != 3 or result.shape[0] != num_frames or not result.numel():
         hint = "; a feature map [T, C, H, W] needs .flatten(2).transpose(1, 2)" if result.dim() == 4 else ""
         raise ValueError(f"tower: got shape {list(result.shape)} as its result, want {want}{hint}")
     return result

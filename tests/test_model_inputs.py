@@ -306,6 +306,7 @@ def test_frames_are_encoded_a_chunk_at_a_time(chunk):
     [
         (0, ValueError),
         (-1, ValueError),
+        pytest.param(-(10**5000), ValueError, id="of more digits than Python prints"),
         *((wrong, TypeError) for wrong in (2.0, np.float32(2), True, np.True_, torch.tensor(True), "2", None, [2])),
         *((wrong, TypeError) for wrong in (np.array([2]), torch.tensor([2]), torch.tensor([2, 3]), torch.tensor(2.0))),
     ],
@@ -387,8 +388,23 @@ def test_a_tower_that_is_no_module_is_refused(tower):
         (lambda x: x.mean(1), ValueError, r"tower: got shape \[5, 3\] as its result, want a tensor \[5, H\*W"),
         (lambda x: x[:1], ValueError, r"tower: got shape \[1, 16, 3\] as its result"),
         (lambda x: x.transpose(1, 2).unflatten(2, (4, 4)), ValueError, r"\[5, 3, 4, 4\] .*feature map"),
+        (lambda x: x[:, :0], ValueError, r"tower: got shape \[5, 0, 3\] as its result"),
+        (lambda x: x.int(), TypeError, "tower: got torch.int32 as its result.*floating point"),
+        (lambda x: x.to_sparse(), TypeError, "tower: got a tensor of layout torch.sparse_coo"),
     ],
-    ids=["tuple", "list", "dict", "none", "array", "pooled", "fewer_frames", "feature_map"],
+    ids=[
+        "tuple",
+        "list",
+        "dict",
+        "none",
+        "array",
+        "pooled",
+        "fewer_frames",
+        "feature_map",
+        "no_tokens",
+        "ids",
+        "sparse",
+    ],
 )
 def test_a_tower_that_does_not_return_features_is_refused(result, error, message):
     with pytest.raises(error, match=message):

@@ -74,12 +74,15 @@ def _is_freed(x: Tensor) -> bool:
 
 
 def check_tensor(name: str, x: Tensor, rank: int | tuple[int, ...], shape: str) -> None:
-    """``x`` is a tensor of that rank whose last dimension is contiguous."""
+    """``x`` is a tensor of that rank whose last dimension is contiguous; under a transform, where it goes to the eager
+    formula, strides are the transform's (a batch dimension may lie last) and do not matter.
+    """
     check_dense(name, x, shape)
     ranks = (rank,) if isinstance(rank, int) else rank
     if x.dim() not in ranks:
         fail(name, x, f"shape {shape}")
-    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+    strided = x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1
+    if strided and not torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise ValueError(f"{name}: got last-dimension stride {x.stride(-1)}, want 1 (call .contiguous() on it first)")
 
 
