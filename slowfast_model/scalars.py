@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import operator
 
+import numpy as np
+
 from slowfast_kernels.ops.checks import describe
 
 
@@ -30,12 +32,13 @@ def integer(name: str, value: object, low: int | None = None, want: str | None =
     want = want or ("an integer" if low is None else f"an integer >= {low}")
     try:
         number = operator.index(value) if _is_alone(value) and not _is_bool(value) else None
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # an object of the caller's may raise anything
         number = None
     if number is None:
         raise TypeError(f"{name}: got {describe(value)}, want {want}")
     if low is not None and number < low:
-        raise ValueError(f"{name}: got {number}, want {want}")
+        got = number if number > -(2**63) else describe(number)  # Python prints no number of thousands of digits
+        raise ValueError(f"{name}: got {got}, want {want}")
     return number
 
 
@@ -48,10 +51,11 @@ def real(name: str, value: object, want: str = "a finite number") -> float:
     """
     try:
         usable = _is_alone(value) and not _is_bool(value) and not isinstance(value, str | bytes | bytearray)
+        usable = usable and not np.iscomplexobj(value)  # float() would drop the imaginary part
         number = float(value) if usable else None
     except OverflowError:
         number = math.inf
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         number = None
     if number is None:
         raise TypeError(f"{name}: got {describe(value)}, want {want}")

@@ -169,7 +169,9 @@ def test_a_float_field_takes_any_real_number_and_keeps_pythons(name, kind):
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize("value", ["1e-6", True, None, -1e-6, float("nan"), float("inf"), 10**400, 1j, [1.0]], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["1e-6", True, None, -1e-6, float("nan"), float("inf"), 10**400, 1j, np.complex64(1), [1.0]], ids=repr
+)
 def test_what_is_no_finite_number_is_refused_by_its_field(name, value):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
         SlowFastConfig(**{name: value})
