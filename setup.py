@@ -1,12 +1,15 @@
 """Builds ``slowfast_kernels._C`` with ninja: C++ for the CPU always, CUDA when nvcc is here. torch is not needed.
 
 Environment:
-    SLOWFAST_CUDA        auto (default): CUDA kernels if nvcc is found; 1: they must be built; 0: they are left out.
+    SLOWFAST_CUDA        auto (default): CUDA kernels if there is nvcc, or a driver that runs what PyPI's nvcc builds
+                         (pip then brings it); 1: they must be built; 0: they are left out.
     SLOWFAST_CUDA_ARCHS  compute capabilities to build for, default "80;90a". The highest one without a letter is also
                          kept as PTX, for GPUs that are newer.
-    CXX, CUDA_HOME       the C++ compiler, and where to look for nvcc besides PATH and /usr/local/cuda.
+    CXX, CUDA_HOME       the C++ compiler, and where to look for nvcc besides PATH, /usr/local/cuda and this Python's
+                         packages.
 
-Objects stay under build/, so a second build compiles only what changed.
+Objects stay under build/, so a second build compiles only what changed. Which nvcc is taken, and when PyPI's is asked
+for, is decided in csrc/build_backend/cuda.py.
 """
 
 from __future__ import annotations
@@ -14,16 +17,21 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
 ROOT = Path(__file__).resolve().parent
+if str(ROOT / "csrc") not in sys.path:  # pyproject.toml's backend-path has done it, if this runs in a backend
+    sys.path.insert(0, str(ROOT / "csrc"))
+
+from build_backend import cuda  # noqa: E402  first, as it says so if setuptools is too old
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
 BUILD = Path("build") / f"native-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
 DEFAULT_ARCHS = "80;90a"
 
@@ -40,21 +48,6 @@ HOST_FLAGS = "-fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-m
 CXX_FLAGS = f"-std=c++17 -O3 {HOST_FLAGS} -Wextra"
 NVCC_FLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -lineinfo -Xptxas -O3,--warn-on-spills"
 NVCC_FLAGS += f" -Xcompiler {HOST_FLAGS.replace(' ', ',')}"
-
-
-def find_nvcc() -> str | None:
-    """nvcc from PATH, $CUDA_HOME or /usr/local/cuda, as SLOWFAST_CUDA allows."""
-    wish = os.environ.get("SLOWFAST_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"SLOWFAST_CUDA: got {wish!r}, want auto, 0 or 1")
-    if wish == "0":
-        return None
-    folders = [os.environ.get("PATH", "")]
-    folders += [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
-    if nvcc is None and wish == "1":
-        raise SystemExit("SLOWFAST_CUDA=1 but nvcc is not on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin")
-    return nvcc
 
 
 def cuda_archs() -> list[str]:
@@ -96,7 +89,10 @@ def find_ninja() -> str:
 
 def stable_pybind11_include() -> Path:
     """pybind11's headers, copied under build/: an isolated build has them in a new temporary folder every time."""
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit("pybind11 is needed to build: pip install 'pybind11>=2.13'") from None
 
     target = BUILD / f"pybind11-{pybind11.__version__}"
     if not (ROOT / target).is_dir():
@@ -107,23 +103,26 @@ def stable_pybind11_include() -> Path:
 class NinjaFile:
     """The build.ninja of the extension; paths are relative to the checkout, where ninja runs."""
 
-    def __init__(self, output: Path, version: str, nvcc: str | None):
+    def __init__(self, output: Path, version: str, nvcc: str | None, left_out: str):
+        """``left_out``: why there is no ``nvcc``."""
         self.objects: list[str] = []
-        python = sysconfig.get_paths()["include"]
-        cxx = os.environ.get("CXX", "g++")
+        cxx = compiler()
         link = f"{cxx} -shared -o $out $in -fopenmp -Wl,--exclude-libs,ALL"
         if nvcc:
-            link += f" -L{cuda_library_folder(nvcc)} -lcudart_static -ldl -lrt -lpthread"
-        self.lines = [f"builddir = {BUILD}", f"python = -I{stable_pybind11_include()} -I{python}"]
+            link += f" -L{word(cuda.library_folder(nvcc))} -lcudart_static -ldl -lrt -lpthread"
+        self.lines = [f"builddir = {BUILD}", f"python = -I{stable_pybind11_include()} -I{word(python_include())}"]
         self.add_rule("link", link)
         self.add_rule("cxx", f"{cxx} {CXX_FLAGS} -Icsrc $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
         if nvcc:
-            compiler = f"{nvcc} -ccbin {cxx} {NVCC_FLAGS}"
-            self.add_rule("nvcc", f"{compiler} -Icsrc $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
+            cuda.check_nvcc(nvcc, host_compiler(cxx), " ".join(map(gencode, code_objects(cuda_archs()))))
+            command = f"{word(nvcc)} -ccbin {word(host_compiler(cxx))} {NVCC_FLAGS}"
+            self.add_rule("nvcc", f"{command} -Icsrc $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
         self.add_cpu()
-        defines = [f'-DSLOWFAST_VERSION=\\"{version}\\"']
+        defines = [define_string("SLOWFAST_VERSION", version)]
         if nvcc:
-            defines += self.add_cuda(nvcc_release(nvcc), cuda_archs())
+            defines += self.add_cuda(cuda.release_of(nvcc), cuda_archs())
+        else:
+            defines.append(define_string("SLOWFAST_CUDA_LEFT_OUT", left_out))
         self.add_object("cxx", Path("csrc/bindings.cpp"), f"$python {' '.join(defines)}")
         self.lines.append(f"build {output}: link {' '.join(self.objects)}")
 
@@ -159,9 +158,9 @@ class NinjaFile:
         major, minor = map(int, release.split("."))
         return [
             "-DSLOWFAST_WITH_CUDA",
-            f'-DSLOWFAST_NVCC=\\"{release}\\"',
+            define_string("SLOWFAST_NVCC", release),
             f"-DSLOWFAST_CUDA_RUNTIME={major * 1000 + minor * 10}",
-            f'-DSLOWFAST_CUDA_CODE=\\"{",".join(codes)}\\"',
+            define_string("SLOWFAST_CUDA_CODE", ",".join(codes)),
         ]
 
     def write(self, path: Path) -> None:
@@ -172,32 +171,52 @@ def sources(folder: str, pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern))
 
 
-def nvcc_release(nvcc: str) -> str:
-    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    return re.search(r"release (\d+\.\d+)", text)[1]
+def compiler() -> str:
+    """The command of the C++ compiler; it is there."""
+    command = os.environ.get("CXX") or "g++"
+    program = shlex.split(command)[0]
+    if shutil.which(program) is None:
+        raise SystemExit(f"no C++ compiler: {program} is not on PATH; install it, or name another one in CXX")
+    return command
 
 
-def cuda_library_folder(nvcc: str) -> Path:
-    """Where nvcc itself would link libcudart_static from; PATH may hold only a wrapper of nvcc, so nvcc is asked."""
-    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], check=True, capture_output=True, text=True)
-    for folder in re.findall(r'-L([^"\s]+)', done.stderr):
-        if (Path(folder) / "libcudart_static.a").is_file():
-            return Path(folder).resolve()
-    raise SystemExit(f"libcudart_static.a is not in the toolkit of {nvcc}; SLOWFAST_CUDA=0 builds without CUDA kernels")
+def host_compiler(command: str) -> str:
+    """What nvcc takes as -ccbin: the compiler alone, without its flags or a launcher such as ccache before it."""
+    return [word for word in shlex.split(command) if not word.startswith("-")][-1]
+
+
+def python_include() -> str:
+    include = sysconfig.get_paths()["include"]
+    if not (Path(include) / "Python.h").is_file():
+        raise SystemExit(f"Python.h is not in {include}; install Python's development files (Debian: python3-dev)")
+    return include
+
+
+def word(text: str | Path) -> str:
+    """One word of a shell command in build.ninja: folders may have spaces in their names."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def define_string(name: str, text: str) -> str:
+    """The flag that defines ``name`` as a C string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return word(f'-D{name}="{escaped}"')
 
 
 class NinjaBuildExt(build_ext):
     """``build_ext`` whose compiler is a build.ninja."""
 
     def build_extension(self, ext: Extension) -> None:
-        nvcc = find_nvcc()
+        nvcc, left_out = cuda.choose_nvcc()
         if nvcc is None:
-            why = "SLOWFAST_CUDA=0" if os.environ.get("SLOWFAST_CUDA") == "0" else "nvcc was not found"
-            print(f"slowfast-kernels: CUDA kernels are left out ({why}); the CPU kernels are built", flush=True)
+            print(f"slowfast-kernels: CUDA kernels are left out ({left_out}); the CPU kernels are built", flush=True)
+        else:
+            print(f"slowfast-kernels: CUDA kernels are built with {nvcc}", flush=True)
         (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
         output, script = BUILD / Path(self.get_ext_filename(ext.name)).name, BUILD / "build.ninja"
-        NinjaFile(output, self.distribution.get_version(), nvcc).write(ROOT / script)
-        subprocess.run([find_ninja(), "-f", str(script)], cwd=ROOT, check=True)
+        NinjaFile(output, self.distribution.get_version(), nvcc, left_out).write(ROOT / script)
+        if subprocess.run([find_ninja(), "-f", str(script)], cwd=ROOT, check=False).returncode:
+            raise SystemExit("slowfast-kernels: the extension does not compile; the compiler's own message is above")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(ROOT / output), str(target))

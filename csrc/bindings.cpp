@@ -33,12 +33,14 @@ py::dict build_info() {
 #ifdef SLOWFAST_WITH_CUDA
   info["has_cuda"] = true;
   info["nvcc"] = SLOWFAST_NVCC;
+  info["cuda_left_out"] = "";
   info["cuda_runtime"] = SLOWFAST_CUDA_RUNTIME;
   std::istringstream codes(SLOWFAST_CUDA_CODE);
   for (std::string code; std::getline(codes, code, ',');) archs.append(code);
 #else
   info["has_cuda"] = false;
   info["nvcc"] = "";
+  info["cuda_left_out"] = SLOWFAST_CUDA_LEFT_OUT;
   info["cuda_runtime"] = 0;
 #endif
   info["cuda_archs"] = archs;
