@@ -12,6 +12,7 @@ import slowfast_kernels as sk
 
 SHAPE = Shape(((3, 20), (0, 4), (2, 0), (4, 9)), (4, 2), 16)
 VIDEO = Video((4, 1), (4, 4), 8, 2, 1, 2, 1)
+STRIDES = VIDEO.strides  # a dict: older dynamos cannot spread the attribute of a NamedTuple
 POOL = ([4, 1], [4, 4], 2, 1, 2, 1, 1)
 
 
@@ -64,7 +65,7 @@ def test_opcheck(target, name, rng):
 
 def hybrid_layer(frames, state, q, projection, cu_text, text_rows, gate_weight, gate_bias, warm_up, backend):
     """The slow path of one layer from the vision features on, with plain PyTorch between the ops."""
-    pooled = sk.slowfast_pool(frames, [4, 1], (4, 4), **VIDEO.strides, norm_eps=1e-6, backend=backend)
+    pooled = sk.slowfast_pool(frames, [4, 1], (4, 4), **STRIDES, norm_eps=1e-6, backend=backend)
     kv = (pooled.slow @ projection).view(-1, 2, 2, 16)
     context = sk.text_cross_attention(q, kv, pooled.cu_slow, text_rows, cu_text, backend=backend)
     mixed = sk.gated_residual_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, backend=backend)

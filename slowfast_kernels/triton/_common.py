@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+# Programmatic dependent launch came to kernels in Triton 3.4, where a kernel that says so does not compile yet: its two
+# functions do not know the argument that the compiler of that very release hands them.
+_gdc_wait = getattr(tl.extra.cuda, "gdc_wait", None)
+HAS_DEPENDENT_LAUNCH = _gdc_wait is not None and "_semantic" in inspect.signature(_gdc_wait).parameters
+
+if HAS_DEPENDENT_LAUNCH:
+    gdc_wait, gdc_launch_dependents = _gdc_wait, tl.extra.cuda.gdc_launch_dependents
+else:  # kernels name them, but no launch asks for them
+
+    @triton.jit
+    def gdc_wait():
+        pass
+
+    @triton.jit
+    def gdc_launch_dependents():
+        pass
 
 
 @dataclass(frozen=True)
@@ -16,7 +34,7 @@ class Device:
 
     num_sms: int
     shared_bytes: int  # that one program may use
-    dependent_launch: bool  # programmatic dependent launch: NVIDIA, sm_90 and newer
+    dependent_launch: bool  # programmatic dependent launch: NVIDIA, sm_90 and newer, if Triton has it
     prefetch: bool  # PTX has an instruction that asks L2 for a line: NVIDIA
 
 
@@ -27,7 +45,8 @@ def describe(device: torch.device) -> Device:
     facts = torch.cuda.get_device_properties(device)
     shared = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
     nvidia = torch.version.hip is None
-    return Device(facts.multi_processor_count, shared, dependent_launch=nvidia and facts.major >= 9, prefetch=nvidia)
+    dependent_launch = HAS_DEPENDENT_LAUNCH and nvidia and facts.major >= 9
+    return Device(facts.multi_processor_count, shared, dependent_launch, prefetch=nvidia)
 
 
 def on_device_of(op):

@@ -25,7 +25,7 @@ from ..heuristics import (
     triton_attention_config,
     triton_combine_config,
 )
-from ._common import describe, gate_of, next_power_of_2, on_device_of
+from ._common import describe, gate_of, gdc_launch_dependents, gdc_wait, next_power_of_2, on_device_of
 from .gated_mix import copied_or_empty, launch_mix
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -107,7 +107,7 @@ def _attention(
     split = tl.program_id(2)
     num_q_heads = tl.num_programs(1) * GROUP
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_launch_dependents()
 
     if BLOCK_B == 1:
         sequence, first_text, num_rows = 0, 0, num_text * GROUP
@@ -216,7 +216,7 @@ def _combine(
         g = gate_of(x, weight, bias, warm_up, value, text, c, HQ * D, GATE, TANH_WARM_UP)
         residual = tl.load(state_row + element, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
 
     stride = num_text.to(tl.int64) * HQ  # heads a split
     lse_partials = partials + num_splits * stride * D

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..gate import Gate
 from ..heuristics import triton_row_config
-from ._common import gate_of, on_device_of
+from ._common import gate_of, gdc_wait, on_device_of
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _gated_mix(
     x = tl.load(state + row * state_row_stride + cols, mask=is_col, other=0.0).to(tl.float32)
     g = gate_of(x, weight, bias, warm_up, value, text, cols, C, GATE, TANH_WARM_UP)
     if PDL:  # only the context comes from the launch before
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
     mixed = tl.load(context + text * context_row_stride + cols, mask=is_col, other=0.0).to(tl.float32)
     tl.store(out + row * C + cols, (x + g * mixed).to(out.dtype.element_ty), mask=is_col)
 
