@@ -9,14 +9,40 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
+import sys
+import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 MIN_CUDA_CAPABILITY = (8, 0)
+MIN_TORCH = (2, 6)
+MIN_TRITON = (3, 2)
+HERE = Path(__file__).resolve().parent  # the copy of the package that is imported
+
+
+def release(version: str) -> tuple[int, int]:
+    """The first two numbers of a version: (2, 13) of "2.13.0+cpu"."""
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
+
+
+def _too_old(name: str, version: str, oldest: tuple[int, int]) -> str:
+    """The sentence to say if ``version`` is below ``oldest``, else an empty one."""
+    if release(version) >= oldest:
+        return ""
+    want = ".".join(map(str, oldest))
+    return f"{name} {version} is too old, want {want} or newer: pip install --upgrade '{name}>={want}'"
+
+
+if _too_old("torch", torch.__version__, MIN_TORCH):
+    raise ImportError(_too_old("torch", torch.__version__, MIN_TORCH))
 
 _NEEDS = {
     "cuda": "the extension built with nvcc, a CUDA build of torch, and a GPU of compute capability 8.0 or newer",
@@ -44,11 +70,40 @@ class Capability:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str]:
+    how = "build it with `pip install .` in the checkout (it needs a C++17 compiler)"
     try:
-        return importlib.import_module("slowfast_kernels._C"), ""
+        module = importlib.import_module("slowfast_kernels._C")
     except ImportError as error:
-        how = "build it with `pip install .` in the checkout (it needs a C++17 compiler)"
-        return None, f"the extension slowfast_kernels._C does not import ({error}); {how}"
+        return None, f"{_why_not_loaded(error)}; {how}"
+    built, here = module.build_info["version"], importlib.import_module("slowfast_kernels").__version__
+    if built != here:
+        return None, f"the extension {module.__file__} is of version {built}, the package beside it of {here}; {how}"
+    return module, ""
+
+
+def _why_not_loaded(error: ImportError) -> str:
+    """Which copy of the package is imported, and what keeps the extension from it."""
+    built = sorted(path.name for path in HERE.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    ours = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if ours in built:
+        return f"the extension {HERE / ours} does not load ({error})"
+    why = f"the extension slowfast_kernels._C is not in the package that is imported, {HERE}"
+    if built:
+        why += f"; {', '.join(built)} there is for another Python than this one, which looks for {ours}"
+    for other in _other_copies():
+        if (other / ours).is_file():
+            way = f"start Python outside {HERE.parent}, and without it in PYTHONPATH"
+            return f"{why}; the copy in {other} has it: to import that one, {way}"
+    return why
+
+
+def _other_copies() -> list[Path]:
+    """Folders of the package that this Python would import if it did not find this one first."""
+    specs = [PathFinder.find_spec("slowfast_kernels", [entry]) for entry in sys.path]
+    finders = (finder for finder in sys.meta_path if finder is not PathFinder and hasattr(finder, "find_spec"))
+    specs += [finder.find_spec("slowfast_kernels", None) for finder in finders]  # editable installs have their own
+    folders = [Path(spec.origin).resolve().parent for spec in specs if spec and spec.origin]
+    return [folder for folder in dict.fromkeys(folders) if folder != HERE]
 
 
 def extension() -> ModuleType:
@@ -66,10 +121,21 @@ def extension() -> ModuleType:
 @lru_cache(maxsize=1)
 def _triton_import_error() -> str:
     try:
-        importlib.import_module("triton")
+        triton = importlib.import_module("triton")
     except ImportError as error:
         return f"triton does not import ({error}); install it with `pip install triton`"
-    return ""
+    return _too_old("triton", triton.__version__, MIN_TRITON)
+
+
+def interpreter_reason() -> str:
+    """Why Triton's interpreter does not run here, if it does not; triton itself imports.
+
+    A loop over a range of tensors makes it turn arrays of one element into numbers, which numpy has given up.
+    """
+    triton, numpy = _version_of("triton"), _version_of("numpy")
+    if release(triton) >= (3, 7) or release(numpy) < (2, 4):
+        return ""
+    return f"the interpreter of triton {triton} does not work with numpy {numpy}; install numpy<2.4 or triton>=3.7"
 
 
 def _cuda_build_reason() -> str | None:
@@ -78,7 +144,8 @@ def _cuda_build_reason() -> str | None:
     if module is None:
         return reason
     if not module.build_info["has_cuda"]:
-        return "the extension was built without nvcc; install the CUDA toolkit and reinstall with SLOWFAST_CUDA=1"
+        way = "reinstall it where nvcc is found, or with SLOWFAST_CUDA=1, which takes nvcc from PyPI"
+        return f"the extension was built without nvcc ({module.build_info['cuda_left_out']}); {way}"
     return None
 
 
@@ -140,7 +207,7 @@ def _reason(backend: str, device_type: str, index: int, interpret: bool) -> str 
             return "it takes GPU tensors, got CPU tensors; TRITON_INTERPRET=1 runs its interpreter on them (slow)"
         if device_type not in ("cpu", "cuda"):
             return f"it takes CUDA tensors, got {device_type} tensors"
-        return None
+        return (interpreter_reason() or None) if interpret else None
     if device_type != "cuda":
         return _cuda_build_reason() or f"it takes CUDA tensors, got {device_type} tensors"
     return _cuda_build_reason() or _no_gpu_reason() or _cuda_device_reason(index)
@@ -208,7 +275,7 @@ def versions() -> dict[str, str]:
     module, _ = _load()
     info = module.build_info if module else {}
     report = {
-        "slowfast_kernels": info.get("version", "extension not built"),
+        "slowfast_kernels": f"{importlib.import_module('slowfast_kernels').__version__}, imported from {HERE}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version_of("triton"),

@@ -8,6 +8,8 @@ import pytest
 from child import run_tests
 from targets import HAS_GPU, INTERPRETER
 
+from slowfast_kernels._extension import interpreter_reason
+
 pytest.importorskip("triton", reason="triton is not installed")
 PARTS = {  # what runs, and at least how many tests that must be
     "golden": (["test_golden_ops.py"], 75),
@@ -21,6 +23,7 @@ PARTS = {  # what runs, and at least how many tests that must be
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="Triton is tested on the GPU itself")
 @pytest.mark.skipif(INTERPRETER, reason="this is the child process")
+@pytest.mark.skipif(bool(interpreter_reason()), reason=interpreter_reason())
 @pytest.mark.parametrize("part", PARTS)
 def test_the_suite_passes_under_the_interpreter(part):
     files, at_least = PARTS[part]
