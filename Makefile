@@ -25,7 +25,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n 
 PYTEST_ARGS ?=
 VIDEO ?=
 
-SOURCES := setup.py pyproject.toml .ci/fitting.py $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml .ci/fitting.py $(shell find csrc -type f -not -path '*/__pycache__/*')
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY := build/.in-place

@@ -251,7 +251,7 @@ def test_what_nvcc_cannot_do_is_one_line_before_anything_is_compiled(machine, me
     with pytest.raises(SystemExit) as error:
         machine.cuda.check_nvcc(nvcc, "g++-99", "-gencode arch=compute_80,code=sm_80")
     assert str(error.value).startswith(
-        f"{nvcc} does not work with g++-99: {message}; name another host compiler in CXX"
+        f"{nvcc} does not work with g++-99: {message}; take another compiler (CXX) or nvcc (PATH)"
     )
     assert "\n" not in str(error.value)
 

@@ -192,5 +192,5 @@ def check_nvcc(nvcc: str, host_compiler: str, code_flags: str) -> None:
     if done.returncode:
         lines = (done.stderr + done.stdout).splitlines() or ["no message"]
         cause = next((line for line in lines if re.search("error|fatal", line)), lines[0]).strip()
-        way = "name another host compiler in CXX, or leave the CUDA kernels out with SLOWFAST_CUDA=0"
+        way = "take another compiler (CXX) or nvcc (PATH), or leave the CUDA kernels out with SLOWFAST_CUDA=0"
         raise SystemExit(f"{nvcc} does not work with {host_compiler}: {cause}; {way}")
