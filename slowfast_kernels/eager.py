@@ -36,6 +36,13 @@ def _fp32_or_wider(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def integers(x: Tensor) -> list[int]:
+    """``x.tolist()`` of an index tensor [n]; PyTorch's own fails inside torch.func's transforms up to 2.9."""
+    if torch._C._are_functorch_transforms_active():
+        return [value.item() for value in x.unbind()]
+    return x.tolist()
+
+
 # ---------------------------------------------------------------------------------------------- pooling
 
 
@@ -108,7 +115,7 @@ def pool_backward(
 
 
 def _sequences(cu_slow: Tensor, cu_text: Tensor):
-    slow, text = cu_slow.tolist(), cu_text.tolist()
+    slow, text = integers(cu_slow), integers(cu_text)
     for b in range(len(slow) - 1):
         yield slice(slow[b], slow[b + 1]), slice(text[b], text[b + 1])
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..eager import integers
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -196,7 +198,7 @@ def reads_device_data(x: Tensor) -> bool:
 
 
 def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> None:
-    values = cu.tolist()
+    values = integers(cu)
     if values[0] != 0 or values[-1] != total:
         raise ValueError(f"{name}: got a range {values[0]}..{values[-1]}, want 0..{total} ({total_name})")
     for i, (low, high) in enumerate(pairwise(values)):
@@ -209,7 +211,7 @@ def check_rows(name: str, rows: Tensor, limit_name: str, limit: int) -> None:
         return
     if not limit:
         raise ValueError(f"{name}: got {rows.numel()} row indices, want none ({limit_name} has no rows)")
-    values = rows.tolist()  # for the few rows of a text, quicker than three tensor ops
+    values = integers(rows)  # for the few rows of a text, quicker than three tensor ops
     low, high = min(values), max(values)
     if low < 0 or high >= limit:
         raise ValueError(f"{name}: got row indices {low}..{high}, want 0..{limit - 1} (rows of {limit_name})")
