@@ -37,7 +37,7 @@ endif
 
 # A test or two of every kind, and of the slow ones those that another torch or triton is most likely to break.
 SMOKE := tests/test_extension.py tests/test_torch_integration.py tests/test_ops_pool.py tests/test_ops_attention.py \
-	tests/test_ops_gated_mix.py tests/test_ops_fused.py tests/test_triton.py tests/test_model_forward.py \
+	tests/test_ops_gated_mix.py tests/test_ops_fused.py tests/test_ops_tensor_kinds.py tests/test_triton.py tests/test_model_forward.py \
 	tests/test_model_training.py tests/test_model_generate.py \
 	--deselect tests/test_torch_integration.py::test_inductor_code_around_an_op_gives_the_same_answer
 
