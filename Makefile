@@ -35,10 +35,10 @@ TORCH_READY := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' 
 READY := $(VENV)/.installed
 endif
 
-# A test or two of every kind, and of the slow ones those that another torch or triton is most likely to break.
-SMOKE := tests/test_extension.py tests/test_torch_integration.py tests/test_ops_pool.py tests/test_ops_attention.py \
-	tests/test_ops_gated_mix.py tests/test_ops_fused.py tests/test_ops_tensor_kinds.py tests/test_triton.py tests/test_model_forward.py \
-	tests/test_model_training.py tests/test_model_generate.py \
+# What another torch or triton is most likely to break: each op on each backend, torch.compile, Triton's compiler and
+# interpreter, the model. Inductor's C++ takes a minute alone and is left to the whole suite.
+SMOKE := $(addprefix tests/test_,$(addsuffix .py,extension torch_integration triton ops_pool ops_attention ops_gated_mix \
+	ops_fused ops_tensor_kinds model_forward model_training model_generate)) \
 	--deselect tests/test_torch_integration.py::test_inductor_code_around_an_op_gives_the_same_answer
 
 .PHONY: test smoke test-torch bench bench-host lint build clean

@@ -1,6 +1,7 @@
 """Prints pip constraints: the triton and the numpy that fit the torch of this Python. The Makefile installs by them.
 
-torch's CUDA builds name their triton; its CPU builds name none, although each compiles for the triton of its time only.
+torch's CUDA builds name their triton. Its CPU builds name none, although torch.compile knows the triton of its time
+only: they get the one that they were tested with.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ TRITON_OF_TORCH = {
     (2, 10): "3.6.0",
     (2, 11): "3.6.0",
     (2, 12): "3.7.0",
+    (2, 13): "3.9.0",
+    (2, 14): "3.8.0",
 }
 
 
 def constraints(torch: str, requirements: list[str]) -> list[str]:
-    """What fits torch of this version with these requirements; nothing where the newest of everything does."""
+    """What fits torch of this version with these requirements; nothing for one that is not known."""
     named = re.search(r"^triton==([\d.]+)", "\n".join(requirements), re.MULTILINE)
     triton = named[1] if named else TRITON_OF_TORCH.get(_release(torch))
     if triton is None:
