@@ -11,7 +11,7 @@ from .ops import (
     warmup,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PooledTokens",
