@@ -34,11 +34,17 @@ def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> Non
     index = torch.arange(rows, dtype=torch.int32, device="cuda") + 1
     state = torch.randn(rows + 2, heads[0] * head_dim, **make)
     gate = [torch.randn(n, **make) for n in (heads[0] * head_dim, 1, 1)]
-    mix = (state, state.clone(), Gate.of(*gate)) if fused else None
+    gates = [
+        Gate.of(*gate),
+        Gate.of(None, None, gate[2], torch.randn(rows, **make)),
+        Gate.of(None, None, None, gate="none"),
+    ]
     context = torch.empty(rows, heads[0], head_dim, **make)
     lse = torch.empty(rows, heads[0], device="cuda")
     places = (prefix(slows), index, prefix(texts))
-    cuda._attend(q, kv, *places, head_dim**-0.5, 0, context=context, lse=lse, mix=mix, config=config)
+    for kind in gates if fused else (None,):
+        mix = None if kind is None else (state, state.clone(), kind)
+        cuda._attend(q, kv, *places, head_dim**-0.5, 0, context=context, lse=lse, mix=mix, config=config)
     torch.cuda.synchronize()
     assert context.isfinite().all()
 
@@ -63,7 +69,14 @@ def main() -> None:
     state = torch.randn(20, 96, device="cuda", dtype=torch.bfloat16)
     index = torch.tensor([3, 0, 7], dtype=torch.int32, device="cuda")
     gate = [torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in (96, 1, 1)]
-    sk.gated_residual_mix(state, torch.randn_like(state[:3]), index, *gate, backend="cuda")
+    context = torch.randn_like(state[:3])
+    sk.gated_residual_mix(state, context, index, *gate, backend="cuda")
+    sk.gated_residual_mix(state, context, index, None, None, gate[2], gate="none", backend="cuda")
+    for given in (state, state[:, :95].contiguous()):  # by vectors, and one channel at a time
+        value = torch.randn(3, device="cuda")
+        sk.gated_residual_mix(
+            given, context[:, : given.shape[1]], index, None, None, None, gate_value=value, backend="cuda"
+        )
     torch.cuda.synchronize()
     print("all calls made")
 
