@@ -105,6 +105,15 @@ def test_function_transforms_see_the_derivative(call):
     close(torch.func.vmap(op, in_dims=-1)(pair.movedim(0, -1).contiguous()), wanted)
 
 
+def test_frame_counts_may_be_a_tensor_inside_a_transform(target):
+    frames, counts = torch.randn(3, 4, 8, device=target.device), torch.tensor([2, 1])
+
+    def slow(frames):
+        return target.run(sk.slowfast_pool, frames, counts, (2, 2), pool_stride=2).slow
+
+    close(torch.func.jvp(slow, (frames,), (frames,))[1], slow(frames))  # pooling is linear
+
+
 def test_a_lazily_negated_tensor_is_read_with_its_sign(call):
     x, op, plain = call
     want = plain(-x)

@@ -135,7 +135,7 @@ def as_ints(name: str, values: object, what: str) -> list[int]:
         raise TypeError(f"{name}: got {describe(values)}, want {what}")
     if isinstance(values, (Tensor, np.ndarray)):
         try:
-            values = values.tolist()
+            values = integers(values) if isinstance(values, Tensor) else values.tolist()
         except (RuntimeError, NotImplementedError):  # no memory, or not one number after another
             raise TypeError(f"{name}: got {describe(values)} without numbers to read, want {what}") from None
     return [as_int(f"{name}[{i}]", value) for i, value in enumerate(values)]
