@@ -42,6 +42,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 def train(folder: Path) -> None:
     paths = [str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]  # this checkout's packages, as in this process
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}  # two CPU processes, whatever is here
     pair = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(folder)],
