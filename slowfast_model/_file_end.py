@@ -139,8 +139,8 @@ def _mpegts(file: BinaryIO, size: int) -> bool | None:
     for packet in (188, 192, 204):
         for first in range(packet):
             if len(head) > first + 4 * packet and set(head[first::packet][:5]) == {0x47}:
-                rest = (size - first) % packet
-                stub = rest > 0 and _at(file, size - rest, 1) == b"\x47"
+                rest = (size - first) % packet  # 188 where time stamps come in front: nothing follows the last packet
+                stub = 0 < rest < 188 and _at(file, size - rest, 1) == b"\x47"
                 return False if stub else None
     return None
 

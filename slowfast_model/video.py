@@ -6,8 +6,6 @@ taken, and the times that they are shown at.
 
 from __future__ import annotations
 
-import math
-import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._container import Clock, decode, file_name, scan
+from .scalars import flag, integer, real
 
 _ORDERS = ("index", "time")
 
@@ -82,13 +81,14 @@ def load_video(
         FileNotFoundError: no such file.
         ValueError: not a readable video, no video track, no frames, cut short or damaged, or a picture size that
             changes; or ``num_frames``, ``fps`` or ``by`` out of range.
-        TypeError: ``path``, ``num_frames`` or ``fps`` of another type.
+        TypeError: ``path``, ``num_frames``, ``fps`` or ``return_times`` of another type.
         ImportError: PyAV is not installed.
     """
-    num_frames = _frame_count(num_frames)
+    num_frames = integer("num_frames", num_frames, 1)
     rate = None if fps is None else _exact_rate(fps)
     if not isinstance(by, str) or by not in _ORDERS:
         raise ValueError(f"by: got {by!r}, want {' or '.join(map(repr, _ORDERS))}")
+    return_times = flag("return_times", return_times)
     name = file_name(path)
 
     found = scan(path, name)
@@ -106,28 +106,12 @@ def load_video(
     return pictures, torch.tensor([shown.seconds(index) for index in taken], dtype=torch.float64)
 
 
-def _frame_count(num_frames: int) -> int:
-    try:
-        if isinstance(num_frames, bool):
-            raise TypeError
-        count = operator.index(num_frames)
-    except TypeError:
-        raise TypeError(f"num_frames: got {type(num_frames).__name__}, want an integer >= 1") from None
-    if count < 1:
-        raise ValueError(f"num_frames: got {count}, want >= 1")
-    return count
-
-
 def _exact_rate(fps: float) -> Fraction:
     """``fps`` as the fraction that was meant: 1/10 for 0.1, so that every tenth second falls on its frame."""
-    try:
-        if isinstance(fps, (bool, np.bool_, str, bytes)):
-            raise TypeError
-        value = float(fps)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(f"fps: got {type(fps).__name__}, want a number > 0 or None") from None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"fps: got {value}, want a finite number > 0 or None")
+    want = "a finite number > 0 or None"
+    value = real("fps", fps, want)
+    if value <= 0:
+        raise ValueError(f"fps: got {value}, want {want}")
     if isinstance(fps, Rational):
         return Fraction(fps)
     return Fraction(value).limit_denominator(1_000_000) or Fraction(value)

@@ -162,7 +162,7 @@ def test_integers_of_any_kind_count_frames(even, num_frames):
     assert len(load_video(even, num_frames)) == 3
 
 
-@pytest.mark.parametrize("num_frames", [3.0, None, "3", True, np.float64(3), [3]], ids=repr)
+@pytest.mark.parametrize("num_frames", [3.0, None, "3", True, np.float64(3), [3], torch.tensor([3])], ids=repr)
 def test_a_number_of_frames_that_is_no_integer_is_refused(even, num_frames):
     with pytest.raises(TypeError, match="num_frames: got"):
         load_video(even, num_frames)
@@ -180,7 +180,7 @@ def test_a_rate_that_is_not_positive_and_finite_is_refused(even, fps):
         load_video(even, fps=fps)
 
 
-@pytest.mark.parametrize("fps", [True, "2", b"2", [2], 2j, np.bool_(True)], ids=repr)
+@pytest.mark.parametrize("fps", [True, "2", b"2", [2], 2j, np.bool_(True), torch.tensor([2.0])], ids=repr)
 def test_a_rate_that_is_no_number_is_refused(even, fps):
     with pytest.raises(TypeError, match="fps: got"):
         load_video(even, fps=fps)
@@ -190,6 +190,12 @@ def test_a_rate_that_is_no_number_is_refused(even, fps):
 def test_an_unknown_order_is_refused(even, by):
     with pytest.raises(ValueError, match=r"by: got .*'index' or 'time'"):
         load_video(even, by=by)
+
+
+@pytest.mark.parametrize("return_times", ["no", None, 2, [True]], ids=repr)
+def test_a_wish_for_times_that_is_neither_true_nor_false_is_refused(even, return_times):
+    with pytest.raises(TypeError, match=r"return_times: got .* want True or False"):
+        load_video(even, return_times=return_times)
 
 
 def test_options_are_given_by_name(even):

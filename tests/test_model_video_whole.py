@@ -29,6 +29,7 @@ KINDS = {
     "avi_live": ("avi", {"live_format": "avi"}),
     "ts_h264": ("ts", {**X264}),
     "ts_mpeg2": ("ts", {"codec": "mpeg2video", "rate": 25}),
+    "ts_with_time_stamps": ("m2ts", {**X264}),
     "wmv": ("wmv", {"codec": "wmv2"}),
     "gif": ("gif", {"codec": "gif", "pixels": "rgb8"}),
     "mjpeg": ("mjpeg", {"codec": "mjpeg", "pixels": "yuvj420p"}),
