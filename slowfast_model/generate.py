@@ -87,9 +87,15 @@ class DecodeSession:
 
     def _compute(self) -> Tensor:
         model = self.model
+        x = model.model.embed_tokens(self._token)[:, None]
+        dtype, cached = compute_dtype(x.dtype, x.device), self._cos.dtype
+        if dtype != cached:
+            raise ValueError(
+                f"model: got one that computes in {dtype} now, want {cached}, which the session's caches are in "
+                "(was the model cast, or autocast switched, since the session was made?)"
+            )
         rope = (self._cos[self.position, None], self._sin[self.position, None])
         self.cache.begin_step(self.position)
-        x = model.model.embed_tokens(self._token)[:, None]
         return model.lm_head(model.model(x, rope, self.slow, self.cache, model.backend)[:, 0])
 
     @torch.no_grad()
@@ -100,7 +106,7 @@ class DecodeSession:
 
         Raises:
             ValueError: more steps than ``max_new_tokens``, for which the caches were sized; ids of another shape, on
-                another device or out of the vocabulary. The session is as before then.
+                another device or out of the vocabulary; a model that was cast since. The session is as before then.
             TypeError: ids that are no tensor of integers.
         """
         if not self.steps_left:

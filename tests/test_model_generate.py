@@ -131,6 +131,19 @@ def test_a_session_refuses_more_steps_than_its_caches_hold():
         session.step(torch.tensor([3]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("videos", [(), ((4, 4),)], ids=["text", "video"])
+def test_a_session_refuses_a_model_that_was_cast_since(dtype, videos):
+    prompt, token = torch.tensor([[1, VIDEO, 2] if videos else [1, 2]]), torch.tensor([3])
+    session, fresh = (DecodeSession(tiny_model(), prompt, features(*videos), max_new_tokens=1) for _ in range(2))
+    session.model.to(dtype)
+    with pytest.raises(ValueError, match=rf"^model: got one that computes in {dtype} now, want torch\.float32"):
+        session.step(token)
+    session.model.float().load_state_dict(fresh.model.state_dict())
+    assert torch.equal(session.step(token), fresh.step(token))
+
+
 BAD_IDS = {
     "past the vocabulary": torch.tensor([3, 61]),
     "negative": torch.tensor([3, -1]),
