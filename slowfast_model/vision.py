@@ -131,8 +131,10 @@ class PatchTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [T, 3, height, width] in 0..1, the tower's dtype."""
-        resized = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        x = self.embed(resized * 2 - 1).flatten(2).transpose(1, 2) + self.position
+        # torch does not resize in half precision on a CPU
+        wide = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        resized = F.interpolate(wide, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        x = self.embed((resized * 2 - 1).to(pixels.dtype)).flatten(2).transpose(1, 2) + self.position
         return self.norm(x + self.mlp(x))
 
 
@@ -167,7 +169,11 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32) -> Tenso
     like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
     device = frames.device if like.is_meta else like.device  # on meta: offloaded, and fetched when the tower is called
     parts = (part.to(device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))
-    return torch.cat([_features(tower(part), len(part)) for part in parts])
+    features = [_features(tower(part), len(part)) for part in parts]
+    shapes = sorted({tuple(x.shape[1:]) for x in features})
+    if len(shapes) > 1:
+        raise ValueError(f"tower: got features {' and '.join(map(str, shapes))} a frame, want the same of every frame")
+    return torch.cat(features)
 
 
 def _features(result: object, num_frames: int) -> Tensor:

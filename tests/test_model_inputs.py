@@ -347,8 +347,20 @@ def test_a_chunk_may_be_larger_than_any_video():
     assert tower.sizes == [5]
 
 
-def test_a_tower_computes_in_the_dtype_of_its_weights():
-    assert encode_frames(PatchTower(12, grid=2, patch=2).bfloat16(), FRAMES).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("grid", [2, 3], ids=["as_they_are", "resized"])
+def test_a_tower_computes_in_the_dtype_of_its_weights(grid, dtype):
+    tower = PatchTower(12, grid=grid, patch=2)
+    expected = encode_frames(tower, FRAMES)
+    features = encode_frames(tower.to(dtype), FRAMES)
+    assert features.dtype == dtype
+    torch.testing.assert_close(features.float(), expected, atol=0.1, rtol=0)
+
+
+def test_a_tower_whose_grid_differs_between_frames_is_refused():
+    tower = Tower(lambda x: x if len(x) == 2 else x[:, :9])
+    with pytest.raises(ValueError, match=r"^tower: got features \(9, 3\) and \(16, 3\) a frame"):
+        encode_frames(tower, FRAMES, chunk=2)
 
 
 def test_a_towers_weights_may_begin_with_integers():
