@@ -10,13 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .config import SlowFastConfig
-from .weight_files import CONFIG, listed, raise_on_keys, read_json, read_safetensors, shard_bytes, write_checkpoint
+from .weight_files import (
+    CONFIG,
+    directory_path,
+    listed,
+    raise_on_keys,
+    read_json,
+    read_safetensors,
+    shard_bytes,
+    write_checkpoint,
+)
 
 __all__ = [
     "from_pretrained",
@@ -50,6 +58,8 @@ def _weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise TypeError(f"state_dict: got {type(value).__name__} for {key}, want a tensor")
         if value.is_meta:
             raise ValueError(f"state_dict: got {key} on the meta device, without values")
+        if value.layout is not torch.strided or value.is_nested:
+            raise ValueError(f"state_dict: got {key} of layout {value.layout}, want a dense tensor")
     unusable = [f"{key} ({value.dtype})" for key, value in sorted(given.items()) if value.dtype not in DTYPES]
     if unusable:
         raise ValueError(
@@ -162,8 +172,10 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _device(device: torch.device | str | int) -> torch.device:
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: got {device!r}, want a device such as 'cpu' or 'cuda:0' ({error})") from error
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last: torch was built without that backend
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"device: got {device!r}, want one that is here, as 'cpu' or 'cuda:0' ({cause})") from error
     if found.type == "meta":
         raise ValueError("device: got 'meta', want a device that holds values")
     return found
@@ -211,7 +223,7 @@ def from_pretrained(
         ValueError, TypeError: a configuration or keys that do not fit, files that cannot be read, by their path;
             tensors of several dtypes where ``dtype`` names none; a ``dtype`` or ``device`` that does not exist.
     """
-    directory, device = Path(directory), _device(device)
+    directory, device = directory_path(directory), _device(device)
     kept = dtype is None or (isinstance(dtype, str) and dtype == "auto")
     wanted = None if kept else _dtype(dtype)
     if directory.exists() and not directory.is_dir():
@@ -250,10 +262,10 @@ def save_pretrained(model, directory: str | PathLike, *, max_shard_size: int | s
     Raises:
         ValueError: parameters on the meta device (offloaded), sharded over processes, quantised, or other ones than the
             configuration's (adapters that were not merged), by name; tied weights that differ; a wrong size.
-        TypeError: ``max_shard_size`` of another type.
+        TypeError: ``directory`` or ``max_shard_size`` of another type.
         NotADirectoryError: ``directory`` is a file.
     """
-    limit = shard_bytes(max_shard_size)
+    directory, limit = directory_path(directory), shard_bytes(max_shard_size)
     state_dict = {key.replace("_orig_mod.", ""): value for key, value in model.state_dict().items()}
     with torch.device("meta"):
         expected = type(model)(model.config).state_dict()

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slowfast_kernels.ops.checks import describe
+
 from .scalars import integer
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -27,6 +29,18 @@ ALIGNMENT = 64  # bytes; what torch allocates by
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 UNITS = {"": 1, "B": 1, **{f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}}
 UNITS |= {f"{p}IB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}
+
+
+def directory_path(directory: str | bytes | PathLike) -> Path:
+    """The name of a directory, there or not.
+
+    Raises:
+        TypeError: no name.
+    """
+    try:
+        return Path(os.fsdecode(directory))
+    except TypeError:
+        raise TypeError(f"directory: got {describe(directory)}, want a name (str, bytes or os.PathLike)") from None
 
 
 def raise_on_keys(name: str, missing: set[str], unexpected: set[str], misshapen: list[str], hint: str = "") -> None:
@@ -183,15 +197,12 @@ def split_into_shards(state_dict: Mapping[str, Tensor], limit: int) -> list[list
     return shards
 
 
-def write_checkpoint(
-    directory: str | PathLike, config: Mapping, state_dict: Mapping[str, Tensor], max_shard_size: int
-) -> None:
+def write_checkpoint(directory: Path, config: Mapping, state_dict: Mapping[str, Tensor], max_shard_size: int) -> None:
     """Write config.json and the weights, and remove what an older save left of its own.
 
     Raises:
         NotADirectoryError: ``directory`` is a file.
     """
-    directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory: got {directory}, which is a file")
     directory.mkdir(parents=True, exist_ok=True)

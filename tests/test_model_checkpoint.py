@@ -222,8 +222,8 @@ def test_a_dtype_that_is_none_is_refused(dtype, directory):
         load(directory, dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["gpu", "auto", "meta", -5.5, "bfloat16"])
-def test_a_device_that_is_none_is_refused(device, directory):
+@pytest.mark.parametrize("device", ["gpu", "auto", "meta", -5.5, "bfloat16", None, "cuda:99", "xpu:99"])
+def test_a_device_that_is_none_or_not_here_is_refused(device, directory):
     with pytest.raises(ValueError, match=r"^device: got "):
         load(directory, device=device)
 
@@ -327,6 +327,13 @@ def test_a_state_dict_entry_that_is_no_tensor_or_has_no_values_is_named():
         tiny_model().load_official_state_dict(weights() | {HEAD: weights()[HEAD].numpy()})
     with pytest.raises(ValueError, match=r"^state_dict: got lm_head\.weight on the meta device"):
         tiny_model().load_official_state_dict(weights() | {HEAD: weights()[HEAD].to("meta")})
+
+
+def test_a_sparse_tensor_is_named_and_nothing_is_loaded():
+    model, sparse = tiny_model(), {key: torch.zeros_like(x) for key, x in weights().items()}
+    with pytest.raises(ValueError, match=r"^state_dict: got lm_head\.weight of layout torch\.sparse_coo"):
+        model.load_official_state_dict(sparse | {HEAD: sparse[HEAD].to_sparse()})
+    assert all(torch.equal(x, model.state_dict()[key]) for key, x in weights().items())
 
 
 def test_a_model_without_memory_is_not_loaded_into():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from checkpoint_cases import load, save_file, weights, write, write_shards
-from model_cases import TINY, one_thread  # noqa: F401
+from model_cases import TINY, one_thread, tiny_model  # noqa: F401
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
 BROKEN = {
@@ -97,6 +98,18 @@ def test_what_a_directory_holds_instead_of_weights_is_said(other, said, tmp_path
 def test_a_name_that_is_no_directory_is_not_downloaded():
     with pytest.raises(FileNotFoundError, match=r"got shi-labs/slowfast without config\.json.*nothing is downloaded"):
         load("shi-labs/slowfast")
+
+
+@pytest.mark.parametrize("name", [None, 3, ["model"]], ids=repr)
+@pytest.mark.parametrize("call", [load, lambda name: tiny_model().save_pretrained(name)], ids=["load", "save"])
+def test_a_directory_that_is_no_name_is_refused(call, name):
+    with pytest.raises(TypeError, match=r"^directory: got "):
+        call(name)
+
+
+def test_the_name_of_a_directory_may_be_bytes(tmp_path):
+    tiny_model().save_pretrained(os.fsencode(tmp_path))
+    load(os.fsencode(tmp_path))
 
 
 def test_a_file_in_a_directorys_place_is_named(tmp_path):
