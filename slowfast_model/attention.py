@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import slowfast_kernels as sk
 
-from .cache import SelfKVCache, SlowContext
+from .cache import LayerCache, SlowContext
 from .config import SlowFastConfig
 from .layers import MLP, RMSNorm, Rope, apply_rope
 from .plain import is_plain
@@ -33,9 +33,8 @@ def _in_one_dtype(weight: Tensor, bias: Tensor, warm_up: Tensor | None) -> tuple
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary embedding."""
 
-    def __init__(self, config: SlowFastConfig, layer: int) -> None:
+    def __init__(self, config: SlowFastConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_dim
         heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads)
@@ -43,7 +42,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
-    def attend(self, x: Tensor, rope: Rope, cache: SelfKVCache | None) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """x [B, L, C] after the norm -> attention output before ``o_proj`` [B, L, Hq * D], and q [B, L, Hq, D].
 
         Padding must be on the right: then causality alone hides it from the valid rows, and no mask is built.
@@ -51,22 +50,22 @@ class SelfAttention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None and cache.is_decoding:
-            return cache.append_and_attend(self.layer, q, k, v).flatten(2), q
+            return cache.append_and_attend(q, k, v).flatten(2), q
         if cache is not None:
-            cache.fill(self.layer, k, v)
+            cache.fill(k, v)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(2), q
 
-    def forward(self, x: Tensor, rope: Rope, cache: SelfKVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> Tensor:
         return self.o_proj(self.attend(x, rope, cache)[0])
 
 
 class HybridAttention(SelfAttention):
     """Adds ``cross_attn_kv_proj``, ``cross_attn_gate_proj`` and, in the warm-up types, ``cross_attn_warm_up_gate``."""
 
-    def __init__(self, config: SlowFastConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: SlowFastConfig) -> None:
+        super().__init__(config)
         self.num_kv_heads = config.num_key_value_heads
         self.gate, self.warm_up_tanh = config.gate, not config.updates_every_row
         self.cross_attn_kv_proj = nn.Linear(config.hidden_size, 2 * self.num_kv_heads * self.head_dim)
@@ -112,21 +111,21 @@ class HybridAttention(SelfAttention):
         self,
         x: Tensor,
         rope: Rope,
-        cache: SelfKVCache | None,
+        cache: LayerCache | None,
         slow: SlowContext | None = None,
         slow_tokens: Tensor | None = None,
         norm_weight: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``slow`` has this layer's K and V."""
+        """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``cache`` has this layer's K and V."""
         a, q = self.attend(x, rope, cache)
         if slow is not None:
             if slow_tokens is None:
-                slow_kv = slow.kv[self.layer]
+                slow_kv = cache.slow_kv
             else:
                 slow_kv = self.project_slow(slow_tokens, norm_weight).to(q.dtype)
             if cache is not None:
-                slow.kv[self.layer] = slow_kv
+                cache.slow_kv = slow_kv
             state = a.flatten(0, 1)
             *gating, value = self.gating(state, slow.text_rows)
             a = sk.slowfast_cross_attention(
@@ -150,8 +149,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: SlowFastConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.is_hybrid = layer, layer in config.hybrid_layers
-        self.self_attn = (HybridAttention if self.is_hybrid else SelfAttention)(config, layer)
+        self.is_hybrid = layer in config.hybrid_layers
+        self.self_attn = (HybridAttention if self.is_hybrid else SelfAttention)(config)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -168,14 +167,14 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         rope: Rope,
         slow: SlowContext | None = None,
-        cache: SelfKVCache | None = None,
+        cache: LayerCache | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or read while decoding."""
         hybrid_inputs = ()
         if self.is_hybrid and slow is not None:
             tokens = norm_weight = None
-            is_projected = slow.tokens is None or (cache is not None and self.layer in slow.kv)
+            is_projected = slow.tokens is None or (cache is not None and cache.slow_kv is not None)
             if not is_projected and slow.tokens_are_normalised and self.folds_norm:
                 tokens, norm_weight = slow.tokens, self.input_layernorm.weight
             elif not is_projected:

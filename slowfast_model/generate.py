@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slowfast_kernels.ops.checks import check_dense, reads_device_data
 
-from .cache import SelfKVCache, SlowContext
+from .cache import KVCache, SlowContext
 from .layers import compute_dtype
 from .sampling import Choice, prompt_ids_seen, sample
 from .scalars import flag, integer
@@ -66,7 +66,7 @@ class DecodeSession:
         batch, capacity = len(layout.lengths), x.shape[1] + max_new_tokens
         dtype = compute_dtype(x.dtype, x.device)
         heads = (config.num_key_value_heads, config.head_dim)
-        self.cache = SelfKVCache(
+        self.cache = KVCache(
             config.num_hidden_layers, batch, capacity, *heads, dtype=dtype, device=device, backend=model.backend
         )
 
@@ -80,7 +80,10 @@ class DecodeSession:
         self.slow = None
         if slow is not None and slow_tokens_in_decode:
             rows, cu_text = decode_rows(layout.slow_lengths, device)
-            self.slow = SlowContext(slow.cu_slow, rows, cu_text, kv=slow.kv)
+            self.slow = SlowContext(slow.cu_slow, rows, cu_text)
+        else:
+            for layer_cache in self.cache.layers:
+                layer_cache.slow_kv = None
         self._token = torch.zeros(batch, dtype=torch.int64, device=device)
         self._replay: Callable[[], Tensor] | None = None
         self.steps_left = max_new_tokens
@@ -95,7 +98,7 @@ class DecodeSession:
                 "(was the model cast, or autocast switched, since the session was made?)"
             )
         rope = (self._cos[self.position, None], self._sin[self.position, None])
-        self.cache.begin_step(self.position)
+        self.cache.step.begin(self.position)
         return model.lm_head(model.model(x, rope, self.slow, self.cache, model.backend)[:, 0])
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from slowfast_kernels.ops.checks import check_dense
 
 from . import checkpoint as checkpoints
 from .attention import DecoderLayer
-from .cache import SelfKVCache, SlowContext
+from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import generate
 from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
@@ -73,13 +73,14 @@ class Decoder(nn.Module):
         x: Tensor,
         rope: Rope,
         slow: SlowContext | None,
-        cache: SelfKVCache | None = None,
+        cache: KVCache | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """x [B, L, C] embeddings -> hidden states after the final norm."""
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
-        for layer in self.layers:
-            arguments = (x, rope, slow, cache, backend)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            arguments = (x, rope, slow, layer_cache, backend)
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
         return self.norm(x)
 

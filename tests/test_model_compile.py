@@ -16,7 +16,7 @@ from model_cases import PROMPT_VIDEOS, PROMPTS, VIDEO, features, one_thread, pad
 from model_cases import tiny_model as three_layers
 from torch._dynamo.utils import counters
 
-from slowfast_model.cache import SelfKVCache, SlowContext
+from slowfast_model.cache import KVCache, SlowContext
 from slowfast_model.generate import DecodeSession
 from slowfast_model.tokens import decode_rows
 
@@ -63,7 +63,7 @@ def layer_inputs(model, prompts, videos):
 def new_cache(model, x, backend=None):
     heads = (model.config.num_key_value_heads, model.config.head_dim)
     layers = model.config.num_hidden_layers
-    return SelfKVCache(layers, len(x), x.shape[1] + 4, *heads, dtype=x.dtype, device=x.device, backend=backend)
+    return KVCache(layers, len(x), x.shape[1] + 4, *heads, dtype=x.dtype, device=x.device, backend=backend)
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -100,17 +100,31 @@ def test_a_layer_is_one_graph_while_it_fills_the_caches_and_while_it_reads_them(
         answers = []
         for call in (run, layer):
             x, rope, layout, slow = layer_inputs(model, prompts, videos)
-            cache = new_cache(model, x, backend)
+            caches = new_cache(model, x, backend)
+            cache = caches.layers[index]
             prefill = call(x, rope, slow, cache, backend)
-            assert set(slow.kv) == ({index} if layer.is_hybrid else set())
+            assert (cache.slow_kv is not None) == layer.is_hybrid
             rows, cu_text = decode_rows(layout.slow_lengths, x.device)
-            step = SlowContext(slow.cu_slow, rows, cu_text, kv=slow.kv)
+            step = SlowContext(slow.cu_slow, rows, cu_text)
             position = torch.tensor(layout.lengths)
-            cache.begin_step(position)
+            caches.step.begin(position)
             decoded = call(x[:, :1], model.rope(position[:, None]), step, cache, backend)
-            answers.append((prefill, decoded, cache.kv[index]))
+            answers.append((prefill, decoded, cache.kv))
         for got, want in zip(*answers, strict=True):
             torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_layers_that_are_compiled_alone_share_their_graphs_in_generation():
+    """A hybrid and a plain one each of: a prefill, a decode step, and both again for symbolic lengths."""
+    model = tiny_model(num_hidden_layers=10)
+    expected = [model.generate(*batch(*b)[:3], max_new_tokens=3) for b in BATCHES[:3]]
+    counter = new_counter(False)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend=counter)
+    found = [model.generate(*batch(*b)[:3], max_new_tokens=3) for b in BATCHES[:3]]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert counter.frame_count <= 8
 
 
 @both_modes

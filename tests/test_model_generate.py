@@ -90,12 +90,17 @@ def test_prompts_padded_on_the_left_generate_the_same(target):
     assert torch.equal(right, left)
 
 
+def slow_caches(session):
+    """The slow KV caches by layer."""
+    return {i: cache.slow_kv for i, cache in enumerate(session.cache.layers) if cache.slow_kv is not None}
+
+
 @torch.no_grad()
 def test_slow_tokens_are_read_from_the_cache_while_decoding():
     """The same prefill, but other slow values afterwards: later logits must change."""
     model = tiny_model()
     session = DecodeSession(model, torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=2)
-    for kv in session.slow.kv.values():
+    for kv in slow_caches(session).values():
         kv[:, :, 1] += 1
     changed = session.step(torch.tensor([3])).clone()
     fresh = DecodeSession(model, torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=2)
@@ -106,12 +111,12 @@ def test_slow_tokens_are_read_from_the_cache_while_decoding():
 def test_the_slow_cache_is_written_once_in_the_checkpoints_interleaved_layout():
     model = tiny_model()
     session = DecodeSession(model, torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=3)
-    assert sorted(session.slow.kv) == list(model.config.hybrid_layers)
-    before = {layer: (kv.data_ptr(), kv.clone()) for layer, kv in session.slow.kv.items()}
+    assert tuple(slow_caches(session)) == model.config.hybrid_layers
+    before = {layer: (kv.data_ptr(), kv.clone()) for layer, kv in slow_caches(session).items()}
     session.step(torch.tensor([3]))
     for layer, (pointer, kv) in before.items():
-        assert session.slow.kv[layer].data_ptr() == pointer
-        assert torch.equal(session.slow.kv[layer], kv)
+        assert slow_caches(session)[layer].data_ptr() == pointer
+        assert torch.equal(slow_caches(session)[layer], kv)
         assert kv.shape == (16, 2, 2, 8)  # [Ns, Hkv, 2, D]
     assert session.slow.tokens is None
 
@@ -121,6 +126,7 @@ def test_without_slow_tokens_in_decode_the_session_keeps_none():
     options = {"max_new_tokens": 3, "slow_tokens_in_decode": False}
     session = DecodeSession(tiny_model(), torch.tensor([[1, VIDEO, 2]]), features((4, 4)), **options)
     assert session.slow is None
+    assert not slow_caches(session)
 
 
 @torch.no_grad()
@@ -203,7 +209,7 @@ def test_a_step_looks_at_ids_on_a_gpu_only_when_debugging(monkeypatch):
 def test_a_finished_session_frees_its_caches_at_once():
     session = DecodeSession(tiny_model(), torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=3)
     session.step(torch.tensor([3]))
-    caches = [weakref.ref(kv) for kv in (*session.cache.kv, *session.slow.kv.values())]
+    caches = [weakref.ref(kv) for kv in (*(c.kv for c in session.cache.layers), *slow_caches(session).values())]
     gc.disable()  # no cycle may keep them until the next collection
     try:
         del session

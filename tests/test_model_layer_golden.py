@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from slowfast_model import SlowFastConfig
 from slowfast_model.attention import DecoderLayer
-from slowfast_model.cache import SelfKVCache, SlowContext
+from slowfast_model.cache import KVCache, LayerCache, SlowContext
 from slowfast_model.layers import rope_at
 from slowfast_model.tokens import attending_rows, decode_rows
 
@@ -82,7 +82,7 @@ class Case:
     def rope(self, positions: Tensor):
         return rope_at(positions, self.config.head_dim, self.config.rope_theta, torch.float32)
 
-    def prefill(self, x: Tensor, slow: SlowContext | None, cache: SelfKVCache | None = None) -> Tensor:
+    def prefill(self, x: Tensor, slow: SlowContext | None, cache: LayerCache | None = None) -> Tensor:
         """Outputs of the valid rows, [n, C]."""
         right = pad_sequence(self.rows(x), batch_first=True)
         rope = self.rope(torch.arange(right.shape[1], device=x.device))
@@ -145,15 +145,13 @@ def test_a_cached_decode_step(name, mode, target):
     case = Case.load(name, target)
     lengths, heads = case.valid.sum(1), (case.config.num_key_value_heads, case.config.head_dim)
     capacity = int(lengths.max()) + 3
-    cache = SelfKVCache(
-        1, len(lengths), capacity, *heads, dtype=torch.float32, device=target.device, backend=case.backend
-    )
+    cache = KVCache(1, len(lengths), capacity, *heads, dtype=torch.float32, device=target.device, backend=case.backend)
     slow = case.slow()
-    case.prefill(case["in.hidden_states"], slow, cache)
+    case.prefill(case["in.hidden_states"], slow, cache.layers[0])
     assert torch.equal(case["in.decode_position_ids"][:, 0], lengths)
 
     text_rows, cu_text = decode_rows([1] * len(lengths), target.device)
-    step = SlowContext(slow.cu_slow, text_rows, cu_text, kv=slow.kv) if mode == "attending" else None
-    cache.begin_step(lengths)
-    out = case.layer(case["in.decode_hidden_states"], case.rope(lengths[:, None]), step, cache, case.backend)
+    step = SlowContext(slow.cu_slow, text_rows, cu_text) if mode == "attending" else None
+    cache.step.begin(lengths)
+    out = case.layer(case["in.decode_hidden_states"], case.rope(lengths[:, None]), step, cache.layers[0], case.backend)
     torch.testing.assert_close(out, case[f"out.decode_{mode}"], **OUTPUT)
