@@ -89,6 +89,11 @@ class SlowFastForCausalLM(nn.Module):
     """The whole model. ``backend`` names the kernels of every layer ("eager": plain PyTorch), None chooses per call."""
 
     def __init__(self, config: SlowFastConfig, *, backend: str | None = None) -> None:
+        if not isinstance(config, SlowFastConfig):
+            raise TypeError(
+                f"config: got {type(config).__name__}, want a SlowFastConfig "
+                "(SlowFastConfig.from_official makes one of what a config.json holds)"
+            )
         super().__init__()
         self.config = config
         self.backend = backend

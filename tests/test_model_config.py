@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from slowfast_model import SlowFastConfig
+from slowfast_model import SlowFastConfig, SlowFastForCausalLM
 
 RELEASED = {
     "model_type": "llava_qwen_slow_fast",
@@ -386,3 +386,9 @@ def test_a_hybrid_model_is_written_as_a_released_one_and_another_as_a_qwen2():
     plain = SlowFastConfig.from_official(QWEN2).to_official()
     assert (plain["model_type"], plain["architectures"]) == ("qwen2", ["Qwen2ForCausalLM"])
     assert not [key for key in plain if key.startswith(("mm_", "cross_attn_", "fast_"))]
+
+
+@pytest.mark.parametrize("config", [None, QWEN2, "config.json"], ids=["none", "dict", "name"])
+def test_a_model_is_made_of_a_configuration_alone(config):
+    with pytest.raises(TypeError, match=r"^config: got .*, want a SlowFastConfig"):
+        SlowFastForCausalLM(config)
