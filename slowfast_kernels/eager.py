@@ -197,7 +197,7 @@ class _Activation(NamedTuple):
     slope: Callable[[Tensor], Tensor]  # of the activated value, not of its argument
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "tanh": _Activation(torch.tanh, lambda act: 1 - act**2),
     "linear": _Activation(lambda pre: pre, torch.ones_like),
 }
@@ -210,7 +210,7 @@ def _activated(picked: Tensor, gate: Gate) -> Tensor:
     if gate.kind == "none":
         return torch.ones_like(picked[:, 0])
     pre = picked @ gate.weight.reshape(-1).to(picked.dtype) + gate.bias.to(picked.dtype)
-    return _ACTIVATIONS[gate.kind].apply(pre)
+    return ACTIVATIONS[gate.kind].apply(pre)
 
 
 def _warm_up_factor(like: Tensor, gate: Gate) -> Tensor:
@@ -253,7 +253,7 @@ def gated_residual_mix_backward(
     grad_act = grad_gate * factor
     grad_state, grad_weight, grad_bias, grad_warm, grad_value = _fp32_or_wider(grad), None, None, None, None
     if gate.weight is not None:
-        grad_pre = grad_act * _ACTIVATIONS[gate.kind].slope(act)
+        grad_pre = grad_act * ACTIVATIONS[gate.kind].slope(act)
         weight = gate.weight.reshape(-1).to(picked.dtype)
         grad_state = grad_state.index_add(0, rows, grad_pre[:, None] * weight)
         grad_weight = (grad_pre[:, None] * picked).sum(0).reshape(gate.weight.shape).to(gate.weight.dtype)

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slowfast_kernels as sk
+from slowfast_kernels.eager import ACTIVATIONS
 
 from .cache import LayerCache, SlowContext
 from .config import SlowFastConfig
 from .layers import MLP, RMSNorm, Rope, apply_rope
 from .plain import is_plain
-
-ACTIVATIONS = {"tanh": torch.tanh, "linear": lambda x: x}  # of a gate that the kernel does not compute
 
 
 def _in_one_dtype(weight: Tensor, bias: Tensor, warm_up: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -104,7 +103,7 @@ class HybridAttention(SelfAttention):
         weights = [p for p in gate.parameters() if p.is_floating_point()]
         if weights and all(p.dtype == computed for p in weights):  # kept in float32 beside a half precision model
             rows = rows.to(computed)
-        value = ACTIVATIONS[self.gate](gate(rows).flatten().to(computed))
+        value = ACTIVATIONS[self.gate].apply(gate(rows).flatten().to(computed))
         return None, None, None if warm_up is None else warm_up.to(computed), value
 
     def forward(
