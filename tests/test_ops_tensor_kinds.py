@@ -146,6 +146,15 @@ def test_a_registered_op_refuses_a_tangent_that_it_would_drop():
         torch.ops.slowfast.text_cross_attention(fwAD.make_dual(q, q), *rest, None, False, 0, None)
 
 
+def test_a_registered_op_is_refused_inside_jvp_which_takes_tangents_off():
+    def registered(x):
+        return torch.ops.slowfast.pool(x, [4], [3, 3], 1, 1, 2, 1, 1, None, "eager")[0]
+
+    x = torch.randn(4, 9, 8)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(registered, (x,), (x,))
+
+
 def test_a_backward_refuses_a_tangent_that_it_would_drop():
     x = torch.randn(4, 9, 8, requires_grad=True)
     out = sk.slowfast_pool(x, [4], (3, 3)).slow

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from .. import _extension
@@ -162,10 +163,12 @@ def needs_formula(*tensors: Tensor | None) -> bool:
 def refuse_tangents(*tensors: Tensor | None) -> None:
     """For a registered op's implementation: PyTorch hands it dual tensors and would drop their tangents.
 
+    torch.func.jvp takes the tangents off before it comes here, so inside it every registered op is refused.
+
     Raises:
-        NotImplementedError: a tensor has a tangent.
+        NotImplementedError: a tensor has a tangent, or may have had one.
     """
-    if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
+    if forward_ad._current_level >= 0 and (eager_transforms.JVP_NESTING > 0 or any(map(has_tangent, tensors))):
         raise NotImplementedError(
             "torch.ops.slowfast has no forward-mode derivatives; the functions of slowfast_kernels have them"
         )
