@@ -34,7 +34,11 @@ void cross_attention(CrossAttentionParams& p, int32_t consumers, int32_t cluster
                                 0,
                                 0,
                                 0};
-  (p.head_dim == 64 ? cuda::cross_attention_sm90_d64 : cuda::cross_attention_sm90_d128)(p, plan, pointer(stream));
+  switch (p.head_dim) {
+    case 64: return cuda::cross_attention_sm90_d64(p, plan, pointer(stream));
+    case 128: return cuda::cross_attention_sm90_d128(p, plan, pointer(stream));
+  }
+  throw std::invalid_argument("cross_attention: a head dimension that has no kernel");
 }
 #endif
 

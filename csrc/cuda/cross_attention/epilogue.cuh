@@ -36,6 +36,7 @@ __device__ __forceinline__ float weight_of(float max_log2, float merged_log2) {
 // 16-byte chunks of a row of state in shared memory; rows that lie 8 apart share a bank group.
 template <typename Traits>
 __device__ __forceinline__ typename Traits::Element* state_cell(typename Traits::Element* base, int row, int column) {
+  static_assert(Traits::kHeadDim % 64 == 0, "the exchange of chunks would reach into the next row");
   return base + row * Traits::kHeadDim + (((column / 8) ^ (row % 8)) * 8) + column % 8;
 }
 

@@ -24,6 +24,7 @@ struct Traits {
   // 64 columns of a row are the 128 bytes of one swizzle span; a tile is kHeadDim / 64 such column blocks.
   static constexpr int kSpan = 64;
   static constexpr int kSpans = kHeadDim / kSpan;
+  static_assert(kHeadDim % kSpan == 0, "a last, narrower column block would be left out of every tile and tensor map");
   // Two warpgroups of 128 threads hold Q, S, P and O (32 + 64 + 32 + 64 registers); the producer's threads give theirs up.
   // One warpgroup has too few for Q, and reads it from shared memory in every block.
   static constexpr bool kQueryInRegisters = kConsumers == 2;
@@ -39,6 +40,7 @@ struct Traits {
   // a ring of its own, half of all slots, which takes in that of Q once it is read.
   static constexpr int kSlotSize = kBlockN * kHeadDim * (kLoadsTogether ? 2 : 1);
   static constexpr int kNumSlots = kConsumers == 1 ? (kHeadDim == 128 ? 6 : 10) : (kHeadDim == 128 ? 6 : 12);
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "kNumSlots is chosen by the shared memory of these two");
   static constexpr int kRingSlots = kNumSlots - 1, kHalfRingSlots = kNumSlots / 2;
   static_assert(kSlotSize == kBlockM * kHeadDim);
 
