@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import eager
 from ..heuristics import OpCall
-from ..pool_plan import PoolOptions, check_pool_arguments, make_pool_plan, token_counts
+from ..pool_plan import PoolOptions, PoolPlan, check_pool_arguments, make_pool_plan, token_counts
 from . import checks
 from .dispatch import (
     backend_for,
@@ -74,8 +74,7 @@ def slowfast_pool(
     eps = None if norm_eps is None else checks.as_float("norm_eps", norm_eps)
     check_backend_name(backend)
     if needs_formula(frames):
-        _check(frames, counts, sides, options, eps)
-        return PooledTokens(*eager.pool(frames, make_pool_plan(tuple(counts), tuple(sides), *options), eps))
+        return PooledTokens(*eager.pool(frames, _plan(frames, counts, sides, options, eps), eps))
     arguments = (counts, sides, *options, eps, backend)
     return PooledTokens(*run_op(torch.ops.slowfast.pool, _run, _check_call, (frames,), *arguments))
 
@@ -84,11 +83,28 @@ _OPTIONS = PoolOptions._fields
 
 
 def _check(frames, frame_counts, grid, options, norm_eps) -> None:
+    """Everything, without a plan: lengths may be symbolic."""
+    _check_kind(frames, grid)
+    check_pool_arguments(frame_counts, grid, PoolOptions(*options))
+    _check_fit(frames, frame_counts, grid, norm_eps)
+
+
+def _plan(frames, frame_counts, grid, options, norm_eps) -> PoolPlan:
+    """The same, and the plan, which checks counts and strides once and is kept by them."""
+    _check_kind(frames, grid)
+    plan = make_pool_plan(tuple(frame_counts), tuple(grid), *options)
+    _check_fit(frames, frame_counts, grid, norm_eps)
+    return plan
+
+
+def _check_kind(frames, grid) -> None:
     checks.check_tensor("frames", frames, 3, "[sum(frame_counts), H*W, C]")
     checks.check_float("frames", frames)
     if len(grid) != 2:
         checks.fail("grid", grid, "(H, W)")
-    check_pool_arguments(frame_counts, grid, PoolOptions(*options))
+
+
+def _check_fit(frames, frame_counts, grid, norm_eps) -> None:
     if frames.shape[0] != sum(frame_counts):
         checks.fail("frames", frames, f"{sum(frame_counts)} frames (the sum of frame_counts)")
     if frames.shape[1] != grid[0] * grid[1]:
@@ -119,8 +135,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     refuse_tangents(frames)
     options = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
-    _check(frames, frame_counts, grid, options, norm_eps)
-    plan = make_pool_plan(tuple(frame_counts), tuple(grid), *options)
+    plan = _plan(frames, frame_counts, grid, options, norm_eps)
     call = OpCall("slowfast_pool", frames.device.type, frames.dtype, compute_capability(frames.device))
     return backend_for(call, frames.device, backend).pool(frames, plan, norm_eps)
 
