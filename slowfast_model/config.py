@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .official_config import read_official, write_official
+from .official_config import SIZES, read_official, write_official
 from .scalars import flag, integer, real
 
 GATING_TYPES = ("whole-dynamic", "whole-dynamic-tanh", "whole-dynamic-warmup", "whole-dynamic-tanh-warmup")
@@ -25,7 +25,6 @@ IMPLEMENTATIONS = (
 )
 
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COUNTS = (
     *SIZES,
     "num_key_value_heads",

@@ -37,10 +37,10 @@ WANTED = {
     "compression_config": "null (decompress the checkpoint first)",
     "text_config": "the language model's keys at top level",
 }
-# Null means nothing in these, and the default would be some other model's.
-NEVER_NULL = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Every model has these: null means nothing in them, and the default would be some other model's.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 QWEN2_FIELDS = (
-    *NEVER_NULL,
+    *SIZES,
     "num_key_value_heads",
     "rms_norm_eps",
     "rope_theta",
@@ -58,7 +58,7 @@ def read_official(config: Mapping, cls: type[SlowFastConfig]) -> dict:
         if value is not None and not _is_one_of(value, values):
             wanted = WANTED.get(key) or " or ".join(map(repr, values))
             raise ValueError(f"{key}: got {value!r}, want {wanted}")
-    for key in NEVER_NULL:
+    for key in SIZES:
         if key in config and config[key] is None:
             raise ValueError(f"{key}: got null, want an integer >= 1")
     _check_layer_types(config.get("layer_types"), config.get("num_hidden_layers", cls.num_hidden_layers))
