@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+import slowfast_kernels as sk
 from slowfast_kernels import cuda, eager
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.pool_plan import make_pool_plan
@@ -146,7 +148,7 @@ def check_mix(case: tuple, dtype: torch.dtype, layout: str, device: str) -> floa
     state, context = surrounded(state, layout), surrounded(context, layout)
     options = {"gate": gate, "warm_up_tanh": warm_up_tanh}
     with guarded_outputs():
-        out = cuda.gated_residual_mix(state, context, text_rows, Gate.of(*parameters, **options))
+        out = sk.gated_residual_mix(state, context, text_rows, *parameters, **options, backend="cuda")
     assert torch.equal(out[copied].nan_to_num(CANARY), state[copied].nan_to_num(CANARY)), "a copied row differs"
     if not num_text:
         return 0.0
@@ -189,8 +191,8 @@ def check_large() -> None:
     rows = state.shape[0]
     inputs = mix_inputs(1, 1, 3584, False, True, torch.bfloat16, "cuda")
     text_rows = torch.tensor([rows - 1], dtype=torch.int32, device="cuda")
-    out = cuda.gated_residual_mix(state, inputs[1], text_rows, Gate.of(*inputs[3:]))
-    small = cuda.gated_residual_mix(state[-1:], inputs[1], inputs[2], Gate.of(*inputs[3:]))
+    out = sk.gated_residual_mix(state, inputs[1], text_rows, *inputs[3:], backend="cuda")
+    small = sk.gated_residual_mix(state[-1:], *inputs[1:], backend="cuda")
     assert torch.equal(out[-1:], small)
     assert torch.equal(out[-1024:-1], state[-1024:-1])
     print("ok   more than 2^31 elements")
@@ -264,7 +266,7 @@ def time_mix(copy: float) -> None:
         moved = 2 * 3584 * (2 * rows + num_text)
         count = min(256, max(2, int(ROTATION_BYTES / moved)))
         sets = [mix_inputs(rows, num_text, 3584, False, True, torch.bfloat16, "cuda") for _ in range(count)]
-        microseconds = time_graph(lambda *x: cuda.gated_residual_mix(*x[:3], Gate.of(*x[3:])), sets)
+        microseconds = time_graph(partial(sk.gated_residual_mix, backend="cuda"), sets)
         print_time(f"mix {num_text} of {rows} rows of 3584", microseconds, moved, target, copy)
 
 

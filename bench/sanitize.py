@@ -15,6 +15,7 @@ import torch
 
 import slowfast_kernels as sk
 from slowfast_kernels import cuda
+from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
 
@@ -43,8 +44,10 @@ def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> Non
     lse = torch.empty(rows, heads[0], device="cuda")
     places = (prefix(slows), index, prefix(texts))
     for kind in gates if fused else (None,):
-        mix = None if kind is None else (state, state.clone(), kind)
-        cuda._attend(q, kv, *places, head_dim**-0.5, 0, context=context, lse=lse, mix=mix, config=config)
+        mix = {} if kind is None else {"state": state, "gate": kind}
+        tensors = AttentionTensors(q, kv, *places)
+        attend = cuda.Attention(tensors, config=config, **mix)
+        attend(tensors, context=context, lse=lse, **mix, out=state.clone())
     torch.cuda.synchronize()
     assert context.isfinite().all()
 

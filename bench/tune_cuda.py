@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from slowfast_kernels import cuda, heuristics
+from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
 
@@ -26,10 +27,9 @@ GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 33)
 
 def fused(config: HopperConfig, inputs: AttentionInputs) -> torch.Tensor:
     out = torch.empty_like(inputs.state)
-    mix = (inputs.state, out, Gate.of(inputs.gate_weight, inputs.gate_bias, inputs.warm_up))
-    sequences = (inputs.cu_slow, inputs.text_rows, inputs.cu_text)
-    scale = inputs.shape.heads.dim**-0.5
-    cuda._attend(inputs.q, inputs.slow_kv, *sequences, scale, 0, mix=mix, config=config)
+    mix = {"state": inputs.state, "gate": Gate.of(inputs.gate_weight, inputs.gate_bias, inputs.warm_up)}
+    tensors = AttentionTensors(inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text)
+    cuda.Attention(tensors, config=config, **mix)(tensors, out=out, **mix)
     return out
 
 

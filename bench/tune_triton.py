@@ -19,6 +19,7 @@ import torch
 import triton
 
 from slowfast_kernels import heuristics
+from slowfast_kernels.calls import FusedTensors
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics import AttentionConfig
 from slowfast_kernels.triton import attention
@@ -41,10 +42,11 @@ MANY_ROWS = [
 
 
 def fused(config: AttentionConfig, inputs: AttentionInputs) -> torch.Tensor:
-    gated = (inputs.state, inputs.text_rows, Gate.of(inputs.gate_weight, inputs.gate_bias, inputs.warm_up))
-    sequences = (inputs.cu_slow, inputs.text_rows, inputs.cu_text)
-    scale = inputs.shape.heads.dim**-0.5
-    return attention.attend_and_mix(inputs.q, inputs.slow_kv, *sequences, scale, gated, config)
+    gating = (inputs.gate_weight, inputs.gate_bias, inputs.warm_up)
+    tensors = FusedTensors(
+        inputs.state, inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text, *gating, None
+    )
+    return attention.Attention(tensors, config=config).attend_and_mix(tensors, Gate.of(*gating))
 
 
 def own_config(shape: AttentionShape, device: torch.device) -> AttentionConfig:

@@ -1,5 +1,5 @@
-// The Python module slowfast_kernels._C. There is no torch here: tensors arrive as addresses and int64 strides, so one
-// build serves every torch. Python has validated and allocated; a call costs a microsecond or two.
+// The Python module slowfast_kernels._C. There is no torch here: a call's tensors and sizes arrive in one struct of
+// params.h, so one build serves every torch. Python has validated and allocated; a call costs a microsecond.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -53,15 +53,18 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of slowfast-kernels.";
   m.attr("build_info") = build_info();
   m.def("cpu_isa", &cpu::isa_name, "Instruction set that the CPU kernels run with.");
+  py::dict sizes;  // that the mirrors in slowfast_kernels/params.py must have
+  sizes["GateParams"] = sizeof(GateParams);
+  sizes["CrossAttentionParams"] = sizeof(CrossAttentionParams);
+  sizes["GatedMixParams"] = sizeof(GatedMixParams);
+  sizes["PoolParams"] = sizeof(PoolParams);
+  m.attr("struct_sizes") = sizes;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_cross_attention",
-        attention_binding<int32_t, int>([](CrossAttentionParams& p, int32_t num_splits, int num_threads) {
-          p.num_splits = num_splits;
-          cpu::cross_attention(p, num_threads);
-        }),
+        [](Address params, int num_threads) { cpu::cross_attention(read_attention(params), num_threads); }, no_gil);
+  m.def("cpu_gated_mix", [](Address params, int num_threads) { cpu::gated_mix(read_gated_mix(params), num_threads); },
         no_gil);
-  m.def("cpu_gated_mix", gated_mix_binding<int>(&cpu::gated_mix), no_gil);
-  m.def("cpu_pool", pool_binding<int>(&cpu::pool), no_gil);
+  m.def("cpu_pool", [](Address params, int num_threads) { cpu::pool(read_pool(params), num_threads); }, no_gil);
 #ifdef SLOWFAST_WITH_CUDA
   bind_cuda(m);
 #endif

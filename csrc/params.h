@@ -1,12 +1,14 @@
 // The plain-data contract between Python and every kernel, CPU and CUDA alike.
 // Python validates and allocates; a kernel trusts what it is given. Strides are in elements, int64;
 // the last dimension of every tensor is contiguous. Prefix sums (cu_*) are int32, [B + 1].
+// slowfast_kernels/params.py mirrors every struct field by field; tests/test_params.py compares the two.
 #pragma once
 #include <cstdint>
 
 namespace slowfast {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+constexpr int kNumDTypes = 3;
 
 // The codes of slowfast_kernels/gate.py. kTanh and kLinear: act(state . weight + bias); kNone: 1; kGiven: value[i].
 enum class GateKind : int32_t { kTanh = 0, kLinear = 1, kNone = 2, kGiven = 3 };

@@ -6,6 +6,7 @@ missing and how to get it. torch is imported before ``_C``, so that both share t
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import platform
@@ -78,6 +79,10 @@ def _load() -> tuple[ModuleType | None, str]:
     built, here = module.build_info["version"], importlib.import_module("slowfast_kernels").__version__
     if built != here:
         return None, f"the extension {module.__file__} is of version {built}, the package beside it of {here}; {how}"
+    params = importlib.import_module("slowfast_kernels.params")
+    sizes = {struct.__name__: ctypes.sizeof(struct) for struct in params.STRUCTS}
+    if any(sizes[name] != size for name, size in module.struct_sizes.items()):
+        return None, f"the extension {module.__file__} was built from another csrc/params.h than this package's; {how}"
     return module, ""
 
 

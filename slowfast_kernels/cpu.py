@@ -1,156 +1,94 @@
-"""The CPU backend: allocates results and hands addresses and strides to the C++ kernels of ``csrc/cpu``.
+"""The CPU backend: allocates results and hands filled Params structs to the C++ kernels of ``csrc/cpu``.
 
 Arguments have been validated by ``ops``. float32, bfloat16 and float16 in and out, float32 inside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ctypes import addressof
+
 import torch
 from torch import Tensor
 
 from ._extension import extension
-from .gate import Gate
+from .calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
 from .heuristics import cpu_num_splits
-from .params import DTYPE_CODES, NO_GATE, address, gate_arguments
+from .params import copy, cross_attention_params, fill_attention, fill_gate, gated_mix_params, pool_params
 from .pool_plan import PoolPlan
 
 
 def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """frames [F, H * W, C] -> slow [Ns, C], cu_slow, fast [Nf, C], cu_fast (prefix sums int32 [B + 1])."""
-    items, entries, cu_slow, cu_fast = plan.tables(frames.device)
-    channels = frames.shape[-1]
-    slow = frames.new_empty(plan.num_slow, channels)
-    fast = frames.new_empty(plan.num_fast, channels)
-    extension().cpu_pool(
-        frames.data_ptr(),
-        items.data_ptr(),
-        entries.data_ptr(),
-        slow.data_ptr(),
-        fast.data_ptr(),
-        frames.stride(0),
-        frames.stride(1),
-        channels,
-        plan.grid[1],
-        plan.spatial_stride,
-        plan.num_items,
-        *plan.cells,
-        -1.0 if norm_eps is None else norm_eps,
-        DTYPE_CODES[frames.dtype],
-        torch.get_num_threads(),
-    )
+    slow, fast = (frames.new_empty(n, frames.shape[2]) for n in (plan.num_slow, plan.num_fast))
+    params = pool_params(frames, plan, norm_eps, slow, fast)
+    extension().cpu_pool(addressof(params), torch.get_num_threads())
+    _, _, cu_slow, cu_fast = plan.tables(frames.device)
     return slow, cu_slow.clone(), fast, cu_fast.clone()
 
 
-def _cross_attention(
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    context: Tensor | None,
-    lse: Tensor | None,
-    state: Tensor | None,
-    out: Tensor | None,
-    gate_arguments: tuple,
-    softmax_scale: float,
-    num_splits: int,
-) -> None:
+def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOptions) -> Callable:
+    """A function of tensors alike: context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
+    params = cross_attention_params(sample, scale_of(sample.q, options.softmax_scale), options.num_splits)
+    shape = (sample.text_rows.shape[0], *sample.q.shape[1:])
+
+    def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
+        q = tensors.q
+        context = q.new_empty(shape)
+        lse = q.new_empty(shape[:2], dtype=torch.float32) if options.return_lse else None
+        mine = copy(params)
+        mine.context = context.data_ptr()
+        if lse is not None:
+            mine.lse = lse.data_ptr()
+        fill_attention(mine, tensors)
+        _attend(mine)
+        return context, lse
+
+    return run
+
+
+def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
+    """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
+    params = gated_mix_params(*sample[:3], sample.gate(options))
+    kernel = extension().cpu_gated_mix
+
+    def run(tensors: MixTensors) -> Tensor:
+        state, context, text_rows = tensors[:3]
+        out = state.new_empty(state.shape)
+        mine = copy(params)
+        mine.state, mine.context, mine.text_rows = state.data_ptr(), context.data_ptr(), text_rows.data_ptr()
+        mine.out = out.data_ptr()
+        held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel has read it
+        kernel(addressof(mine), torch.get_num_threads())
+        return out
+
+    return run
+
+
+def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
+    """A function of tensors alike: attention, gate and mix in one call; the context never leaves float32."""
+    inputs, state = sample.attention, sample.state
+    scale = scale_of(inputs.q, options.softmax_scale)
+    params = cross_attention_params(inputs, scale, options.num_splits, state, sample.gate(options))
+    all_rows_are_text = inputs.text_rows.shape[0] == state.shape[0]
+
+    def run(tensors: FusedTensors) -> Tensor:
+        state = tensors.state
+        out = state.new_empty(state.shape) if all_rows_are_text else state.clone(memory_format=torch.contiguous_format)
+        mine = copy(params)
+        mine.state, mine.out = state.data_ptr(), out.data_ptr()
+        held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel has read it
+        fill_attention(mine, tensors)
+        _attend(mine)
+        return out
+
+    return run
+
+
+def _attend(params) -> None:
+    """Splits, if they are not fixed, depend on the threads there are now."""
     threads = torch.get_num_threads()
-    num_text, num_slow, batch = text_rows.shape[0], slow_kv.shape[0], cu_slow.shape[0] - 1
-    num_q_heads, num_kv_heads = q.shape[1], slow_kv.shape[1]
-    kv_token_stride, kv_head_stride, kv_pair_stride, _ = slow_kv.stride()
-    extension().cpu_cross_attention(
-        q.data_ptr(),
-        slow_kv.data_ptr(),
-        cu_slow.data_ptr(),
-        text_rows.data_ptr(),
-        cu_text.data_ptr(),
-        address(context),
-        address(lse),
-        address(state),
-        address(out),
-        *gate_arguments,
-        q.stride(0),
-        q.stride(1),
-        kv_token_stride,
-        kv_head_stride,
-        kv_pair_stride,
-        0 if state is None else state.stride(0),
-        num_text,
-        num_slow,
-        batch,
-        num_q_heads,
-        num_kv_heads,
-        q.shape[2],
-        softmax_scale,
-        DTYPE_CODES[q.dtype],
-        num_splits or cpu_num_splits(batch, num_text, num_slow, num_q_heads, num_kv_heads, threads),
-        threads,
+    params.num_splits = params.num_splits or cpu_num_splits(
+        params.batch, params.num_text, params.num_slow, params.num_q_heads, params.num_kv_heads, threads
     )
-
-
-def text_cross_attention(
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    softmax_scale: float,
-    return_lse: bool,
-    num_splits: int,
-) -> tuple[Tensor, Tensor | None]:
-    """context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
-    context = q.new_empty(text_rows.shape[0], *q.shape[1:])
-    lse = q.new_empty(context.shape[:2], dtype=torch.float32) if return_lse else None
-    _cross_attention(
-        q, slow_kv, cu_slow, text_rows, cu_text, context, lse, None, None, NO_GATE, softmax_scale, num_splits
-    )
-    return context, lse
-
-
-def gated_residual_mix(
-    state: Tensor,
-    context: Tensor,
-    text_rows: Tensor,
-    gate: Gate,
-) -> Tensor:
-    """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
-    rows, channels = state.shape
-    out, value = state.new_empty(rows, channels), gate.float_value
-    extension().cpu_gated_mix(
-        state.data_ptr(),
-        context.data_ptr(),
-        text_rows.data_ptr(),
-        out.data_ptr(),
-        *gate_arguments(gate, value),
-        rows,
-        text_rows.shape[0],
-        channels,
-        state.stride(0),
-        context.stride(0),
-        DTYPE_CODES[state.dtype],
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def slowfast_cross_attention(
-    state: Tensor,
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    gate: Gate,
-    softmax_scale: float,
-    num_splits: int,
-) -> Tensor:
-    """Attention, gate and mix in one call; the context never leaves float32. A new tensor."""
-    all_rows_are_text = text_rows.shape[0] == state.shape[0]
-    out = state.new_empty(state.shape) if all_rows_are_text else state.clone(memory_format=torch.contiguous_format)
-    value = gate.float_value
-    arguments = gate_arguments(gate, value)
-    _cross_attention(
-        q, slow_kv, cu_slow, text_rows, cu_text, None, None, state, out, arguments, softmax_scale, num_splits
-    )
-    return out
+    extension().cpu_cross_attention(addressof(params), threads)

@@ -1,4 +1,4 @@
-"""The hand-written CUDA kernels (csrc/cuda): outputs are allocated here, pointers and strides go to the extension.
+"""The hand-written CUDA kernels (csrc/cuda): results are allocated here, filled structs go to the extension.
 
 Tensors come validated (see ``ops``). A launch goes to the current stream of the tensors' device, with that device
 current; nothing syncs, so every call can be captured in a CUDA graph.
@@ -7,47 +7,40 @@ current; nothing syncs, so every call can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import addressof
 
 import torch
 from torch import Tensor
 
 from ._extension import extension
+from .calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
 from .gate import Gate
-from .heuristics import hopper_attention_config
-from .params import DTYPE_CODES, NO_GATE, gate_arguments
+from .heuristics import HopperConfig, hopper_attention_config
+from .params import (
+    SplitPlan,
+    copy,
+    cross_attention_params,
+    fill_attention,
+    fill_gate,
+    gated_mix_params,
+    pool_params,
+)
 from .pool_plan import PoolPlan
 
 
-def _launch(function: Callable[..., None], device: torch.device, *arguments) -> None:
+def _launch(function: Callable[..., None], device: torch.device, *structs) -> None:
     stream = torch._C._cuda_getCurrentRawStream(device.index)  # a tenth of current_stream(device).cuda_stream
+    addresses = map(addressof, structs)
     if device.index == torch._C._cuda_getDevice():  # the context manager costs microseconds
-        function(*arguments, stream)
+        function(*addresses, stream)
     else:
         with torch.cuda.device(device):
-            function(*arguments, stream)
+            function(*addresses, stream)
 
 
 def launch_pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None, slow: Tensor, fast: Tensor) -> None:
     """The kernel of ``pool`` alone, into contiguous slow [Ns, C] and fast [Nf, C]."""
-    items, entries, _, _ = plan.tables(frames.device)
-    _launch(
-        extension().cuda_pool,
-        frames.device,
-        frames.data_ptr(),
-        items.data_ptr(),
-        entries.data_ptr(),
-        slow.data_ptr(),
-        fast.data_ptr(),
-        frames.stride(0),
-        frames.stride(1),
-        frames.shape[2],
-        plan.grid[1],
-        plan.spatial_stride,
-        plan.num_items,
-        *plan.cells,
-        -1.0 if norm_eps is None else norm_eps,
-        DTYPE_CODES[frames.dtype],
-    )
+    _launch(extension().cuda_pool, frames.device, pool_params(frames, plan, norm_eps, slow, fast))
 
 
 def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,134 +51,132 @@ def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor
     return slow, cu_slow.clone(), fast, cu_fast.clone()
 
 
-def gated_residual_mix(
-    state: Tensor,
-    context: Tensor,
-    text_rows: Tensor,
-    gate: Gate,
-) -> Tensor:
-    """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
-    rows, channels = state.shape
-    out, value = state.new_empty(rows, channels), gate.float_value
-    _launch(
-        extension().cuda_gated_mix,
-        state.device,
-        state.data_ptr(),
-        context.data_ptr(),
-        text_rows.data_ptr(),
-        out.data_ptr(),
-        *gate_arguments(gate, value),
-        rows,
-        text_rows.shape[0],
-        channels,
-        state.stride(0),
-        context.stride(0),
-        DTYPE_CODES[state.dtype],
-    )
-    return out
+def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
+    """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
+    params, device = gated_mix_params(*sample[:3], sample.gate(options)), sample.state.device
+    kernel = extension().cuda_gated_mix
+
+    def run(tensors: MixTensors) -> Tensor:
+        state, context, text_rows = tensors[:3]
+        out = state.new_empty(state.shape)
+        mine = copy(params)
+        mine.state, mine.context, mine.text_rows = state.data_ptr(), context.data_ptr(), text_rows.data_ptr()
+        mine.out = out.data_ptr()
+        held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel is launched
+        _launch(kernel, device, mine)
+        return out
+
+    return run
 
 
-def text_cross_attention(
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    softmax_scale: float,
-    return_lse: bool,
-    num_splits: int,
-) -> tuple[Tensor, Tensor | None]:
-    """context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
-    num_text, heads = text_rows.shape[0], q.shape[1]
-    context = q.new_empty(num_text, heads, q.shape[2])
-    lse = q.new_empty(num_text, heads, dtype=torch.float32) if return_lse else None
-    if slow_kv.shape[0] == 0:
-        return context.zero_(), lse.fill_(float("-inf")) if return_lse else None
-    _attend(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits, context=context, lse=lse)
-    return context, lse
+def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOptions) -> Callable:
+    """A function of tensors alike: context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
+    shape = (sample.text_rows.shape[0], *sample.q.shape[1:])
+    is_empty, has_slow = shape[0] == 0, sample.slow_kv.shape[0] > 0
+    attend = None if is_empty or not has_slow else Attention(sample, options.softmax_scale, options.num_splits)
+
+    def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
+        q = tensors.q
+        context = q.new_empty(shape)
+        lse = q.new_empty(shape[:2], dtype=torch.float32) if options.return_lse else None
+        if attend is not None:
+            attend(tensors, context=context, lse=lse)
+        elif not has_slow:
+            context.zero_()
+            if lse is not None:
+                lse.fill_(float("-inf"))
+        return context, lse
+
+    return run
 
 
-def slowfast_cross_attention(
-    state: Tensor,
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    gate: Gate,
-    softmax_scale: float,
-    num_splits: int,
-) -> Tensor:
-    """Attention, gate and mix in one launch; where there are rows without text, a copy of ``state`` goes before it."""
-    if slow_kv.shape[0] == 0 or text_rows.shape[0] == 0:
-        return state.clone(memory_format=torch.contiguous_format)
-    out = torch.empty(state.shape, dtype=state.dtype, device=state.device)
-    if text_rows.shape[0] != state.shape[0]:  # else every row is a text row: they are distinct
-        out.copy_(state)
-    mix = (state, out, gate)
-    _attend(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits, mix=mix)
-    return out
+def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
+    """A function of tensors alike: attention, gate and mix in one launch; where there are rows without text, a copy of
+    ``state`` goes before it.
+    """
+    inputs, num_text = sample.attention, sample.text_rows.shape[0]
+    if num_text == 0 or sample.slow_kv.shape[0] == 0:
+        return lambda tensors: tensors.state.clone(memory_format=torch.contiguous_format)
+    gate = sample.gate(options)
+    attend = Attention(inputs, options.softmax_scale, options.num_splits, sample.state, gate)
+    copies_rows = num_text != sample.state.shape[0]  # else every row is a text row: they are distinct
+
+    def run(tensors: FusedTensors) -> Tensor:
+        state = tensors.state
+        out = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+        if copies_rows:
+            out.copy_(state)
+        attend(tensors, state=state, out=out, gate=tensors.gate(options))
+        return out
+
+    return run
 
 
-def _attend(
-    q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits, *, context=None, lse=None, mix=None, config=None
-) -> None:
-    device = q.device
-    num_text, num_slow, batch = text_rows.shape[0], slow_kv.shape[0], cu_text.shape[0] - 1
-    heads, kv_heads, head_dim = q.shape[1], slow_kv.shape[1], q.shape[2]
-    if num_text == 0:
-        return
-    if config is None:
-        config = hopper_attention_config(num_text, num_slow, batch, heads, kv_heads, head_dim, num_splits)
-    partial_out = partial_stats = partial_gates = counters = 0
-    if config.num_groups > 1:
-        out_size, stats_size, gates_size, num_counters = config.workspace(kv_heads, head_dim)
-        workspace = torch.empty(out_size + stats_size + gates_size, dtype=torch.float32, device=device)
-        partial_out = workspace.data_ptr()
-        partial_stats = partial_out + 4 * out_size
-        partial_gates = partial_stats + 4 * stats_size
-        counters = _counters(device, num_counters).data_ptr()
-    mix_arguments, state_stride = (0, 0, *NO_GATE), 0
-    if mix is not None:
-        state, out, gate = mix
-        value = gate.float_value
-        mix_arguments = (state.data_ptr(), out.data_ptr(), *gate_arguments(gate, value))
-        state_stride = state.stride(0)
-    _launch(
-        extension().cuda_cross_attention,
-        device,
-        q.data_ptr(),
-        slow_kv.data_ptr(),
-        cu_slow.data_ptr(),
-        text_rows.data_ptr(),
-        cu_text.data_ptr(),
-        0 if context is None else context.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        *mix_arguments,
-        q.stride(0),
-        q.stride(1),
-        *slow_kv.stride()[:3],
-        state_stride,
-        num_text,
-        num_slow,
-        batch,
-        heads,
-        kv_heads,
-        head_dim,
-        softmax_scale,
-        DTYPE_CODES[q.dtype],
-        config.consumers,
-        config.cluster_size,
-        config.num_groups,
-        config.max_tiles,
-        config.whole_units,
-        config.long_blocks,
-        config.kv_evict_first,
-        partial_out,
-        partial_stats,
-        partial_gates,
-        counters,
-    )
+class Attention:
+    """The Hopper attention of calls alike: how it is cut, and its arguments but for the addresses.
+
+    ``state`` and ``gate`` are those of the fused op; ``config`` overrides the heuristics, for tests and tuning. There
+    is at least one text row and one slow token.
+    """
+
+    def __init__(
+        self,
+        sample: AttentionTensors,
+        softmax_scale: float | None = None,
+        num_splits: int = 0,
+        state: Tensor | None = None,
+        gate: Gate | None = None,
+        config: HopperConfig | None = None,
+    ):
+        q, slow_kv, text_rows, batch = sample.q, sample.slow_kv, sample.text_rows, sample.cu_text.shape[0] - 1
+        num_kv_heads, head_dim = slow_kv.shape[1], q.shape[2]
+        self.device = q.device
+        self.config = config or hopper_attention_config(
+            text_rows.shape[0], slow_kv.shape[0], batch, q.shape[1], num_kv_heads, head_dim, num_splits
+        )
+        splits = self.config.cluster_size * self.config.num_groups
+        self.params = cross_attention_params(sample, scale_of(q, softmax_scale), splits, state, gate)
+        self.plan = SplitPlan(
+            consumers=self.config.consumers,
+            cluster_size=self.config.cluster_size,
+            num_groups=self.config.num_groups,
+            max_tiles=self.config.max_tiles,
+            whole_units=self.config.whole_units,
+            long_blocks=self.config.long_blocks,
+            kv_evict_first=self.config.kv_evict_first,
+        )
+        self.workspace = self.config.workspace(num_kv_heads, head_dim) if self.config.num_groups > 1 else None
+        self.kernel = extension().cuda_cross_attention
+
+    def __call__(
+        self,
+        tensors: AttentionTensors | FusedTensors,
+        *,
+        context: Tensor | None = None,
+        lse: Tensor | None = None,
+        state: Tensor | None = None,
+        out: Tensor | None = None,
+        gate: Gate | None = None,
+    ) -> None:
+        """Into ``context`` and ``lse``, and into ``out`` where there is a state."""
+        params, plan = copy(self.params), self.plan
+        fill_attention(params, tensors)
+        if context is not None:
+            params.context = context.data_ptr()
+        if lse is not None:
+            params.lse = lse.data_ptr()
+        if state is not None:
+            params.state, params.out = state.data_ptr(), out.data_ptr()
+            held = fill_gate(params.gate, gate)  # noqa: F841  until the kernel is launched
+        if self.workspace is not None:
+            out_size, stats_size, gates_size, num_counters = self.workspace
+            floats = torch.empty(out_size + stats_size + gates_size, dtype=torch.float32, device=self.device)
+            plan = copy(plan)
+            plan.partial_out = floats.data_ptr()
+            plan.partial_stats = plan.partial_out + 4 * out_size
+            plan.partial_gates = plan.partial_stats + 4 * stats_size
+            plan.counters = _counters(self.device, num_counters).data_ptr()
+        _launch(self.kernel, self.device, params, plan)
 
 
 class _Counters:

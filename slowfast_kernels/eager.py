@@ -1,7 +1,7 @@
 """The oracle: every op in plain PyTorch, forward and backward, clear before fast.
 
 What is computed here is the definition; kernels are tested against it. Works on any device and in float64.
-Functions take validated tensors (see ``ops``) and the backend signatures that cpu.py, cuda.py and triton/ share.
+Functions take validated tensors (see ``ops``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calls import AttentionTensors
 from .gate import Gate
 from .pool_plan import PoolPlan, VideoPlan
 
@@ -22,8 +23,8 @@ def _without_autocast(op: Callable) -> Callable:
     """Autocast would narrow the products that are widened here; an op's precision is its arguments'."""
 
     @wraps(op)
-    def exact(first: Tensor, *args):
-        device = first.device.type
+    def exact(first: Tensor | tuple[Tensor, ...], *args):
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return op(first, *args)
@@ -128,17 +129,9 @@ def _heads_of(slow_kv: Tensor, tokens: slice, num_q_heads: int) -> tuple[Tensor,
 
 
 @_without_autocast
-def text_cross_attention(
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    softmax_scale: float,
-    return_lse: bool,
-    num_splits: int,
-) -> tuple[Tensor, Tensor | None]:
-    """context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32. ``num_splits`` has no meaning here."""
+def text_cross_attention(inputs: AttentionTensors, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """context [Nt, Hq, D] and lse [Nt, Hq] float32."""
+    q, slow_kv, cu_slow, text_rows, cu_text = inputs
     contexts, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(0, q.shape[1], dtype=torch.float32)]
     for tokens, texts in _sequences(cu_slow, cu_text):
         query = q[text_rows[texts].long()]  # [n, Hq, D]
@@ -151,21 +144,15 @@ def text_cross_attention(
         scores = query @ keys.transpose(1, 2) * softmax_scale
         contexts.append((scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype))
         lses.append(scores.logsumexp(-1).transpose(0, 1).float())
-    return torch.cat(contexts), torch.cat(lses) if return_lse else None
+    return torch.cat(contexts), torch.cat(lses)
 
 
 @_without_autocast
 def text_cross_attention_backward(
-    grad_context: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    softmax_scale: float,
+    grad_context: Tensor, grad_lse: Tensor | None, inputs: AttentionTensors, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``q`` (zero outside the text rows) and ``slow_kv``; scores are recomputed."""
+    q, slow_kv, cu_slow, text_rows, cu_text = inputs
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_q = torch.zeros(q.shape, dtype=wide, device=q.device)
     grad_kv = torch.zeros(slow_kv.shape, dtype=wide, device=q.device)
@@ -276,17 +263,7 @@ def gated_residual_mix_backward(
 # ---------------------------------------------------------------------------------------------- fused
 
 
-def slowfast_cross_attention(
-    state: Tensor,
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    gate: Gate,
-    softmax_scale: float,
-    num_splits: int,
-) -> Tensor:
+def slowfast_cross_attention(state: Tensor, inputs: AttentionTensors, gate: Gate, softmax_scale: float) -> Tensor:
     """Attention, gate and mix: what one hybrid layer adds to a Qwen2 layer between attention and ``o_proj``."""
-    context, _ = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, False, num_splits)
-    return gated_residual_mix(state, context.flatten(1), text_rows, gate)
+    context, _ = text_cross_attention(inputs, softmax_scale)
+    return gated_residual_mix(state, context.flatten(1), inputs.text_rows, gate)

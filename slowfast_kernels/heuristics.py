@@ -29,11 +29,7 @@ class OpCall(NamedTuple):
     dtype: torch.dtype
     capability: tuple[int, int] | None = None
     head_dim: int = 0
-    num_q_heads: int = 0
-    num_kv_heads: int = 0
-    num_text: int = 0
-    num_slow: int = 0
-    batch: int = 1
+    num_text: int = 0  # of the mix
     aligned: bool = True  # 16-byte rows and base addresses
     positive_scale: bool = True
     has_sm90_kernels: bool = True  # the extension was built for sm_90a

@@ -1,6 +1,15 @@
-"""Python's side of csrc/params.h: the codes of its enums, and tensors as the addresses that a Params struct holds."""
+"""Python's side of csrc/params.h: its enums' codes and its structs, field by field, to be filled by name.
+
+A struct crosses to C++ as one address (``ctypes.addressof``), so that no argument can take its neighbour's place. What
+is the same for all calls of a signature is filled once; a call fills a ``copy`` with its addresses, since threads share
+the original.
+"""
 
 from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_float, c_int32, c_int64, c_uint32, c_void_p
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,18 +17,158 @@ from torch import Tensor
 from .gate import GATE_CODES, Gate
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
-NO_GATE = (0, 0, 0, 0, 0, 0, False)
+
+_Struct = TypeVar("_Struct", bound=ctypes.Structure)
+
+
+def _fields(ctype: type, names: str) -> list[tuple[str, type]]:
+    return [(name, ctype) for name in names.split()]
+
+
+class GateParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(c_void_p, "weight bias warm_up value"),
+        *_fields(c_int32, "dtype kind"),
+        ("tanh_warm_up", c_bool),
+    ]
+
+
+class CrossAttentionParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(c_void_p, "q slow_kv cu_slow text_rows cu_text context lse state out"),
+        ("gate", GateParams),
+        *_fields(c_int64, "q_row_stride q_head_stride kv_token_stride kv_head_stride kv_pair_stride state_row_stride"),
+        *_fields(c_int64, "num_text num_slow"),
+        *_fields(c_int32, "batch num_q_heads num_kv_heads head_dim num_splits"),
+        ("softmax_scale", c_float),
+        ("dtype", c_int32),
+    ]
+
+
+class GatedMixParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(c_void_p, "state context text_rows out"),
+        ("gate", GateParams),
+        *_fields(c_int64, "rows num_text channels state_row_stride context_row_stride"),
+        ("dtype", c_int32),
+    ]
+
+
+class PoolParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(c_void_p, "frames items entries slow fast"),
+        *_fields(c_int64, "frame_stride token_stride channels"),
+        *_fields(c_int32, "grid_w spatial_stride num_items max_cells_h max_cells_w"),
+        ("norm_eps", c_float),
+        ("dtype", c_int32),
+    ]
+
+
+class SplitPlan(ctypes.Structure):
+    """csrc/cuda/cross_attention/launch.h; the launch fills the last three."""
+
+    _fields_ = [
+        *_fields(c_int32, "consumers cluster_size num_groups max_tiles whole_units long_blocks"),
+        ("kv_evict_first", c_bool),
+        *_fields(c_void_p, "partial_out partial_stats partial_gates counters"),
+        ("heads", c_int32),
+        *_fields(c_uint32, "heads_reciprocal splits_reciprocal"),
+    ]
+
+
+STRUCTS = (GateParams, CrossAttentionParams, GatedMixParams, PoolParams, SplitPlan)
+
+
+def copy(struct: _Struct) -> _Struct:
+    return type(struct).from_buffer_copy(struct)
 
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def gate_arguments(gate: Gate, value: Tensor | None) -> tuple:
-    """GateParams; the weight is [C] or [1, C], so it is one run of C elements if its last dimension is contiguous.
+def gate_params(gate: Gate) -> GateParams:
+    """All but the addresses."""
+    dtype = next((x.dtype for x in (gate.weight, gate.bias, gate.warm_up) if x is not None), torch.float32)
+    return GateParams(dtype=DTYPE_CODES[dtype], kind=GATE_CODES[gate.kind], tanh_warm_up=gate.warm_up_tanh)
 
-    ``value`` is ``gate.float_value``, which the caller holds while the kernel is launched.
+
+def fill_gate(params: GateParams, gate: Gate) -> Tensor | None:
+    """The addresses. A weight is [C] or [1, C], one run of C elements if its last dimension is contiguous.
+
+    Returns what ``value`` points to, to be held until the kernel is launched.
     """
-    tensors = (gate.weight, gate.bias, gate.warm_up)
-    dtype = next((x.dtype for x in tensors if x is not None), torch.float32)
-    return *map(address, (*tensors, value)), DTYPE_CODES[dtype], GATE_CODES[gate.kind], gate.warm_up_tanh
+    params.weight, params.bias, params.warm_up = address(gate.weight), address(gate.bias), address(gate.warm_up)
+    value = gate.float_value
+    params.value = address(value)
+    return value
+
+
+def pool_params(frames: Tensor, plan, norm_eps: float | None, slow: Tensor, fast: Tensor) -> PoolParams:
+    """Of ``pool(frames, plan, norm_eps)`` into ``slow`` and ``fast``, with the plan's tables."""
+    items, entries, _, _ = plan.tables(frames.device)
+    cells_h, cells_w = plan.cells
+    return PoolParams(
+        frames=frames.data_ptr(),
+        items=items.data_ptr(),
+        entries=entries.data_ptr(),
+        slow=slow.data_ptr(),
+        fast=fast.data_ptr(),
+        frame_stride=frames.stride(0),
+        token_stride=frames.stride(1),
+        channels=frames.shape[2],
+        grid_w=plan.grid[1],
+        spatial_stride=plan.spatial_stride,
+        num_items=plan.num_items,
+        max_cells_h=cells_h,
+        max_cells_w=cells_w,
+        norm_eps=-1.0 if norm_eps is None else norm_eps,
+        dtype=DTYPE_CODES[frames.dtype],
+    )
+
+
+def gated_mix_params(state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate) -> GatedMixParams:
+    """All but the addresses."""
+    return GatedMixParams(
+        gate=gate_params(gate),
+        rows=state.shape[0],
+        num_text=text_rows.shape[0],
+        channels=state.shape[1],
+        state_row_stride=state.stride(0),
+        context_row_stride=context.stride(0),
+        dtype=DTYPE_CODES[state.dtype],
+    )
+
+
+def cross_attention_params(
+    inputs, softmax_scale: float, num_splits: int, state: Tensor | None = None, gate: Gate | None = None
+) -> CrossAttentionParams:
+    """All but the addresses; ``state`` and ``gate`` of the fused op. ``inputs``: ``calls.AttentionTensors``."""
+    q, slow_kv = inputs.q, inputs.slow_kv
+    params = CrossAttentionParams(
+        q_row_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        kv_token_stride=slow_kv.stride(0),
+        kv_head_stride=slow_kv.stride(1),
+        kv_pair_stride=slow_kv.stride(2),
+        num_text=inputs.text_rows.shape[0],
+        num_slow=slow_kv.shape[0],
+        batch=inputs.cu_text.shape[0] - 1,
+        num_q_heads=q.shape[1],
+        num_kv_heads=slow_kv.shape[1],
+        head_dim=q.shape[2],
+        num_splits=num_splits,
+        softmax_scale=softmax_scale,
+        dtype=DTYPE_CODES[q.dtype],
+    )
+    if state is not None:
+        params.state_row_stride = state.stride(0)
+        params.gate = gate_params(gate)
+    return params
+
+
+def fill_attention(params: CrossAttentionParams, inputs) -> None:
+    """The addresses of ``inputs``; those of the results are the caller's to fill."""
+    params.q, params.slow_kv = inputs.q.data_ptr(), inputs.slow_kv.data_ptr()
+    params.cu_slow, params.cu_text = inputs.cu_slow.data_ptr(), inputs.cu_text.data_ptr()
+    params.text_rows = inputs.text_rows.data_ptr()

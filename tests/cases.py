@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.gate import GATES, WEIGHTED_GATES
 
 LAYOUTS = ("contiguous", "strided", "heads_first")
@@ -69,8 +70,8 @@ class Inputs:
     warm_up: Tensor | None
 
     @property
-    def attention(self) -> tuple[Tensor, ...]:
-        return self.q, self.slow_kv, self.cu_slow, self.text_rows, self.cu_text
+    def attention(self) -> AttentionTensors:
+        return AttentionTensors(self.q, self.slow_kv, self.cu_slow, self.text_rows, self.cu_text)
 
     @property
     def gating(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -41,6 +41,7 @@ ATTENTION = [
     ("q", lambda q: q[..., :8], ValueError, ["slow_kv", "[Ns, Hkv, 2, 8]"]),
     ("slow_kv", lambda kv: kv.flatten(2), ValueError, ["float32[9, 2, 32]", "[Ns, Hkv, 2, D]"]),
     ("slow_kv", lambda kv: kv.transpose(1, 2)[:, :, :1], ValueError, ["float32[9, 2, 1, 16]", "interleaved"]),
+    ("slow_kv", lambda kv: torch.cat((kv, kv), 1).transpose(1, 2), ValueError, ["[9, 2, 4, 16]", ".transpose(1, 2)"]),
     ("slow_kv", lambda kv: kv.bfloat16(), TypeError, ["bfloat16", "want torch.float32 (the dtype of q)"]),
     ("slow_kv", without_contiguous_rows, ValueError, ["last-dimension stride 2", "want 1"]),
     ("slow_kv", lambda kv: kv.to("meta"), ValueError, ["on meta", "want cpu (the device of q)"]),

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not ins
 from bench import attention, inputs, layer, mix, peers, pool
 from bench.shapes import QWEN2_7B, AttentionShape, Heads, MixShape, PoolShape
 from slowfast_kernels import eager
+from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.gate import Gate
 
 TINY_HEADS = Heads(4, 2, 16)
@@ -41,7 +42,8 @@ def _attention_inputs(shape):
 @pytest.mark.parametrize("shape", [EVEN, RAGGED], ids=["even", "ragged"])
 def test_the_reference_is_the_eager_op(shape):
     (x, *_), context = _attention_inputs(shape)
-    want, _ = eager.text_cross_attention(x.q, x.slow_kv, x.cu_slow, x.text_rows, x.cu_text, 16**-0.5, False, 0)
+    tensors = AttentionTensors(x.q, x.slow_kv, x.cu_slow, x.text_rows, x.cu_text)
+    want, _ = eager.text_cross_attention(tensors, 16**-0.5)
     torch.testing.assert_close(context, want)
     assert attention.fused_error(x, "eager", context) < 1e-5
 

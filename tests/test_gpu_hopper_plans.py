@@ -65,13 +65,12 @@ PLANS = {
 
 def attend(inputs, config):
     """context, lse and the mixed state of one launch."""
-    q, kv, cu_slow, rows, cu_text = inputs.attention
-    context = torch.full((len(rows), *q.shape[1:]), float("nan"), dtype=q.dtype, device="cuda")
+    tensors, q = inputs.attention, inputs.q
+    context = torch.full((len(inputs.text_rows), *q.shape[1:]), float("nan"), dtype=q.dtype, device="cuda")
     lse = torch.full(context.shape[:2], float("nan"), device="cuda")
     out = inputs.state.clone()
-    mix = (inputs.state, out, Gate.of(*inputs.gating))
-    scale = q.shape[2] ** -0.5
-    cuda._attend(q, kv, cu_slow, rows, cu_text, scale, 0, context=context, lse=lse, mix=mix, config=config)
+    mix = {"state": inputs.state, "gate": Gate.of(*inputs.gating)}
+    cuda.Attention(tensors, config=config, **mix)(tensors, context=context, lse=lse, out=out, **mix)
     return context, lse, out
 
 

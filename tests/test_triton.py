@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,18 @@ import reference
 import torch
 from cases import Shape, make_inputs
 
+import slowfast_kernels as sk
 from slowfast_kernels import eager, heuristics
 from slowfast_kernels._extension import interpreter_reason
-from slowfast_kernels.gate import GATE_CODES, WEIGHTED_GATES, Gate
+from slowfast_kernels.calls import (
+    AttentionOptions,
+    AttentionTensors,
+    FusedOptions,
+    FusedTensors,
+    MixOptions,
+    MixTensors,
+)
+from slowfast_kernels.gate import GATE_CODES, WEIGHTED_GATES
 from slowfast_kernels.pool_plan import make_pool_plan
 
 triton = pytest.importorskip("triton")
@@ -158,30 +168,34 @@ def record(monkeypatch):
 def fused(
     num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype=HALF, rows=None, gate_dtype=None, warm=True, gate="tanh"
 ):  # fmt: skip
-    from slowfast_kernels.triton import slowfast_cross_attention
+    from slowfast_kernels.triton import prepare_cross_attention
 
     gate_dtype, channels, rows = gate_dtype or dtype, heads[0] * dim, rows or num_text
-    slowfast_cross_attention(
+    gating, kind = made_gate(gate, channels, num_text, gate_dtype, warm)
+    tensors = FusedTensors(
         meta(rows, channels, dtype=dtype), meta(rows, heads[0], dim, dtype=dtype),
-        meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1), index(num_text), index(batch + 1),
-        made_gate(gate, channels, num_text, gate_dtype, warm), dim**-0.5, 0,
+        meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1), index(num_text), index(batch + 1), *gating,
     )  # fmt: skip
+    prepare_cross_attention(tensors, FusedOptions(None, 0, kind, True, "triton"))(tensors)
 
 
 def made_gate(kind, channels, num_text, dtype, warm=True):
+    """(gate_weight, gate_bias, warm_up, gate_value) and the option ``gate``."""
     weighted = kind in WEIGHTED_GATES
     weight, bias = (meta(1, channels, dtype=dtype), meta(1, dtype=dtype)) if weighted else (None, None)
     value = meta(num_text, dtype=torch.float32) if kind == "given" else None
-    return Gate(kind, weight, bias, meta(1, dtype=dtype) if warm else None, True, value)
+    gating = (weight, bias, meta(1, dtype=dtype) if warm else None, value)
+    return gating, "none" if kind == "given" else kind
 
 
 def plain(num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype=HALF, num_splits=0):
-    from slowfast_kernels.triton import text_cross_attention
+    from slowfast_kernels.triton import prepare_text_cross_attention
 
-    text_cross_attention(
+    tensors = AttentionTensors(
         meta(num_text, heads[0], dim, dtype=dtype), meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1),
-        index(num_text), index(batch + 1), dim**-0.5, True, num_splits,
+        index(num_text), index(batch + 1),
     )  # fmt: skip
+    prepare_text_cross_attention(tensors, AttentionOptions(None, True, num_splits, "triton"))(tensors)
 
 
 def pooled(norm_eps=1e-6, dtype=HALF, channels=3584, frame_counts=(8,)):
@@ -192,10 +206,12 @@ def pooled(norm_eps=1e-6, dtype=HALF, channels=3584, frame_counts=(8,)):
 
 
 def mixed(rows=64, dtype=HALF, channels=3584, gate="tanh"):
-    from slowfast_kernels.triton import gated_residual_mix
+    from slowfast_kernels.triton import prepare_gated_residual_mix
 
     state = meta(rows, channels, dtype=dtype)
-    gated_residual_mix(state, state, index(rows), made_gate(gate, channels, rows, dtype))
+    gating, kind = made_gate(gate, channels, rows, dtype)
+    tensors = MixTensors(state, state, index(rows), *gating)
+    prepare_gated_residual_mix(tensors, MixOptions(kind, True, "triton"))(tensors)
 
 
 DECODE, BATCHED_DECODE, QUESTION, LONG_CHAT = (1, 10368), (16, 16 * 10368, 16), (64, 10368), (1024, 98304)
@@ -347,23 +363,24 @@ def test_attention_of_many_rows(shape, num_splits, rng):
 
 
 def check_attention(shape, num_splits, dtype, rng):
-    from slowfast_kernels.triton import text_cross_attention
-
     inputs = make_inputs(shape, dtype, "cpu", rng())
     scale = shape.dim**-0.5
-    context, lse = text_cross_attention(*inputs.attention, scale, True, num_splits)
-    expected = eager.text_cross_attention(*inputs.attention, scale, True, 0)
+    context, lse = attend(inputs, scale, num_splits)
+    expected = eager.text_cross_attention(inputs.attention, scale)
     exact = reference.attention(*inputs.attention, scale)
     reference.assert_accurate(context, expected[0], exact.context, exact.noise)
     reference.assert_lse_accurate(lse, expected[1], exact.lse)
 
 
+def attend(inputs, scale, num_splits):
+    options = {"softmax_scale": scale, "num_splits": num_splits, "return_lse": True}
+    return sk.text_cross_attention(*inputs.attention, **options, backend="triton")
+
+
 @interpreted
 def test_the_same_input_gives_the_same_bits(rng):
-    from slowfast_kernels.triton import text_cross_attention
-
     inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng())
-    first, second = (text_cross_attention(*inputs.attention, 0.125, False, 3)[0] for _ in range(2))
+    first, second = (attend(inputs, 0.125, 3)[0] for _ in range(2))
     assert reference.same_bits(first, second)
 
 
@@ -371,12 +388,10 @@ def test_the_same_input_gives_the_same_bits(rng):
 @DTYPES
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_a_neighbour_full_of_nan_and_infinity_does_not_leak(num_splits, dtype, rng):
-    from slowfast_kernels.triton import text_cross_attention
-
     inputs = make_inputs(Shape(((2, 70), (0, 50), (40, 33)), (2, 1), 32), dtype, "cpu", rng())
-    clean, _ = text_cross_attention(*inputs.attention, 0.2, False, num_splits)
+    clean, _ = attend(inputs, 0.2, num_splits)
     inputs.slow_kv[70:120] = torch.tensor([float("nan"), float("inf")]).to(dtype).repeat(16)
-    assert reference.same_bits(clean, text_cross_attention(*inputs.attention, 0.2, False, num_splits)[0])
+    assert reference.same_bits(clean, attend(inputs, 0.2, num_splits)[0])
 
 
 @interpreted
@@ -385,40 +400,27 @@ def test_a_neighbour_full_of_nan_and_infinity_does_not_leak(num_splits, dtype, r
 )
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_gate_and_mix(num_splits, gate, warm_up_tanh, warm, rng):
-    from slowfast_kernels.triton import gated_residual_mix, slowfast_cross_attention
-
     inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng(), gate_dtype=torch.float32)
     inputs.warm_up = None if warm is None else torch.tensor([warm])
-    context, _ = eager.text_cross_attention(*inputs.attention, 0.125, False, 0)
+    context, _ = eager.text_cross_attention(inputs.attention, 0.125)
     exact_context = reference.attention(*inputs.attention, 0.125).context
-    options = (gate, warm_up_tanh)
-    made = Gate.of(*inputs.gating, None, *options)
+    options = {"gate": gate, "warm_up_tanh": warm_up_tanh}
+    fused = partial(sk.slowfast_cross_attention, *inputs.fused, softmax_scale=0.125, num_splits=num_splits, **options)
+    mix = partial(sk.gated_residual_mix, inputs.state, context, inputs.text_rows, *inputs.gating, **options)
     text, other = inputs.text_rows.long(), inputs.other_rows
-    for got, expected, given in (
-        (
-            slowfast_cross_attention(inputs.state, *inputs.attention, made, 0.125, num_splits),
-            eager.slowfast_cross_attention(inputs.state, *inputs.attention, made, 0.125, 0),
-            exact_context,
-        ),
-        (
-            gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, made),
-            eager.gated_residual_mix(inputs.state, context.flatten(1), inputs.text_rows, made),
-            context,
-        ),
-    ):
-        exact = reference.gated_mix(inputs.state, given, inputs.text_rows, *inputs.gating, *options)
+    for op, given in ((fused, exact_context), (mix, context)):
+        got, expected = op(backend="triton"), op(backend="eager")
+        exact = reference.gated_mix(inputs.state, given, inputs.text_rows, *inputs.gating, **options)
         reference.assert_accurate(got[text], expected[text], exact[text])
         assert reference.same_bits(got[other], inputs.state[other])
 
 
 @interpreted
 def test_warm_up_zero_gives_the_state_back_bitwise(rng):
-    from slowfast_kernels.triton import slowfast_cross_attention
-
     inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng())
     inputs.warm_up = torch.zeros(1, dtype=torch.float16)
     for num_splits in (1, 2):
-        out = slowfast_cross_attention(inputs.state, *inputs.attention, Gate.of(*inputs.gating), 0.1, num_splits)
+        out = sk.slowfast_cross_attention(*inputs.fused, num_splits=num_splits, backend="triton")
         assert reference.same_bits(out, inputs.state)
 
 
@@ -445,9 +447,7 @@ def test_pool(norm_eps, dtype, rng):
 @interpreted
 @pytest.mark.parametrize("bias", [0.0, 1e-6, -0.01, 0.199, 0.201, -1.0, 9.0, -99.0])
 def test_tanh_is_accurate_near_zero_and_far_from_it(bias):
-    from slowfast_kernels.triton import gated_residual_mix
-
     zero, one, row = torch.zeros(1, 8), torch.ones(1, 8), torch.zeros(1, dtype=torch.int32)
-    out = gated_residual_mix(zero, one, row, Gate.of(zero[0], torch.tensor([bias]), None))
+    out = sk.gated_residual_mix(zero, one, row, zero[0], torch.tensor([bias]), None, backend="triton")
     expected = torch.full_like(out, bias).double().tanh()
     torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -20,13 +20,6 @@ from ..heuristics import BACKENDS, OpCall, choose_backend, unsupported_reason
 from .checks import has_tangent, named
 
 _requested: ContextVar[str | None] = ContextVar("slowfast_backend", default=None)
-
-_MODULES = {
-    "cuda": "slowfast_kernels.cuda",
-    "triton": "slowfast_kernels.triton",
-    "cpu": "slowfast_kernels.cpu",
-    "eager": "slowfast_kernels.eager",
-}
 
 
 @contextmanager
@@ -51,8 +44,8 @@ def check_backend_name(name: str | None) -> None:
         raise ValueError(f"backend: got {named(name)}, want one of {', '.join(BACKENDS)} or None (automatic)")
 
 
-def backend_for(call: OpCall, device: torch.device, backend: str | None) -> ModuleType:
-    """The backend module that runs ``call``.
+def backend_for(call: OpCall, device: torch.device, backend: str | None) -> str:
+    """The backend that runs ``call``.
 
     Raises:
         ValueError: an unknown backend name.
@@ -81,30 +74,37 @@ class SignatureCache(dict):
         return value
 
 
-def signature(*tensors: Tensor | None) -> tuple | None:
+def signature(tensors: tuple[Tensor | None, ...]) -> tuple | None:
     """All that checks and dispatch look at but data; None if an argument has no such thing (the checks then say so).
 
-    The last is False for memory that was freed; a layout other than strided has no strides, or no address.
+    The last of a tensor is whether it begins at a multiple of 16 bytes, as TMA and vector loads need it; None for freed
+    memory. A layout other than strided has no strides, or no address.
     """
     try:
-        return tuple(
-            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() != 0) for x in tensors
-        )
+        return tuple([None if x is None else _facts(x) for x in tensors])
     except (AttributeError, TypeError, RuntimeError):
         return None
 
 
+def _facts(x: Tensor) -> tuple:
+    begin = x.data_ptr()
+    return x.shape, x.stride(), x.dtype, x.device, begin % 16 == 0 if begin else None
+
+
 @lru_cache(maxsize=1024)
-def _resolve(call: OpCall, device: torch.device, name: str | None) -> ModuleType:
+def _resolve(call: OpCall, device: torch.device, name: str | None) -> str:
     check_backend_name(name)
     unavailable = {b: _extension.unavailable_reason(b, device) for b in BACKENDS}
     if name is None:
-        name = choose_backend(call, unavailable).backend
-    else:
-        reason = unavailable[name] or unsupported_reason(name, call)
-        if reason is not None:
-            raise NotImplementedError(f"backend={name!r} cannot run {call.op}: {reason}")
-    return importlib.import_module(_MODULES[name])
+        return choose_backend(call, unavailable).backend
+    reason = unavailable[name] or unsupported_reason(name, call)
+    if reason is not None:
+        raise NotImplementedError(f"backend={name!r} cannot run {call.op}: {reason}")
+    return name
+
+
+def backend_module(name: str) -> ModuleType:
+    return importlib.import_module(f"slowfast_kernels.{name}")
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
@@ -130,24 +130,6 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
         ):
             return True
     return False
-
-
-def run_op(op: Callable, run: Callable, check: Callable, tensors: tuple[Tensor | None, ...], *options):
-    """``op``, registered with PyTorch, where the call must be visible to it, else its implementation ``run``.
-
-    ``check`` takes what ``run`` takes: PyTorch refuses what does not fit an op's schema in words of its own.
-    """
-    if not needs_torch_op(*tensors):
-        return run(*tensors, *options)
-    if torch.compiler.is_compiling():
-        return op(*tensors, *options)
-    try:
-        plain = (x.clone() if isinstance(x, Tensor) and x._is_zerotensor() else x for x in tensors)
-        return op(*plain, *options)
-    except Exception as error:
-        failure = error
-    check(*tensors, *options)
-    raise failure
 
 
 def needs_formula(*tensors: Tensor | None) -> bool:

@@ -6,20 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import eager
-from ..gate import GATES, WEIGHTED_GATES, Gate
+from ..calls import MixOptions, MixTensors
+from ..gate import GATE_CODES, GATES, WEIGHTED_GATES, Gate
 from ..heuristics import OpCall
 from . import checks
-from .dispatch import (
-    SignatureCache,
-    backend_for,
-    check_backend_name,
-    compute_capability,
-    needs_formula,
-    refuse_tangents,
-    requested_backend,
-    run_op,
-    signature,
-)
+from .dispatch import check_backend_name, compute_capability
+from .op import Op
 
 
 def gated_residual_mix(
@@ -66,13 +58,8 @@ def gated_residual_mix(
     warm_up_tanh = checks.as_bool("warm_up_tanh", warm_up_tanh)
     checks.check_option("gate", gate, GATES)
     check_backend_name(backend)
-    gating = (gate_weight, gate_bias, warm_up, gate_value)
-    tensors = (state, context, text_rows, *gating)
-    if needs_formula(*tensors):
-        checked = check_mix(*tensors, gate, warm_up_tanh)
-        check_mix_data(state, text_rows)
-        return eager.gated_residual_mix(state, context, text_rows, checked)
-    return run_op(torch.ops.slowfast.gated_residual_mix, _run, _check, tensors, gate, warm_up_tanh, backend)
+    tensors = MixTensors(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value)
+    return _OP(tensors, MixOptions(gate, warm_up_tanh, backend))
 
 
 def _with_flat_heads(context: Tensor) -> Tensor:
@@ -83,28 +70,27 @@ def _with_flat_heads(context: Tensor) -> Tensor:
         raise
 
 
-def check_gate(state, num_text, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh) -> Gate:
-    checks.check_option("gate", gate, GATES)
-    checked = Gate.of(gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
-    if checked.kind in WEIGHTED_GATES:
-        _check_weight(state, gate_weight, gate_bias)
+def check_gate(state: Tensor, num_text: int, gate: Gate) -> None:
+    """``gate`` against the state [rows, C] and the text rows [Nt] that it is for."""
+    checks.check_option("gate", gate.kind, tuple(GATE_CODES))
+    if gate.kind in WEIGHTED_GATES:
+        _check_weight(state, gate.weight, gate.bias)
     else:
-        why = "gate='none' has no weight" if gate_value is None else "gate_value takes its place"
-        for name, x in (("gate_weight", gate_weight), ("gate_bias", gate_bias)):
+        why = "gate='none' has no weight" if gate.value is None else "gate_value takes its place"
+        for name, x in (("gate_weight", gate.weight), ("gate_bias", gate.bias)):
             if x is not None:
                 checks.fail(name, checks.describe(x), f"None ({why})")
-    if gate_value is not None:
-        checks.check_dense("gate_value", gate_value, f"[{num_text}]")
-        if gate_value.shape != (num_text,):
-            checks.fail("gate_value", gate_value, f"shape [{num_text}] (Nt of text_rows)")
-        _check_gate_dtype("gate_value", gate_value, state)
-    if warm_up is not None:
-        _check_scalar("warm_up", warm_up)
-        if gate_weight is not None:
-            checks.check_like("warm_up", warm_up, "gate_weight", gate_weight)
+    if gate.value is not None:
+        checks.check_dense("gate_value", gate.value, f"[{num_text}]")
+        if gate.value.shape != (num_text,):
+            checks.fail("gate_value", gate.value, f"shape [{num_text}] (Nt of text_rows)")
+        _check_gate_dtype("gate_value", gate.value, state)
+    if gate.warm_up is not None:
+        _check_scalar("warm_up", gate.warm_up)
+        if gate.weight is not None:
+            checks.check_like("warm_up", gate.warm_up, "gate_weight", gate.weight)
         else:
-            _check_gate_dtype("warm_up", warm_up, state)
-    return checked
+            _check_gate_dtype("warm_up", gate.warm_up, state)
 
 
 def _check_weight(state, gate_weight, gate_bias) -> None:
@@ -129,111 +115,42 @@ def _check_scalar(name: str, x: Tensor) -> None:
         checks.fail(name, x, "shape [1]")
 
 
-def check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh) -> Gate:
-    """Everything but data; returns the gate as backends take it."""
-    checks.check_tensor("state", state, 2, "[rows, C]")
-    checks.check_float("state", state)
-    checks.check_tensor("context", context, 2, "[Nt, C] or [Nt, Hq, D]")
-    checks.check_like("context", context, "state", state)
-    checks.check_index("text_rows", text_rows, "[Nt]", "state", state)
-    if context.shape[1] != state.shape[1] or context.shape[0] != text_rows.shape[0]:
-        checks.fail("context", context, f"shape [{text_rows.shape[0]}, {state.shape[1]}] (Nt of text_rows, C of state)")
-    return check_gate(state, text_rows.shape[0], gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
+class _Mix(Op):
+    name = torch_name = "gated_residual_mix"
+    tensors, options = MixTensors, MixOptions
+    returns = "Tensor"
+    differentiable = ("state", "context", "gate_weight", "gate_bias", "warm_up", "gate_value")
+    has_gradient = (0,)
+
+    def check(self, tensors: MixTensors, options: MixOptions) -> None:
+        state, context, text_rows = tensors[:3]
+        checks.check_option("gate", options.gate, GATES)
+        checks.check_tensor("state", state, 2, "[rows, C]")
+        checks.check_float("state", state)
+        checks.check_tensor("context", context, 2, "[Nt, C] or [Nt, Hq, D]")
+        checks.check_like("context", context, "state", state)
+        checks.check_index("text_rows", text_rows, "[Nt]", "state", state)
+        num_text, channels = text_rows.shape[0], state.shape[1]
+        if context.shape[1] != channels or context.shape[0] != num_text:
+            checks.fail("context", context, f"shape [{num_text}, {channels}] (Nt of text_rows, C of state)")
+        check_gate(state, num_text, tensors.gate(options))
+
+    def check_data(self, tensors: MixTensors) -> None:
+        if checks.reads_device_data(tensors.state):
+            checks.check_rows("text_rows", tensors.text_rows, "state", tensors.state.shape[0])
+
+    def facts(self, tensors: MixTensors, options: MixOptions) -> OpCall:
+        device, num_text = tensors.state.device, tensors.text_rows.shape[0]
+        return OpCall(self.name, device.type, tensors.state.dtype, compute_capability(device), num_text=num_text)
+
+    def formula(self, tensors: MixTensors, options: MixOptions) -> Tensor:
+        return eager.gated_residual_mix(*tensors[:3], tensors.gate(options))
+
+    def fake(self, tensors: MixTensors, options: MixOptions) -> Tensor:
+        return tensors.state.new_empty(tensors.state.shape)
+
+    def gradients(self, grads, tensors: MixTensors, options: MixOptions) -> eager.MixGradients:
+        return eager.gated_residual_mix_backward(*grads, *tensors[:3], tensors.gate(options))
 
 
-def _check(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh, backend) -> None:
-    check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
-
-
-def check_mix_data(state: Tensor, text_rows: Tensor) -> None:
-    if checks.reads_device_data(state):
-        checks.check_rows("text_rows", text_rows, "state", state.shape[0])
-
-
-_signatures = SignatureCache()
-
-
-def _run(
-    state: Tensor,
-    context: Tensor,
-    text_rows: Tensor,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    warm_up: Tensor | None,
-    gate_value: Tensor | None,
-    gate: str,
-    warm_up_tanh: bool,
-    backend: str | None,
-) -> Tensor:
-    gating = (gate_weight, gate_bias, warm_up, gate_value)
-    tensors = (state, context, text_rows, *gating)
-    refuse_tangents(*tensors)
-    key = (signature(*tensors), gate, requested_backend(backend))
-    module = _signatures.get(key)
-    if module is None:
-        check_mix(*tensors, gate, warm_up_tanh)
-        capability, num_text = compute_capability(state.device), text_rows.shape[0]
-        call = OpCall("gated_residual_mix", state.device.type, state.dtype, capability, num_text=num_text)
-        module = _signatures.remember(key, backend_for(call, state.device, backend))
-    check_mix_data(state, text_rows)
-    return module.gated_residual_mix(state, context, text_rows, Gate.of(*gating, gate, warm_up_tanh))
-
-
-_mix_op = torch.library.custom_op("slowfast::gated_residual_mix", _run, mutates_args=())
-
-
-@_mix_op.register_fake
-def _mix_fake(
-    state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh, backend
-):  # fmt: skip
-    check_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
-    return state.new_empty(state.shape)
-
-
-def present(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
-    """A registered op returns tensors: an empty one stands for the gradient of an argument that was None."""
-    return tuple(like.new_empty(0) if x is None else x for x in gradients)
-
-
-def absent_as_none(arguments: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else grad for x, grad in zip(arguments, gradients, strict=True))
-
-
-@torch.library.custom_op("slowfast::gated_residual_mix_backward", mutates_args=())
-def _mix_backward_op(
-    grad: Tensor,
-    state: Tensor,
-    context: Tensor,
-    text_rows: Tensor,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    warm_up: Tensor | None,
-    gate_value: Tensor | None,
-    gate: str,
-    warm_up_tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    refuse_tangents(grad, state, context, gate_weight, gate_bias, warm_up, gate_value)
-    checked = Gate.of(gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh)
-    return present(state, *eager.gated_residual_mix_backward(grad, state, context, text_rows, checked))
-
-
-@_mix_backward_op.register_fake
-def _(grad, state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value, gate, warm_up_tanh):
-    arguments = (state, context, gate_weight, gate_bias, warm_up, gate_value)
-    return present(state, *(None if x is None else x.new_empty(x.shape) for x in arguments))
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.gate, ctx.warm_up_tanh, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad):
-    state, context, text_rows, *gating = ctx.saved_tensors
-    gradients = torch.ops.slowfast.gated_residual_mix_backward(
-        grad, state, context, text_rows, *gating, ctx.gate, ctx.warm_up_tanh
-    )
-    return *gradients[:2], None, *absent_as_none(gating, gradients[2:]), *[None] * 3
-
-
-_mix_op.register_autograd(_backward, setup_context=_setup_context)
+_OP = _Mix()

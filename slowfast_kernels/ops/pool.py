@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import eager
+from ..calls import PoolCallOptions, PoolTensors
 from ..heuristics import OpCall
-from ..pool_plan import PoolOptions, PoolPlan, check_pool_arguments, make_pool_plan, token_counts
+from ..pool_plan import PoolOptions, check_pool_arguments, token_counts
 from . import checks
-from .dispatch import (
-    backend_for,
-    check_backend_name,
-    compute_capability,
-    needs_formula,
-    refuse_tangents,
-    run_op,
-)
+from .dispatch import backend_for, backend_module, check_backend_name, compute_capability
+from .op import Op
 
 
 class PooledTokens(NamedTuple):
@@ -70,121 +65,75 @@ def slowfast_pool(
     counts = checks.as_ints("frame_counts", frame_counts, "a sequence of integers, one a video")
     sides = checks.as_ints("grid", grid, "(H, W)")
     given = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
-    options = [checks.as_int(name, value) for name, value in zip(_OPTIONS, given, strict=True)]
+    strides = [checks.as_int(name, value) for name, value in zip(PoolOptions._fields, given, strict=True)]
     eps = None if norm_eps is None else checks.as_float("norm_eps", norm_eps)
     check_backend_name(backend)
-    if needs_formula(frames):
-        return PooledTokens(*eager.pool(frames, _plan(frames, counts, sides, options, eps), eps))
-    arguments = (counts, sides, *options, eps, backend)
-    return PooledTokens(*run_op(torch.ops.slowfast.pool, _run, _check_call, (frames,), *arguments))
+    return PooledTokens(*_OP(PoolTensors(frames), PoolCallOptions(counts, sides, *strides, eps, backend)))
 
 
-_OPTIONS = PoolOptions._fields
+class _Pool(Op):
+    """Its call is not kept a signature: what it would keep is the plan, which is kept by the call's numbers."""
+
+    name, torch_name = "slowfast_pool", "pool"
+    tensors, options = PoolTensors, PoolCallOptions
+    returns = "(Tensor, Tensor, Tensor, Tensor)"
+    differentiable = ("frames",)
+    has_gradient = (0, 2)
+
+    def check(self, tensors: PoolTensors, options: PoolCallOptions) -> None:
+        """Without a plan: lengths may be symbolic."""
+        _check_kind(tensors.frames, options)
+        check_pool_arguments(options.frame_counts, options.grid, options.strides)
+        _check_fit(tensors.frames, options)
+
+    def check_data(self, tensors: PoolTensors) -> None:
+        """Features may be anything."""
+
+    def facts(self, tensors: PoolTensors, options: PoolCallOptions) -> OpCall:
+        device = tensors.frames.device
+        return OpCall(self.name, device.type, tensors.frames.dtype, compute_capability(device))
+
+    def run(self, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (frames,) = tensors
+        _check_kind(frames, options)
+        plan = options.plan  # made, it has checked counts and strides
+        _check_fit(frames, options)
+        backend = backend_for(self.facts(tensors, options), frames.device, options.backend)
+        return backend_module(backend).pool(frames, plan, options.norm_eps)
+
+    def formula(self, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return eager.pool(tensors.frames, options.plan, options.norm_eps)
+
+    def fake(self, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        frames, counts = tensors.frames, options.frame_counts
+        prefix = frames.new_empty(len(counts) + 1, dtype=torch.int32)
+        tokens = (token_counts(n, options.grid, options.strides) for n in counts)
+        slow, fast = (frames.new_empty(sum(column), frames.shape[2]) for column in zip(*tokens, strict=True))
+        return slow, prefix, fast, torch.empty_like(prefix)
+
+    def gradients(self, grads, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor]:
+        return (eager.pool_backward(*grads, tensors.frames, options.plan, options.norm_eps),)
 
 
-def _check(frames, frame_counts, grid, options, norm_eps) -> None:
-    """Everything, without a plan: lengths may be symbolic."""
-    _check_kind(frames, grid)
-    check_pool_arguments(frame_counts, grid, PoolOptions(*options))
-    _check_fit(frames, frame_counts, grid, norm_eps)
-
-
-def _plan(frames, frame_counts, grid, options, norm_eps) -> PoolPlan:
-    """The same, and the plan, which checks counts and strides once and is kept by them."""
-    _check_kind(frames, grid)
-    plan = make_pool_plan(tuple(frame_counts), tuple(grid), *options)
-    _check_fit(frames, frame_counts, grid, norm_eps)
-    return plan
-
-
-def _check_kind(frames, grid) -> None:
+def _check_kind(frames: Tensor, options: PoolCallOptions) -> None:
     checks.check_tensor("frames", frames, 3, "[sum(frame_counts), H*W, C]")
     checks.check_float("frames", frames)
-    if len(grid) != 2:
-        checks.fail("grid", grid, "(H, W)")
+    if len(options.grid) != 2:
+        checks.fail("grid", options.grid, "(H, W)")
 
 
-def _check_fit(frames, frame_counts, grid, norm_eps) -> None:
-    if frames.shape[0] != sum(frame_counts):
-        checks.fail("frames", frames, f"{sum(frame_counts)} frames (the sum of frame_counts)")
-    if frames.shape[1] != grid[0] * grid[1]:
-        checks.fail("frames", frames, f"{grid[0] * grid[1]} tokens a frame (grid {tuple(grid)})")
+def _check_fit(frames: Tensor, options: PoolCallOptions) -> None:
+    total, (height, width), eps = sum(options.frame_counts), options.grid, options.norm_eps
+    if frames.shape[0] != total:
+        checks.fail("frames", frames, f"{total} frames (the sum of frame_counts)")
+    if frames.shape[1] != height * width:
+        checks.fail("frames", frames, f"{height * width} tokens a frame (grid {(height, width)})")
     if frames.shape[2] < 1:
         checks.fail("frames", frames, "at least one channel")
-    if norm_eps is not None:
-        checks.check_finite("norm_eps", norm_eps)
-        if norm_eps < 0:
-            checks.fail("norm_eps", norm_eps, ">= 0 or None")
+    if eps is not None:
+        checks.check_finite("norm_eps", eps)
+        if eps < 0:
+            checks.fail("norm_eps", eps, ">= 0 or None")
 
 
-def _check_call(frames, frame_counts, grid, pool, sampling, temporal, spatial, minimum, norm_eps, backend) -> None:
-    _check(frames, frame_counts, grid, (pool, sampling, temporal, spatial, minimum), norm_eps)
-
-
-def _run(
-    frames: Tensor,
-    frame_counts: Sequence[int],
-    grid: Sequence[int],
-    pool_stride: int,
-    sampling_stride: int,
-    temporal_stride: int,
-    spatial_stride: int,
-    min_fast_frames: int,
-    norm_eps: float | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    refuse_tangents(frames)
-    options = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
-    plan = _plan(frames, frame_counts, grid, options, norm_eps)
-    call = OpCall("slowfast_pool", frames.device.type, frames.dtype, compute_capability(frames.device))
-    return backend_for(call, frames.device, backend).pool(frames, plan, norm_eps)
-
-
-_pool_op = torch.library.custom_op("slowfast::pool", _run, mutates_args=())
-
-
-@_pool_op.register_fake
-def _pool_fake(frames, frame_counts, grid, pool, sampling, temporal, spatial, minimum, norm_eps, backend):
-    options = PoolOptions(pool, sampling, temporal, spatial, minimum)
-    _check(frames, frame_counts, grid, options, norm_eps)
-    prefix = frames.new_empty(len(frame_counts) + 1, dtype=torch.int32)
-    totals = (sum(column) for column in zip(*(token_counts(n, grid, options) for n in frame_counts), strict=True))
-    slow, fast = (frames.new_empty(n, frames.shape[2]) for n in totals)
-    return slow, prefix, fast, torch.empty_like(prefix)
-
-
-@torch.library.custom_op("slowfast::pool_backward", mutates_args=())
-def _pool_backward_op(
-    grad_slow: Tensor,
-    grad_fast: Tensor,
-    frames: Tensor,
-    frame_counts: Sequence[int],
-    grid: Sequence[int],
-    options: Sequence[int],
-    norm_eps: float | None,
-) -> Tensor:
-    refuse_tangents(grad_slow, grad_fast, frames)
-    plan = make_pool_plan(tuple(frame_counts), tuple(grid), *options)
-    return eager.pool_backward(grad_slow, grad_fast, frames, plan, norm_eps)
-
-
-@_pool_backward_op.register_fake
-def _(grad_slow, grad_fast, frames, frame_counts, grid, options, norm_eps):
-    return frames.new_empty(frames.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    frames, ctx.frame_counts, ctx.grid, *options, ctx.norm_eps, _ = inputs
-    ctx.options = options
-    ctx.save_for_backward(frames)
-    ctx.mark_non_differentiable(output[1], output[3])
-
-
-def _backward(ctx, grad_slow, _cu_slow, grad_fast, _cu_fast):
-    (frames,) = ctx.saved_tensors
-    arguments = (frames, ctx.frame_counts, ctx.grid, ctx.options, ctx.norm_eps)
-    grad = torch.ops.slowfast.pool_backward(grad_slow, grad_fast, *arguments)
-    return grad, *[None] * 9
-
-
-_pool_op.register_autograd(_backward, setup_context=_setup_context)
+_OP = _Pool()

@@ -1,10 +1,10 @@
-"""The Triton backend: portable forward kernels for any GPU that Triton supports (signatures: ``eager``).
+"""The Triton backend: portable forward kernels for any GPU that Triton supports.
 
 Configurations are fixed by ``heuristics``, so nothing is tuned at run time and a shape class compiles once.
 """
 
-from .attention import slowfast_cross_attention, text_cross_attention
-from .gated_mix import gated_residual_mix
+from .attention import prepare_cross_attention, prepare_text_cross_attention
+from .gated_mix import prepare_gated_residual_mix
 from .pool import pool
 
-__all__ = ["gated_residual_mix", "pool", "slowfast_cross_attention", "text_cross_attention"]
+__all__ = ["pool", "prepare_cross_attention", "prepare_gated_residual_mix", "prepare_text_cross_attention"]

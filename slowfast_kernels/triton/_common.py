@@ -50,14 +50,18 @@ def describe(device: torch.device) -> Device:
 
 
 def on_device_of(op):
-    """Launch on the device (and its current stream) of the op's first tensor, whatever device is current."""
+    """Launch on the device (and its current stream) of the call's first tensor, whatever device is current.
+
+    ``op`` takes a tensor, or the named tuple of a call's tensors, first.
+    """
 
     @functools.wraps(op)
-    def guarded(first, *args):
+    def guarded(tensors, *args):
+        first = tensors[0] if isinstance(tensors, tuple) else tensors
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                return op(first, *args)
-        return op(first, *args)
+                return op(tensors, *args)
+        return op(tensors, *args)
 
     return guarded
 

@@ -12,15 +12,17 @@ Roofline: a decoded token reads K and V once (Ns * Hkv * 2 * D elements at memor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, scale_of
 from ..gate import Gate
 from ..heuristics import (
     AttentionConfig,
-    CombineConfig,
     padded_head_dim,
     triton_attention_config,
     triton_combine_config,
@@ -250,126 +252,120 @@ def _combine(
         tl.store(out + text * (HQ * D) + element, context.to(out.dtype.element_ty), mask=inside)
 
 
-def _configure(q: Tensor, slow_kv: Tensor, text_rows: Tensor, cu_text: Tensor, num_splits: int) -> AttentionConfig:
-    device = describe(q.device)
-    _, num_q_heads, head_dim = q.shape
-    return triton_attention_config(
-        text_rows.shape[0], slow_kv.shape[0], cu_text.shape[0] - 1, num_q_heads, slow_kv.shape[1], head_dim,
-        q.element_size(), device.num_sms, num_splits, device.shared_bytes,
-    )  # fmt: skip
-
-
-def _launch_attention(
-    q: Tensor, slow_kv: Tensor, cu_slow: Tensor, text_rows: Tensor, cu_text: Tensor, softmax_scale: float,
-    out: Tensor, lse: Tensor | None, config: AttentionConfig, dependent: bool,
-) -> None:  # fmt: skip
-    """``dependent``: the launch after this one may start early (it waits for this one's results by itself)."""
-    num_text, batch = text_rows.shape[0], cu_text.shape[0] - 1
-    _, num_q_heads, head_dim = q.shape
-    kv_stride, kv_heads = slow_kv.stride(), slow_kv.shape[1]
-    group = num_q_heads // kv_heads
-    _attention[(config.num_tiles(num_text, batch, group), kv_heads, config.num_splits)](
-        q, slow_kv, cu_slow, text_rows, cu_text, out, lse, num_text, batch, config.num_splits,
-        q.stride(0), q.stride(1), kv_stride[1], kv_stride[2], softmax_scale,
-        KV_STRIDE=kv_stride[0], NEGATIVE=softmax_scale < 0, GROUP=group, D=head_dim, BLOCK_D=padded_head_dim(head_dim),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_B=next_power_of_2(batch), SPLIT=config.num_splits > 1,
-        PEEL=config.peel_tail, PDL=dependent, PREFETCH=describe(q.device).prefetch and not config.peel_tail,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
 _NO_GATE = Gate("none", None, None, None, False, None)
 
 
-def _launch_combine(
-    partials: Tensor, out: Tensor, lse: Tensor | None, gated: tuple | None, context_shape: tuple[int, int, int],
-    num_splits: int, config: CombineConfig,
-) -> None:  # fmt: skip
-    """``gated``: None, or (state, text_rows, gate)."""
-    num_text, num_q_heads, head_dim = context_shape
-    state, text_rows, gate = gated or (None, None, _NO_GATE)
-    options = {"launch_pdl": True} if config.dependent else {}
-    _combine[(num_text, -(-num_q_heads // config.block_h))](
-        partials, out, lse, state, text_rows, gate.weight, gate.bias, gate.warm_up, gate.float_value,
-        num_text, num_splits, None if state is None else state.stride(0),
-        HQ=num_q_heads, D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_S=config.block_s, BLOCK_H=config.block_h,
-        BLOCK_C=next_power_of_2(num_q_heads * head_dim), GATE=gate.kind, TANH_WARM_UP=gate.warm_up_tanh,
-        PDL=config.dependent, num_warps=config.num_warps, enable_fp_fusion=True, **options,
-    )  # fmt: skip
+class Attention:
+    """The launches of calls alike: tiles, splits and what kernels are compiled for. There is at least one text row.
 
+    ``config`` overrides the heuristics, for tuning.
+    """
 
-def _attend_split(
-    q: Tensor, slow_kv: Tensor, cu_slow: Tensor, text_rows: Tensor, cu_text: Tensor, softmax_scale: float,
-    out: Tensor, lse: Tensor | None, gated: tuple | None, config: AttentionConfig,
-) -> None:  # fmt: skip
-    num_text, num_heads, head_dim = text_rows.shape[0], q.shape[1], q.shape[2]
-    device, splits = describe(q.device), config.num_splits
-    partials = torch.empty(splits * num_text * num_heads * (head_dim + 1), dtype=torch.float32, device=q.device)
-    combine = triton_combine_config(num_text, num_heads, head_dim, splits, device.num_sms, device.dependent_launch)
-    _launch_attention(
-        q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, partials, None, config, combine.dependent
-    )  # fmt: skip
-    _launch_combine(partials, out, lse, gated, (num_text, num_heads, head_dim), splits, combine)
+    def __init__(
+        self,
+        sample: AttentionTensors | FusedTensors,
+        softmax_scale: float | None = None,
+        num_splits: int = 0,
+        config: AttentionConfig | None = None,
+    ):
+        q, slow_kv = sample.q, sample.slow_kv
+        (_, num_q_heads, head_dim), num_kv_heads, kv_stride = q.shape, slow_kv.shape[1], slow_kv.stride()
+        num_text, batch, group = sample.text_rows.shape[0], sample.cu_text.shape[0] - 1, num_q_heads // num_kv_heads
+        self.device, self.num_text, self.batch = describe(q.device), num_text, batch
+        self.num_q_heads, self.head_dim = num_q_heads, head_dim
+        self.config = config = config or triton_attention_config(
+            num_text, slow_kv.shape[0], batch, num_q_heads, num_kv_heads, head_dim, q.element_size(),
+            self.device.num_sms, num_splits, self.device.shared_bytes,
+        )  # fmt: skip
+        self.combine = triton_combine_config(
+            num_text, num_q_heads, head_dim, config.num_splits, self.device.num_sms, self.device.dependent_launch
+        )
+        self.kernel = _attention[config.num_tiles(num_text, batch, group), num_kv_heads, config.num_splits]
+        scale = scale_of(q, softmax_scale)
+        self.numbers = (
+            num_text, batch, config.num_splits, q.stride(0), q.stride(1), kv_stride[1], kv_stride[2], scale,
+        )  # fmt: skip
+        self.constants = {
+            "KV_STRIDE": kv_stride[0], "NEGATIVE": scale < 0, "GROUP": group,
+            "D": head_dim, "BLOCK_D": padded_head_dim(head_dim),
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_B": next_power_of_2(batch),
+            "SPLIT": config.num_splits > 1, "PEEL": config.peel_tail,
+            "PREFETCH": self.device.prefetch and not config.peel_tail,
+            "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+        }  # fmt: skip
 
+    def attend(self, tensors: AttentionTensors | FusedTensors, context: Tensor, lse: Tensor | None) -> None:
+        """Into ``context`` [Nt, Hq, D] and ``lse`` [Nt, Hq]."""
+        if self.config.num_splits == 1:
+            self._launch(tensors, context, lse, dependent=False)
+        else:
+            partials = self._partials(tensors)
+            self._combine(partials, context, lse)
 
-@on_device_of
-def text_cross_attention(
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    softmax_scale: float,
-    return_lse: bool,
-    num_splits: int,
-) -> tuple[Tensor, Tensor | None]:
-    """context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
-    shape = (text_rows.shape[0], *q.shape[1:])
-    context = torch.empty(shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    if shape[0] == 0:
-        return context, lse
-    config = _configure(q, slow_kv, text_rows, cu_text, num_splits)
-    if config.num_splits == 1:
-        _launch_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, context, lse, config, False)
-    else:
-        _attend_split(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, context, lse, None, config)
-    return context, lse
-
-
-@on_device_of
-def slowfast_cross_attention(
-    state: Tensor,
-    q: Tensor,
-    slow_kv: Tensor,
-    cu_slow: Tensor,
-    text_rows: Tensor,
-    cu_text: Tensor,
-    gate: Gate,
-    softmax_scale: float,
-    num_splits: int,
-) -> Tensor:
-    """Attention, gate and mix in two launches (three where rows that are no text rows must be copied)."""
-    if text_rows.shape[0] == 0:
-        return copied_or_empty(state, 0)
-    config = _configure(q, slow_kv, text_rows, cu_text, num_splits)
-    gated = (state, text_rows, gate)
-    return attend_and_mix(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, gated, config)
-
-
-def attend_and_mix(
-    q: Tensor, slow_kv: Tensor, cu_slow: Tensor, text_rows: Tensor, cu_text: Tensor, softmax_scale: float,
-    gated: tuple, config: AttentionConfig,
-) -> Tensor:  # fmt: skip
-    """``slowfast_cross_attention`` with a given configuration; ``gated`` as for ``_launch_combine``."""
-    state, _, gate = gated
-    num_text = text_rows.shape[0]
-    out = copied_or_empty(state, num_text)
-    if config.num_splits > 1:
-        _attend_split(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, out, None, gated, config)
+    def attend_and_mix(self, tensors: FusedTensors, gate: Gate) -> Tensor:
+        """The fused op's result, in two launches (three where rows that are no text rows must be copied)."""
+        state, q = tensors.state, tensors.q
+        out = copied_or_empty(state, self.num_text)
+        if self.config.num_splits > 1:
+            self._combine(self._partials(tensors), out, None, state, tensors.text_rows, gate)
+            return out
+        context = torch.empty((self.num_text, *q.shape[1:]), dtype=q.dtype, device=q.device)
+        dependent = self.device.dependent_launch
+        self._launch(tensors, context, None, dependent)
+        launch_mix(out, state, context.flatten(1), tensors.text_rows, gate, dependent)
         return out
-    context = torch.empty((num_text, *q.shape[1:]), dtype=q.dtype, device=q.device)
-    dependent = describe(q.device).dependent_launch
-    _launch_attention(q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, context, None, config, dependent)
-    launch_mix(out, state, context.flatten(1), text_rows, gate, dependent)
-    return out
+
+    def _launch(
+        self, tensors: AttentionTensors | FusedTensors, out: Tensor, lse: Tensor | None, dependent: bool
+    ) -> None:
+        """``dependent``: the launch after this one may start early (it waits for this one's results by itself)."""
+        self.kernel(
+            tensors.q, tensors.slow_kv, tensors.cu_slow, tensors.text_rows, tensors.cu_text, out, lse,
+            *self.numbers, PDL=dependent, **self.constants,
+        )  # fmt: skip
+
+    def _partials(self, tensors: AttentionTensors | FusedTensors) -> Tensor:
+        heads = self.config.num_splits * self.num_text * self.num_q_heads
+        partials = torch.empty(heads * (self.head_dim + 1), dtype=torch.float32, device=tensors.q.device)
+        self._launch(tensors, partials, None, self.combine.dependent)
+        return partials
+
+    def _combine(
+        self, partials: Tensor, out: Tensor, lse: Tensor | None,
+        state: Tensor | None = None, text_rows: Tensor | None = None, gate: Gate = _NO_GATE,
+    ) -> None:  # fmt: skip
+        config, channels = self.combine, self.num_q_heads * self.head_dim
+        options = {"launch_pdl": True} if config.dependent else {}
+        _combine[self.num_text, -(-self.num_q_heads // config.block_h)](
+            partials, out, lse, state, text_rows, gate.weight, gate.bias, gate.warm_up, gate.float_value,
+            self.num_text, self.config.num_splits, None if state is None else state.stride(0),
+            HQ=self.num_q_heads, D=self.head_dim, BLOCK_D=padded_head_dim(self.head_dim), BLOCK_S=config.block_s,
+            BLOCK_H=config.block_h, BLOCK_C=next_power_of_2(channels), GATE=gate.kind,
+            TANH_WARM_UP=gate.warm_up_tanh, PDL=config.dependent, num_warps=config.num_warps, enable_fp_fusion=True,
+            **options,
+        )  # fmt: skip
+
+
+def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOptions) -> Callable:
+    """A function of tensors alike: context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
+    shape = (sample.text_rows.shape[0], *sample.q.shape[1:])
+    attention = Attention(sample, options.softmax_scale, options.num_splits) if shape[0] else None
+
+    @on_device_of
+    def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
+        q = tensors.q
+        context = torch.empty(shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if options.return_lse else None
+        if attention is not None:
+            attention.attend(tensors, context, lse)
+        return context, lse
+
+    return run
+
+
+def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
+    """A function of tensors alike: attention, gate and mix."""
+    if sample.text_rows.shape[0] == 0:
+        return on_device_of(lambda tensors: copied_or_empty(tensors.state, 0))
+    attention = Attention(sample, options.softmax_scale, options.num_splits)
+    return on_device_of(lambda tensors: attention.attend_and_mix(tensors, tensors.gate(options)))

@@ -7,11 +7,14 @@ a copy of the whole state before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..calls import MixOptions, MixTensors
 from ..gate import Gate
 from ..heuristics import triton_row_config
 from ._common import gate_of, gdc_wait, on_device_of
@@ -53,16 +56,16 @@ def launch_mix(out: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, g
     )  # fmt: skip
 
 
-@on_device_of
-def gated_residual_mix(
-    state: Tensor,
-    context: Tensor,
-    text_rows: Tensor,
-    gate: Gate,
-) -> Tensor:
-    """state [rows, C] with ``g * context`` [Nt, C] added on the text rows; a new tensor."""
-    num_text = text_rows.shape[0]
-    out = copied_or_empty(state, num_text)
-    if num_text:
-        launch_mix(out, state, context, text_rows, gate, dependent=False)
-    return out
+def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
+    """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
+    num_text = sample.text_rows.shape[0]
+
+    @on_device_of
+    def run(tensors: MixTensors) -> Tensor:
+        state, context, text_rows = tensors[:3]
+        out = copied_or_empty(state, num_text)
+        if num_text:
+            launch_mix(out, state, context, text_rows, tensors.gate(options), dependent=False)
+        return out
+
+    return run

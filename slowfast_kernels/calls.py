@@ -1,0 +1,112 @@
+"""What an op is called with: its tensors and its options, each one named tuple.
+
+The one description of an op's arguments. The registered op's schema, checks, fake, autograd and every backend take
+their arguments from here, in this order and by these names; shapes stand in the public functions' docstrings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .gate import Gate
+from .pool_plan import PoolOptions, PoolPlan, make_pool_plan
+
+
+class PoolTensors(NamedTuple):
+    frames: Tensor
+
+
+class PoolCallOptions(NamedTuple):
+    frame_counts: Sequence[int]
+    grid: Sequence[int]
+    pool_stride: int
+    sampling_stride: int
+    temporal_stride: int
+    spatial_stride: int
+    min_fast_frames: int
+    norm_eps: float | None
+    backend: str | None
+
+    @property
+    def strides(self) -> PoolOptions:
+        return PoolOptions(
+            self.pool_stride, self.sampling_stride, self.temporal_stride, self.spatial_stride, self.min_fast_frames
+        )
+
+    @property
+    def plan(self) -> PoolPlan:
+        """Kept by the values of counts, grid and strides."""
+        return make_pool_plan(tuple(self.frame_counts), tuple(self.grid), *self.strides)
+
+
+class AttentionTensors(NamedTuple):
+    q: Tensor
+    slow_kv: Tensor
+    cu_slow: Tensor
+    text_rows: Tensor
+    cu_text: Tensor
+
+
+class AttentionOptions(NamedTuple):
+    softmax_scale: float | None
+    return_lse: bool
+    num_splits: int
+    backend: str | None
+
+
+class MixTensors(NamedTuple):
+    state: Tensor
+    context: Tensor
+    text_rows: Tensor
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    warm_up: Tensor | None
+    gate_value: Tensor | None
+
+    def gate(self, options: MixOptions | FusedOptions) -> Gate:
+        return Gate.of(*self[3:], options.gate, options.warm_up_tanh)
+
+
+class MixOptions(NamedTuple):
+    gate: str
+    warm_up_tanh: bool
+    backend: str | None
+
+
+class FusedTensors(NamedTuple):
+    state: Tensor
+    q: Tensor
+    slow_kv: Tensor
+    cu_slow: Tensor
+    text_rows: Tensor
+    cu_text: Tensor
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    warm_up: Tensor | None
+    gate_value: Tensor | None
+
+    @property
+    def attention(self) -> AttentionTensors:
+        return AttentionTensors(*self[1:6])
+
+    def mix(self, context: Tensor | None) -> MixTensors:
+        return MixTensors(self.state, context, self.text_rows, *self[6:])
+
+    def gate(self, options: FusedOptions) -> Gate:
+        return Gate.of(*self[6:], options.gate, options.warm_up_tanh)
+
+
+class FusedOptions(NamedTuple):
+    softmax_scale: float | None
+    num_splits: int
+    gate: str
+    warm_up_tanh: bool
+    backend: str | None
+
+
+def scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    """The factor on q K^T; default 1 / sqrt(D)."""
+    return q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
