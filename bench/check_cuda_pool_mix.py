@@ -19,7 +19,7 @@ from torch import Tensor
 
 import slowfast_kernels as sk
 from slowfast_kernels import cuda, eager
-from slowfast_kernels.gate import Gate
+from slowfast_kernels.gate import WEIGHTED_GATES, Gate
 from slowfast_kernels.pool_plan import make_pool_plan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,7 +58,7 @@ MIX_CASES = {
     "some rows": (1500, 64, 3584, True, "tanh", True, True),
     "half the rows": (1001, 500, 896, False, "tanh", True, True),
     "no text row": (300, 0, 256, False, "tanh", True, True),
-    "linear gate": (40, 17, 256, False, "linear", True, True),
+    **{f"{gate} gate": (40, 17, 256, False, gate, True, True) for gate in WEIGHTED_GATES},
     "no warm-up": (40, 17, 256, False, "tanh", False, True),
     "plain warm-up": (40, 17, 256, True, "tanh", True, False),
     "7 channels": (40, 17, 7, True, "tanh", True, True),

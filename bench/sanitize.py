@@ -16,7 +16,7 @@ import torch
 import slowfast_kernels as sk
 from slowfast_kernels import cuda
 from slowfast_kernels.calls import AttentionTensors
-from slowfast_kernels.gate import Gate
+from slowfast_kernels.gate import WEIGHTED_GATES, Gate
 from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
 
 RAGGED = (((1, 70), (3, 0), (0, 40), (2, 33)), ((30, 400), (7, 180), (1, 5)))
@@ -36,7 +36,7 @@ def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> Non
     state = torch.randn(rows + 2, heads[0] * head_dim, **make)
     gate = [torch.randn(n, **make) for n in (heads[0] * head_dim, 1, 1)]
     gates = [
-        Gate.of(*gate),
+        *(Gate.of(*gate, gate=kind) for kind in WEIGHTED_GATES),
         Gate.of(None, None, gate[2], torch.randn(rows, **make)),
         Gate.of(None, None, None, gate="none"),
     ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Generator, Tensor
 
 from slowfast_kernels.calls import AttentionTensors
-from slowfast_kernels.gate import GATES, WEIGHTED_GATES
+from slowfast_kernels.gate import GATE_CODES, GATES, WEIGHTED_GATES
 
 LAYOUTS = ("contiguous", "strided", "heads_first")
 
@@ -216,6 +218,15 @@ def gate_of(way: str, inputs: Inputs, generator: Generator) -> tuple[tuple[Tenso
     device, dtype = inputs.state.device, inputs.gate_bias.dtype
     value = torch.randn(len(inputs.text_rows), generator=generator, device=device).to(dtype)
     return without, {"gate_value": value}
+
+
+def list_unknown_gate(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """``kind`` is on the lists of gates from here on, as a new one would be before a backend has its formula."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("slowfast_kernels.")]:
+        for name in ("GATES", "WEIGHTED_GATES"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, (*getattr(module, name), kind))
+    monkeypatch.setitem(GATE_CODES, kind, len(GATE_CODES))
 
 
 def add_ramp(inputs: Inputs, rise: float) -> None:

@@ -48,7 +48,7 @@ def by_hand(model, ids, videos, mask):
                 scores = torch.einsum("lhd,nhd->hln", q[b], k) / config.head_dim**0.5
                 rows.append(torch.einsum("hln,nhd->lhd", scores.softmax(-1), v).flatten(1))
             gate = F.linear(a, gate_proj.weight, gate_proj.bias)
-            gate = gate.tanh() if config.gate == "tanh" else gate
+            gate = {"tanh": torch.tanh, "linear": lambda x: x}[config.gate](gate)
             if attention.cross_attn_warm_up_gate is not None:
                 warm_up = attention.cross_attn_warm_up_gate
                 gate = gate * (warm_up if config.updates_every_row else warm_up.tanh())

@@ -134,7 +134,7 @@ def test_fused_gradients_are_accurate(target, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
-@pytest.mark.parametrize("way", ["tanh", "given"])
+@pytest.mark.parametrize("way", GATE_WAYS)
 def test_the_registered_fused_op_has_the_same_gradients(target, way, rng):
     """The op that torch.compile traces without gradients is differentiable too."""
     inputs = finite(make_inputs(SHAPE, torch.float32, target.device, rng(target.device)))
@@ -145,10 +145,10 @@ def test_the_registered_fused_op_has_the_same_gradients(target, way, rng):
     for op in (torch.ops.slowfast.cross_attention, sk.slowfast_cross_attention):
         mine = leaves(*tensors)
         if op is sk.slowfast_cross_attention:
-            out = target.run(op, *mine[:3], *indices, *mine[3:-1], gate_value=mine[-1])
+            out = target.run(op, *mine[:3], *indices, *mine[3:-1], gate_value=mine[-1], **gate)
         else:
             try:
-                out = op(*mine[:3], *indices, *mine[3:], None, 0, "tanh", True, target.backend)
+                out = op(*mine[:3], *indices, *mine[3:], None, 0, gate.get("gate", "tanh"), True, target.backend)
             except NotImplementedError as limit:
                 pytest.skip(str(limit))
         results.append(gradients([out], [torch.ones_like(out)], [x for x in mine if x is not None]))

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import GATE_WAYS, LAYOUTS, RAGGED, SHAPES, Shape, gate_of, make_inputs, poison
+from cases import GATE_WAYS, LAYOUTS, RAGGED, SHAPES, Shape, gate_of, list_unknown_gate, make_inputs, poison
 from hypothesis import given
 from hypothesis import strategies as st
 from targets import ALL, KERNELS, REPEATS
@@ -67,6 +67,14 @@ def test_a_gate_without_a_weight_serves_any_shape(target, way, num_splits, rng):
         inputs = make_inputs(shape, target.dtype, target.device, rng(target.device))
         gating, gate = gate_of(way, inputs, rng(target.device))
         check(target, inputs, gating=gating, **gate, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_a_kind_of_gate_without_a_formula_is_refused(target, monkeypatch, rng):
+    inputs = make_inputs(RAGGED, target.dtype, target.device, rng(target.device))
+    list_unknown_gate(monkeypatch, "swish")
+    with pytest.raises(Exception, match=r"swish|does not know"):
+        target.run(sk.slowfast_cross_attention, *inputs.fused, gate="swish")
 
 
 @pytest.mark.parametrize("target", ALL)

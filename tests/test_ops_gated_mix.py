@@ -3,12 +3,13 @@
 import pytest
 import reference
 import torch
-from cases import GATE_WAYS, LAYOUTS, Shape, gate_of, make_inputs
+from cases import GATE_WAYS, LAYOUTS, Shape, gate_of, list_unknown_gate, make_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from targets import ALL, KERNELS, REPEATS
 
 import slowfast_kernels as sk
+from slowfast_kernels.gate import GATES
 
 SHAPES = [
     Shape(((1, 0),), (1, 1), 1, 0),
@@ -60,12 +61,21 @@ def test_a_given_gate_takes_the_place_of_gate(target, rng):
     inputs, arguments = mix_arguments(SHAPES[4], target, rng(target.device), gate_dtype=torch.float32)
     value = torch.linspace(-3, 3, 2 * len(inputs.text_rows), device=target.device)[::2]  # of any stride
     arguments = (*arguments[:3], None, None, inputs.warm_up)
-    results = [check(target, arguments, gate_value=value, gate=gate) for gate in ("tanh", "linear", "none")]
+    results = [check(target, arguments, gate_value=value, gate=gate) for gate in GATES]
     assert all(reference.same_bits(results[0], other) for other in results[1:])
     half = check(target, (*arguments[:5], None), gate_value=value.to(target.dtype))
     assert reference.same_bits(half, target.run(
         sk.gated_residual_mix, *arguments[:5], None, gate_value=value.to(target.dtype).float()
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_a_kind_of_gate_without_a_formula_is_refused(target, monkeypatch, rng):
+    """A kind that is on the list alone fails in every backend, and is never computed as another."""
+    _, arguments = mix_arguments(SHAPES[4], target, rng(target.device))
+    list_unknown_gate(monkeypatch, "swish")
+    with pytest.raises(Exception, match=r"swish|does not know"):
+        target.run(sk.gated_residual_mix, *arguments, gate="swish")
 
 
 @pytest.mark.parametrize("target", ALL)

@@ -6,6 +6,8 @@ also where a product of the inputs exceeds the range of their dtype.
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import reference
 import torch
@@ -13,6 +15,7 @@ from cases import GATE_WAYS, RAGGED, SHAPES, VIDEOS, Shape, gate_of, make_frames
 from targets import DEVICE
 
 import slowfast_kernels as sk
+from slowfast_kernels.gate import WEIGHTED_GATES
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 EAGER = {"backend": "eager"}
@@ -64,13 +67,14 @@ def test_the_mix_is_rounded_once(way, warm_up_tanh, dtype, rng):
 
 @DTYPES
 def test_a_gate_past_the_range_of_float16_is_a_gate(dtype):
-    """A linear gate of 200 000 times a small warm-up factor."""
+    """A linear gate of 200 000 times a small warm-up factor; the others saturate."""
     state = torch.full((2, 64), 25.0, dtype=dtype, device=DEVICE)
     context, rows = torch.ones_like(state), torch.arange(2, dtype=torch.int32, device=DEVICE)
     weight, bias = torch.full_like(state[:1], 125.0), torch.zeros_like(state[0, :1])
     warm_up = torch.full_like(bias, 2.0**-14)
     arguments = (state, context, rows, weight, bias, warm_up)
-    for options in ({"gate": "linear"}, {"gate": "linear", "warm_up_tanh": False}, {}):
+    for gate, warm_up_tanh in product(WEIGHTED_GATES, (True, False)):
+        options = {"gate": gate, "warm_up_tanh": warm_up_tanh}
         out = sk.gated_residual_mix(*arguments, **options, **EAGER)
         assert_rounded_once(out, reference.gated_mix(*arguments, **options))
 

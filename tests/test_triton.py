@@ -395,9 +395,8 @@ def test_a_neighbour_full_of_nan_and_infinity_does_not_leak(num_splits, dtype, r
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("gate", "warm_up_tanh", "warm"), [("tanh", True, 0.3), ("linear", False, 0.02), ("tanh", True, None)]
-)
+@pytest.mark.parametrize("gate", WEIGHTED_GATES)
+@pytest.mark.parametrize(("warm_up_tanh", "warm"), [(True, 0.3), (False, 0.02), (True, None)])
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_gate_and_mix(num_splits, gate, warm_up_tanh, warm, rng):
     inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng(), gate_dtype=torch.float32)

@@ -38,8 +38,8 @@ def gated_residual_mix(
         gate_bias: [1] (``cross_attn_gate_proj.0.bias``), gate_weight's dtype; None where gate_weight is.
         warm_up: [1] (``cross_attn_warm_up_gate``), gate_weight's dtype (without one, state's or float32), or None: no
             warm-up factor.
-        gate: how g is formed, one of ``slowfast_kernels.gate.GATES`` (formulas there): "tanh", "linear" for the gating
-            types without tanh, "none" for the warm-up factor alone.
+        gate: how g is formed, one of ``slowfast_kernels.gate.GATES``, with the formulas there. The released gating
+            types have "tanh" or, without tanh in their name, "linear".
         warm_up_tanh: f is tanh; False: f is the identity (the all-to-media variant).
         gate_value: [Nt], state's dtype or float32: gates of the text rows after their activation, formed outside (a
             projection with an adapter, say). g is then gate_value[i] * f(warm_up), and ``gate`` is not applied.
