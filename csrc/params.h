@@ -10,9 +10,9 @@ namespace slowfast {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 constexpr int kNumDTypes = 3;
 
-// The codes of slowfast_kernels/gate.py. kTanh and kLinear: act(state . weight + bias); kNone: 1; kGiven: value[i].
-enum class GateKind : int32_t { kTanh = 0, kLinear = 1, kNone = 2, kGiven = 3 };
-constexpr int kNumGateKinds = 4;
+// The codes of slowfast_kernels/gate.py. kNone: 1; kGiven: value[i]; the others: act(state . weight + bias).
+enum class GateKind : int32_t { kTanh = 0, kLinear = 1, kNone = 2, kGiven = 3, kSigmoid = 4 };
+constexpr int kNumGateKinds = 5;
 
 // The gate of text row i is what its kind says, times factor(warm_up).
 struct GateParams {

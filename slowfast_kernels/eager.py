@@ -187,6 +187,7 @@ class _Activation(NamedTuple):
 ACTIVATIONS = {
     "tanh": _Activation(torch.tanh, lambda act: 1 - act**2),
     "linear": _Activation(lambda pre: pre, torch.ones_like),
+    "sigmoid": _Activation(torch.sigmoid, lambda act: act * (1 - act)),
 }
 
 

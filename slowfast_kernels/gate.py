@@ -1,6 +1,6 @@
 """The gate of a call, as one thing that ops hand to every backend: what kind it is, and its tensors. Kinds:
 
-g = act(state . weight + bias) * factor(warm_up)        kinds "tanh", "linear"
+g = act(state . weight + bias) * factor(warm_up)        kinds "tanh", "linear", "sigmoid"
 g =                              factor(warm_up)        kind "none"
 g = value *                      factor(warm_up)        kind "given": activated outside
 """
@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 # What a backend must be able to form, with the codes of GateKind in csrc/params.h.
-GATE_CODES = {"tanh": 0, "linear": 1, "none": 2, "given": 3}
-WEIGHTED_GATES = ("tanh", "linear")  # kinds with a weight and a bias
+GATE_CODES = {"tanh": 0, "linear": 1, "none": 2, "given": 3, "sigmoid": 4}
+WEIGHTED_GATES = ("tanh", "linear", "sigmoid")  # kinds with a weight and a bias
 GATES = (*WEIGHTED_GATES, "none")  # what ``gate=`` takes; "given" follows from ``gate_value``
 
 

@@ -61,7 +61,7 @@ def gated_mix(
         g = picked.new_ones(len(rows), 1)
     else:
         g = (picked * gate_weight.double().flatten()).sum(-1, keepdim=True) + gate_bias.double()
-        g = {"tanh": torch.tanh, "linear": lambda x: x}[gate](g)
+        g = {"tanh": torch.tanh, "linear": lambda x: x, "sigmoid": torch.sigmoid}[gate](g)
     if warm_up is not None:
         g = g * (warm_up.double().tanh() if warm_up_tanh else warm_up.double())
     return state.double().index_copy(0, rows, picked + g * context.double().flatten(1))

@@ -93,6 +93,8 @@ def gate_of(
         g = tanh(_weighted(state, weight, bias, cols, C))
     elif GATE == "linear":
         g = _weighted(state, weight, bias, cols, C)
+    elif GATE == "sigmoid":
+        g = 1 / (1 + tl.exp(-_weighted(state, weight, bias, cols, C)))
     elif GATE == "none":
         g = 1.0
     else:

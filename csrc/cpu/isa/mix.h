@@ -22,7 +22,7 @@ float dot(const S* state, const W* weight, int64_t count) {
   return total;
 }
 
-static_assert(kNumGateKinds == 4, "a new kind of gate must be taught to gate_with");
+static_assert(kNumGateKinds == 5, "a new kind of gate must be taught to gate_with");
 
 template <class S, class W>
 float gate_with(const S* state, const GateParams& gate, int64_t text, int64_t count) {
@@ -33,6 +33,7 @@ float gate_with(const S* state, const GateParams& gate, int64_t text, int64_t co
   switch (gate.kind) {
     case GateKind::kTanh: g = __builtin_tanhf(weighted()); break;
     case GateKind::kLinear: g = weighted(); break;
+    case GateKind::kSigmoid: g = 1.0f / (1.0f + __builtin_expf(-weighted())); break;
     case GateKind::kNone: break;
     case GateKind::kGiven: g = gate.value[text]; break;
   }

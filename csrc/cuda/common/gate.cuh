@@ -26,7 +26,7 @@ struct GateScalars {
         warm_up(p.warm_up == nullptr ? 0 : load_bits(p.warm_up, p.dtype, 0)) {}
 };
 
-static_assert(kNumGateKinds == 4, "a new kind of gate must be taught to weighted() or unweighted()");
+static_assert(kNumGateKinds == 5, "a new kind of gate must be taught to weighted() or unweighted()");
 
 class Gate {
  public:
@@ -39,8 +39,7 @@ class Gate {
 
   // Of the kinds with a weight; `dot` is state . weight of the row.
   __device__ __forceinline__ float weighted(float dot) const {
-    const float x = dot + bias_;
-    return (kind_ == GateKind::kLinear ? x : tanhf(x)) * factor_;
+    return activated(dot + bias_) * factor_;
   }
   // Of the others, for text row `text`.
   __device__ __forceinline__ float unweighted(int64_t text) const {
@@ -48,6 +47,12 @@ class Gate {
   }
 
  private:
+  __device__ __forceinline__ float activated(float x) const {
+    if (kind_ == GateKind::kTanh) return tanhf(x);  // first: the released models' kind
+    if (kind_ == GateKind::kLinear) return x;
+    return __fdividef(1.0f, 1.0f + __expf(-x));  // kSigmoid; 0 where exp overflows
+  }
+
   float bias_, factor_;
   const float* value_;
   GateKind kind_;
