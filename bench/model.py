@@ -306,4 +306,5 @@ def _decode(who: str, make: Callable, ready: dict, capture: bool, compiled: bool
         token = session.logits.argmax(-1)
         return [partial(session.step, token)], lambda: _finite(session.step(token))
 
-    return Variant("torch.compile, graph" if compiled else "graph" if capture else "eager step", build)
+    name = "graph" if capture else "eager step"
+    return Variant(f"torch.compile, {name}" if compiled else name, build)

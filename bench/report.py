@@ -94,6 +94,12 @@ def _by_shape(rows: list[Row], op: str) -> dict[tuple[str, str], list[Row]]:
     return groups
 
 
+def _time_or_status(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return format_us(row.median_us) if row.ok else _status_word(row)
+
+
 def _status_word(row: Row) -> str:
     return row.status.split(":")[0]
 
@@ -110,7 +116,7 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
         line = [shape, dtype]
-        line += [(format_us(of[n].median_us) if of[n].ok else _status_word(of[n])) if n in of else "" for n in names]
+        line += [_time_or_status(of.get(name)) for name in names]
         ours, peer = best_of(members, "ours"), best_of(members, "peer")
         if floors:
             line += (

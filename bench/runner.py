@@ -198,7 +198,8 @@ class Runner:
         self.device, self.dtypes, self.journal, self.quick = device, dtypes, journal, quick
         self.peers, self.shapes = peers, list(shapes)
         self.is_gpu = device.type == "cuda"
-        self.budget_s = (0.03 if quick else 0.15) if self.is_gpu else (0.05 if quick else 0.25)
+        quick_s, full_s = (0.03, 0.15) if self.is_gpu else (0.05, 0.25)
+        self.budget_s = quick_s if quick else full_s
         self.started = time.monotonic()
         self._done = {row.key for row in journal.rows}
         if journal.meta is None:
@@ -400,7 +401,9 @@ class Runner:
 def format_us(us: float | None) -> str:
     if us is None:
         return "-"
-    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 1000 else f"{us:.0f}"
+    if us < 10:
+        return f"{us:.2f}"
+    return f"{us:.1f}" if us < 1000 else f"{us:.0f}"
 
 
 def format_row(row: Row) -> str:

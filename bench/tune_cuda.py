@@ -47,7 +47,9 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     pairs_halves = own.consumers == 2 and 0 < rows % 128 <= 64
     idle = shape.batch * (heads.num_kv // 2) if pairs_halves else 0
     slots = heuristics._HOPPER_DECODE_CTAS if own.consumers == 1 else heuristics._HOPPER_SMS
-    most_waves = 12 if tiles > 100 else 3 if max(shape.slow) > 50000 else 1
+    most_waves = 12
+    if tiles <= 100:
+        most_waves = 3 if max(shape.slow) > 50000 else 1
     yield own
     for step in (-6, -3, 3, 6) if own.long_blocks else ():
         yield replace(own, long_blocks=max(1, own.long_blocks + step))
