@@ -19,10 +19,10 @@ from torch import Tensor
 
 import slowfast_kernels as sk
 from slowfast_kernels import cuda, eager
+from slowfast_kernels.dtypes import KERNEL_DTYPES
 from slowfast_kernels.gate import WEIGHTED_GATES, Gate
 from slowfast_kernels.pool_plan import make_pool_plan
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROTATION_BYTES = 400e6  # several times the L2 of any GPU
 CANARY = 77.0
 
@@ -96,7 +96,7 @@ def surrounded(x: Tensor, layout: str) -> Tensor:
     """``x`` with another layout, in a buffer of NaN: "dense", "padded" rows, or "unaligned" storage."""
     if layout == "dense":
         return x
-    pad = 8 if layout == "padded" else 1
+    pad = {"padded": 8, "unaligned": 1}[layout]
     buffer = torch.full((*x.shape[:-2], x.shape[-2] + 1, x.shape[-1] + 8), float("nan"), dtype=x.dtype, device=x.device)
     view = buffer[..., : x.shape[-2], pad : pad + x.shape[-1]]
     return view.copy_(x)
@@ -163,7 +163,7 @@ def check_parity(device: str) -> bool:
     for op, cases, check in (("pool", POOL_CASES, check_pool), ("mix", MIX_CASES, check_mix)):
         for name, case in cases.items():
             worst = 0.0
-            for dtype in DTYPES:
+            for dtype in KERNEL_DTYPES:
                 for layout in ("dense", "padded", "unaligned"):
                     if "table" in name and (layout, dtype) != ("dense", torch.bfloat16):
                         continue

@@ -82,16 +82,16 @@ def make_inputs(shape: AttentionShape, dtype: str, device: torch.device, cache_b
 def reference_context(inputs: AttentionInputs) -> Tensor:
     """context [Nt, Hq, D] in float32, a few rows at a time."""
     shape, scale = inputs.shape, inputs.shape.heads.dim**-0.5
-    group = shape.heads.num_q // shape.heads.num_kv
+    heads_per_kv = shape.heads.num_q // shape.heads.num_kv
     context = torch.zeros(inputs.q.shape, dtype=torch.float32, device=inputs.q.device)
     first_row = first_token = 0
     for rows, tokens in zip(shape.text, shape.slow, strict=True):
         keys, values = (x.float() for x in inputs.slow_kv[first_token : first_token + tokens].permute(2, 1, 0, 3))
         for start in range(first_row, first_row + rows, REFERENCE_ROWS):
             stop = min(start + REFERENCE_ROWS, first_row + rows)
-            query = inputs.q[start:stop].float().unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
-            probs = (query @ keys.transpose(1, 2) * scale).softmax(-1)  # [Hkv, group * rows, tokens]
-            mine = (probs @ values).unflatten(1, (group, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+            query = inputs.q[start:stop].float().unflatten(1, (-1, heads_per_kv)).permute(1, 2, 0, 3).flatten(1, 2)
+            probs = (query @ keys.transpose(1, 2) * scale).softmax(-1)  # [Hkv, heads_per_kv * rows, tokens]
+            mine = (probs @ values).unflatten(1, (heads_per_kv, -1)).permute(2, 0, 1, 3).flatten(1, 2)
             context[start:stop] = mine
         first_row, first_token = first_row + rows, first_token + tokens
     return context

@@ -64,10 +64,10 @@ def official_layer(layer: LayerInputs, text_mask: Tensor) -> Tensor:
     """One batch of padded sequences [B, L] the way the released code goes about it -> new state [B * L, C]."""
     inputs = layer.attention
     batch, heads = inputs.shape.batch, inputs.shape.heads
-    group = heads.num_q // heads.num_kv
+    heads_per_kv = heads.num_q // heads.num_kv
     normalised = _official_norm(layer.slow, layer.norm_weight)
     kv = F.linear(normalised, layer.kv_weight).view(batch, -1, heads.num_kv, 2, heads.dim)
-    keys, values = (x.repeat_interleave(group, 2) for x in kv.unbind(3))  # repeat_kv, materialised
+    keys, values = (x.repeat_interleave(heads_per_kv, 2) for x in kv.unbind(3))  # repeat_kv, materialised
     lengths = text_mask.sum(1)
     longest = int(lengths.max().item())  # the first host sync
     query = inputs.q.view(batch, -1, heads.num_q, heads.dim)

@@ -57,7 +57,7 @@ def _needs_even(sets: Sets) -> None:
 # --------------------------------------------------------------------------------------- scaled_dot_product
 
 
-def _group_size(inputs: AttentionInputs) -> int:
+def _heads_per_kv(inputs: AttentionInputs) -> int:
     return inputs.shape.heads.num_q // inputs.shape.heads.num_kv
 
 
@@ -77,23 +77,31 @@ def _sdpa_inputs(query: Tensor, keys: Tensor, values: Tensor, grouping: str, lay
     grouping "gqa": Hq and Hkv heads. "packed": the query heads of one KV head become query rows, so that K and V are
     read once for all of them. "repeated": K and V copied for each query head, for backends that know no groups.
     """
-    group = query.shape[2] // keys.shape[2]
-    if grouping == "packed":
-        query = query.unflatten(2, (-1, group)).transpose(2, 3).flatten(1, 2)  # [B, n * G, Hkv, D]
-    elif grouping == "repeated":
-        keys, values = (x.repeat_interleave(group, 2) for x in (keys, values))
-    if layout == "nhd":
-        return tuple(x.contiguous().transpose(1, 2) for x in (query, keys, values))
-    return tuple(x.transpose(1, 2).contiguous() for x in (query, keys, values))
+    heads_per_kv = query.shape[2] // keys.shape[2]
+    match grouping:
+        case "gqa":
+            pass
+        case "packed":
+            query = query.unflatten(2, (-1, heads_per_kv)).transpose(2, 3).flatten(1, 2)  # [B, n * G, Hkv, D]
+        case "repeated":
+            keys, values = (x.repeat_interleave(heads_per_kv, 2) for x in (keys, values))
+        case _:
+            raise ValueError(f"grouping: got {grouping!r}, want gqa, packed or repeated")
+    match layout:
+        case "nhd":
+            return tuple(x.contiguous().transpose(1, 2) for x in (query, keys, values))
+        case "hnd":
+            return tuple(x.transpose(1, 2).contiguous() for x in (query, keys, values))
+    raise ValueError(f"layout: got {layout!r}, want hnd or nhd")
 
 
-def _sdpa_context(outs: list[Tensor], grouping: str, group: int) -> Tensor:
+def _sdpa_context(outs: list[Tensor], grouping: str, heads_per_kv: int) -> Tensor:
     """[B, H, rows, D] of each call -> [Nt, Hq, D]."""
     contexts = []
     for out in outs:
         out = out.transpose(1, 2)
         if grouping == "packed":
-            out = out.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+            out = out.unflatten(1, (-1, heads_per_kv)).transpose(2, 3).flatten(2, 3)
         contexts.append(out.flatten(0, 1))
     return torch.cat(contexts)
 
@@ -121,7 +129,7 @@ def sdpa_variants(
         grouping, layout = way.split()
         bind = partial(_bind_sdpa, grouping=grouping, layout=layout, backend=backend)
         yield _variant(
-            way, sets, reference, bind, partial(_sdpa_context, grouping=grouping, group=_group_size(sets[0]))
+            way, sets, reference, bind, partial(_sdpa_context, grouping=grouping, heads_per_kv=_heads_per_kv(sets[0]))
         )
 
 
@@ -149,7 +157,7 @@ def _flex_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     yield _variant(
-        "compiled", sets, reference, bind, partial(_sdpa_context, grouping="gqa", group=_group_size(sets[0]))
+        "compiled", sets, reference, bind, partial(_sdpa_context, grouping="gqa", heads_per_kv=_heads_per_kv(sets[0]))
     )
 
 

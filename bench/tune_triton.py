@@ -60,13 +60,13 @@ def own_config(shape: AttentionShape, device: torch.device) -> AttentionConfig:
 def candidates(shape: AttentionShape, device: torch.device) -> list[AttentionConfig]:
     """The heuristic's choice first; then every tile with the splits that give an SM one to eight programs."""
     own, facts, heads = own_config(shape, device), describe(device), shape.heads
-    group = heads.num_q // heads.num_kv
+    heads_per_kv = heads.num_q // heads.num_kv
     configs = {own: None}
-    for tile in FEW_ROWS if max(shape.text) * group <= 32 else MANY_ROWS:
+    for tile in FEW_ROWS if max(shape.text) * heads_per_kv <= 32 else MANY_ROWS:
         if heuristics._shared_bytes(tile, heuristics.padded_head_dim(heads.dim), 2) > facts.shared_bytes:
             continue
         config = AttentionConfig(tile[0], tile[1], 1, *tile[2:])
-        programs = config.num_tiles(shape.num_text, shape.batch, group) * heads.num_kv
+        programs = config.num_tiles(shape.num_text, shape.batch, heads_per_kv) * heads.num_kv
         most = max(shape.slow) // config.block_n
         for per_sm in (0.5, 1, 1.5, 2, 3, 4, 6, 8):
             splits = int(per_sm * facts.num_sms / programs)

@@ -21,7 +21,8 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "eager")
+from .heuristics import BACKENDS
+
 MIN_CUDA_CAPABILITY = (8, 0)
 MIN_TORCH = (2, 6)
 MIN_TRITON = (3, 2)
@@ -167,12 +168,15 @@ def _runs_on(module: ModuleType, major: int, minor: int) -> bool:
     for arch in module.build_info["cuda_archs"]:  # "sm_80", "sm_90a", "compute_80"
         kind, _, number = arch.partition("_")
         capability = int(number.rstrip("af"))
-        if number[-1] in "af":
-            runs = capability == 10 * major + minor
-        elif kind == "sm":
-            runs = capability // 10 == major and capability % 10 <= minor
-        else:
-            runs = capability <= 10 * major + minor
+        match kind, number[-1] in "af":
+            case "sm", True:
+                runs = capability == 10 * major + minor
+            case "sm", False:
+                runs = capability // 10 == major and capability % 10 <= minor
+            case "compute", False:
+                runs = capability <= 10 * major + minor
+            case _:
+                raise ValueError(f"cuda_archs: got {arch!r} in the build, want sm_* or compute_*")
         if runs:
             return True
     return False
@@ -199,23 +203,29 @@ def _cuda_device_reason(index: int) -> str | None:
 
 @lru_cache(maxsize=256)
 def _reason(backend: str, device_type: str, index: int, interpret: bool) -> str | None:
-    if backend == "eager":
-        return None
-    if backend == "cpu":
-        if device_type != "cpu":
-            return f"it takes CPU tensors, got {device_type} tensors"
-        return _load()[1] or None
-    if backend == "triton":
-        if missing := _triton_import_error():
-            return missing
-        if device_type == "cpu" and not interpret:
-            return "it takes GPU tensors, got CPU tensors; TRITON_INTERPRET=1 runs its interpreter on them (slow)"
-        if device_type not in ("cpu", "cuda"):
-            return f"it takes CUDA tensors, got {device_type} tensors"
-        return (interpreter_reason() or None) if interpret else None
-    if device_type != "cuda":
-        return _cuda_build_reason() or f"it takes CUDA tensors, got {device_type} tensors"
-    return _cuda_build_reason() or _no_gpu_reason() or _cuda_device_reason(index)
+    match backend:
+        case "eager":
+            return None
+        case "cpu":
+            return _load()[1] or None if device_type == "cpu" else f"it takes CPU tensors, got {device_type} tensors"
+        case "triton":
+            return _triton_import_error() or _triton_device_reason(device_type, interpret)
+        case "cuda":
+            other = None if device_type == "cuda" else f"it takes CUDA tensors, got {device_type} tensors"
+            return _cuda_build_reason() or other or _no_gpu_reason() or _cuda_device_reason(index)
+    raise _unknown(backend)
+
+
+def _triton_device_reason(device_type: str, interpret: bool) -> str | None:
+    if device_type == "cpu" and not interpret:
+        return "it takes GPU tensors, got CPU tensors; TRITON_INTERPRET=1 runs its interpreter on them (slow)"
+    if device_type not in ("cpu", "cuda"):
+        return f"it takes CUDA tensors, got {device_type} tensors"
+    return (interpreter_reason() or None) if interpret else None
+
+
+def _unknown(backend: str) -> ValueError:
+    return ValueError(f"backend: got {backend!r}, want one of {', '.join(map(repr, BACKENDS))}")
 
 
 def unavailable_reason(backend: str, device: torch.device) -> str | None:
@@ -225,7 +235,7 @@ def unavailable_reason(backend: str, device: torch.device) -> str | None:
         ValueError: no backend has that name.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, want one of {', '.join(map(repr, BACKENDS))}")
+        raise _unknown(backend)
     index = -1
     if device.type == "cuda" and torch.cuda.is_available():
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -233,23 +243,31 @@ def unavailable_reason(backend: str, device: torch.device) -> str | None:
 
 
 def _detail(backend: str) -> tuple[bool, str]:
-    cpu = torch.device("cpu")
-    if backend == "eager":
-        return True, f"torch {torch.__version__}, any device"
-    if backend == "cpu":
-        reason = unavailable_reason("cpu", cpu)
-        return reason is None, reason or f"{extension().cpu_isa()}, {torch.get_num_threads()} threads"
-    device = torch.device("cuda")
-    if backend == "triton" and (torch.cuda.is_available() or _triton_import_error()):
-        reason = unavailable_reason("triton", device)
-        return reason is None, reason or f"triton {_version_of('triton')} on {torch.cuda.get_device_name()}"
-    if backend == "triton":
-        reason = unavailable_reason("triton", cpu) and _no_gpu_reason()
-        hint = "; TRITON_INTERPRET=1 runs its interpreter on CPU tensors (slow)"
-        detail = f"triton {_version_of('triton')}, interpreter on CPU tensors"
-        return reason is None, f"{reason}{hint}" if reason else detail
-    reason = unavailable_reason("cuda", device)
-    return reason is None, reason or f"{torch.cuda.get_device_name()}, built for {', '.join(cuda_archs())}"
+    """Whether it is available, and on what or why not."""
+    match backend:
+        case "eager":
+            reason, detail = None, f"torch {torch.__version__}, any device"
+        case "cpu":
+            reason = unavailable_reason("cpu", torch.device("cpu"))
+            detail = reason or f"{extension().cpu_isa()}, {torch.get_num_threads()} threads"
+        case "triton":
+            reason, detail = _triton_detail()
+        case "cuda":
+            reason = unavailable_reason("cuda", torch.device("cuda"))
+            detail = reason or f"{torch.cuda.get_device_name()}, built for {', '.join(cuda_archs())}"
+        case _:
+            raise _unknown(backend)
+    return reason is None, detail
+
+
+def _triton_detail() -> tuple[str | None, str]:
+    """Why it is unavailable, if it is, and the detail."""
+    if torch.cuda.is_available() or _triton_import_error():
+        reason = unavailable_reason("triton", torch.device("cuda"))
+        return reason, reason or f"triton {_version_of('triton')} on {torch.cuda.get_device_name()}"
+    reason = unavailable_reason("triton", torch.device("cpu")) and _no_gpu_reason()
+    hint = "; TRITON_INTERPRET=1 runs its interpreter on CPU tensors (slow)"
+    return reason, f"{reason}{hint}" if reason else f"triton {_version_of('triton')}, interpreter on CPU tensors"
 
 
 def capabilities() -> dict[str, Capability]:

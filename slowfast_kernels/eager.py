@@ -122,10 +122,10 @@ def _sequences(cu_slow: Tensor, cu_text: Tensor):
 
 
 def _heads_of(slow_kv: Tensor, tokens: slice, num_q_heads: int) -> tuple[Tensor, Tensor]:
-    """K and V of one sequence as [Hq, N, D], KV heads repeated for their group."""
+    """K and V of one sequence as [Hq, N, D], a KV head repeated for each of its query heads."""
     keys, values = slow_kv[tokens].unbind(2)
-    group = num_q_heads // slow_kv.shape[1]
-    return tuple(x.transpose(0, 1).repeat_interleave(group, 0) for x in (keys, values))
+    heads_per_kv = num_q_heads // slow_kv.shape[1]
+    return tuple(x.transpose(0, 1).repeat_interleave(heads_per_kv, 0) for x in (keys, values))
 
 
 @_without_autocast

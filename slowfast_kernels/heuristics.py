@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
+from .dtypes import HALF_DTYPES, KERNEL_DTYPES
+
 # ---------------------------------------------------------------------------------------------- backends
 
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 class OpCall(NamedTuple):
@@ -44,7 +44,7 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
     """The limit of ``backend`` that ``call`` exceeds, with the way out; None if it supports the call."""
     if backend == "eager":
         return None
-    if call.dtype not in FLOAT_DTYPES:
+    if call.dtype not in KERNEL_DTYPES:
         return f"dtype {call.dtype} (float32, bfloat16, float16 only); use backend='eager'"
     if backend == "cpu" and call.device_type != "cpu":
         return f"tensors on {call.device_type}; use backend='triton' or 'cuda'"
@@ -69,8 +69,10 @@ def _hopper_limit(call: OpCall) -> str | None:
         limit = "the extension was built without sm_90a (reinstall with SLOWFAST_CUDA_ARCHS='80;90a')"
     elif call.dtype not in HALF_DTYPES:
         limit = f"the CUDA attention takes bfloat16 and float16, not {call.dtype}"
-    elif call.head_dim not in (64, 128):
-        limit = f"the CUDA attention takes head dimensions 64 and 128, not {call.head_dim}"
+    elif call.head_dim not in HOPPER_HEAD_DIMS:
+        limit = (
+            f"the CUDA attention takes head dimensions {' and '.join(map(str, HOPPER_HEAD_DIMS))}, not {call.head_dim}"
+        )
     elif not call.aligned:
         limit = "the CUDA attention takes tensors whose rows and base addresses are multiples of 16 bytes"
     elif not call.positive_scale:
@@ -113,7 +115,7 @@ def choose_backend(call: OpCall, unavailable: dict[str, str | None]) -> BackendC
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Tiles of the Triton attention kernel. Its rows are (text row, query head of the group) pairs."""
+    """Tiles of the Triton attention kernel. A packed row is a text row and one of the query heads of a KV head."""
 
     block_m: int
     block_n: int
@@ -126,12 +128,12 @@ class AttentionConfig:
         """Masks stay out of the loop where tensor cores are the limit; where loads are, they cost nothing."""
         return self.block_m >= 64
 
-    def num_tiles(self, num_text: int, batch: int, group: int) -> int:
+    def num_tiles(self, num_text: int, batch: int, heads_per_kv: int) -> int:
         """Row tiles over all sequences: a bound from shapes alone, exact for one sequence."""
         if batch == 1:
-            return -(-num_text * group // self.block_m)
-        filled = num_text * group // self.block_m + min(batch, num_text)  # and one partial tile a sequence
-        return min(filled, num_text * -(-group // self.block_m))
+            return -(-num_text * heads_per_kv // self.block_m)
+        filled = num_text * heads_per_kv // self.block_m + min(batch, num_text)  # and one partial tile a sequence
+        return min(filled, num_text * -(-heads_per_kv // self.block_m))
 
 
 @dataclass(frozen=True)
@@ -167,13 +169,13 @@ _MAX_SPLITS = 128
 _SPLIT_PENALTY = 0.04  # of the whole, for the partials of one more split
 
 
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def padded_head_dim(head_dim: int) -> int:
     """``tl.dot`` wants a power of 2, 16 at least."""
-    return max(16, _pow2(head_dim))
-
-
-def _pow2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+    return max(16, next_power_of_2(head_dim))
 
 
 def _shared_bytes(tile: tuple[int, int, int, int], block_d: int, dtype_bytes: int) -> int:
@@ -217,8 +219,8 @@ def triton_attention_config(
     Lengths of single sequences are on the device, so an even batch is assumed. ``num_splits`` 0 chooses what fills the
     GPU's waves best; a fixed number fixes the tile too, so that a sequence's bits do not depend on its batch.
     """
-    group, block_d = num_q_heads // num_kv_heads, padded_head_dim(head_dim)
-    rows = -(-num_text // batch) * group
+    heads_per_kv, block_d = num_q_heads // num_kv_heads, padded_head_dim(head_dim)
+    rows = -(-num_text // batch) * heads_per_kv
     tile = _attention_tile(64 if num_splits else rows, block_d, dtype_bytes, shared_bytes)
     block_m, block_n, num_warps, num_stages = tile
     if num_splits == 0:
@@ -239,7 +241,7 @@ def triton_combine_config(
     num_text: int, num_q_heads: int, head_dim: int, num_splits: int, num_sms: int, dependent: bool
 ) -> CombineConfig:
     """More heads a program save repeated gates; fewer fill the GPU where text rows are few."""
-    block_s, block_d = min(_pow2(num_splits), 64), padded_head_dim(head_dim)
+    block_s, block_d = min(next_power_of_2(num_splits), 64), padded_head_dim(head_dim)
     block_h = 1
     while block_h < 4 and num_text * -(-num_q_heads // (2 * block_h)) >= 2 * num_sms:
         block_h *= 2
@@ -249,7 +251,7 @@ def triton_combine_config(
 
 def triton_row_config(channels: int) -> RowConfig:
     """For the pool and the mix: a program holds whole rows, because a norm or a gate needs them."""
-    block_c = _pow2(channels)
+    block_c = next_power_of_2(channels)
     return RowConfig(block_c, min(16, max(1, block_c // 512)))
 
 
@@ -261,16 +263,12 @@ class HopperConfig:
     """How one launch of the Hopper attention is cut into CTAs (``SplitPlan`` in csrc/cuda/cross_attention/launch.h)."""
 
     consumers: int  # warpgroups of 64 packed rows
-    cluster_size: int  # splits that add up through distributed shared memory: 1, 2, 4, 8 or 16
-    num_groups: int  # clusters a tile, adding up through global memory
+    cluster_size: int  # CTAs that add up through distributed shared memory, a group: one of HOPPER_CLUSTER_SIZES
+    num_groups: int  # groups a unit, which add up through global memory
     max_tiles: int  # row tiles of one KV head over all sequences: a bound from shapes alone
     whole_units: int = 0  # the first (tile, KV head) units, which a CTA each takes without a split
     long_blocks: int = 0  # KV blocks of every group but the last, which gets the rest; 0: equal groups
     kv_evict_first: bool = False
-
-    @property
-    def num_splits(self) -> int:
-        return self.cluster_size * self.num_groups
 
     @property
     def block_n(self) -> int:
@@ -288,18 +286,25 @@ class HopperConfig:
         )
 
 
-# Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size. Decode
-# CTAs share an SM in pairs.
+# Numbers in brackets are sections of bench/NOTES.md.
 _HOPPER_SMS = 132
 _HOPPER_BLOCK_N = {1: 32, 2: 128}  # by consumers, as in csrc/cuda/cross_attention/traits.h
+# Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size (1).
 _HOPPER_CLUSTERS = {2: 66, 4: 30, 8: 15}
-_HOPPER_DECODE_CTAS = 264
-_HOPPER_FEW_DECODE_CTAS, _HOPPER_FEW_DECODE_CTAS_LONG, _HOPPER_LONG_DECODE_BLOCKS = 80, 96, 1024
+HOPPER_CLUSTER_SIZES = (1, *_HOPPER_CLUSTERS)
 _HOPPER_L2_BYTES = 50 * 2**20
+# Decode, whose CTAs share an SM in pairs. So many saturate the memory (5), a few more where a video is long, for then
+# what they add to the reduction does not count: 98304 tokens are 3072 blocks, the published models' at most 324.
+_HOPPER_DECODE_CTAS = 2 * _HOPPER_SMS
+_HOPPER_SATURATING_CTAS, _HOPPER_SATURATING_CTAS_LONG = 80, 96
+_HOPPER_LONG_DECODE_BLOCKS = 1024
+# Units of two videos: clusters of 8 without groups, 2x1x10368 21.3 -> 19.8 us, 2x1x5184 13.9 -> 12.6 (24).
+_HOPPER_TWO_VIDEOS = range(5, 9)
 # Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
 # which groups add up, or, for clusters, the last group's reading of all partial rows.
 _HOPPER_CTA_US = 6.5
-_HOPPER_BLOCK_US = {128: 1.49, 64: 0.91}
+_HOPPER_BLOCK_US = {64: 0.91, 128: 1.49}
+HOPPER_HEAD_DIMS = tuple(_HOPPER_BLOCK_US)  # sm90_d*.cu
 _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 8.0, 60e3
 _HOPPER_LEVEL_US = 3.0
 _HOPPER_MAX_GROUPS = 32
@@ -310,15 +315,15 @@ def hopper_attention_config(
     num_text: int, num_slow: int, batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, num_splits: int = 0
 ) -> HopperConfig:
     """Tile and splits of a call. A fixed ``num_splits`` fixes every choice that a row's bits depend on."""
-    group = num_q_heads // num_kv_heads
-    rows = -(-num_text // batch) * group  # packed rows of a KV head, a sequence
+    heads_per_kv = num_q_heads // num_kv_heads
+    rows = -(-num_text // batch) * heads_per_kv  # packed rows of a KV head, a sequence
     consumers = 2 if num_splits or rows > 64 else 1
     block_m, block_n = 64 * consumers, _HOPPER_BLOCK_N[consumers]
-    max_tiles = -(-num_text * group // block_m) if batch == 1 else (num_text * group + batch * (block_m - 1)) // block_m
+    max_tiles = (num_text * heads_per_kv + batch * (block_m - 1)) // block_m
     evict_first = rows <= block_m and num_slow * num_kv_heads * head_dim * 4 > _HOPPER_L2_BYTES
 
     if num_splits:
-        cluster_size = next(size for size in (8, 4, 2, 1) if num_splits % size == 0)
+        cluster_size = max(size for size in HOPPER_CLUSTER_SIZES if num_splits % size == 0)
         return HopperConfig(consumers, cluster_size, num_splits // cluster_size, max_tiles, kv_evict_first=evict_first)
 
     units = min(max_tiles, batch * -(-rows // block_m)) * num_kv_heads
@@ -380,15 +385,16 @@ def _cluster_plans(units: int, blocks: int, head_dim: int) -> Iterator[tuple[flo
 
 
 def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
-    """(cluster size, groups). Decode is bytes: some 80 CTAs saturate the memory, and more of them only add partials.
+    """(cluster size, groups). Decode is bytes: CTAs that saturate the memory are enough, more only add partials.
 
     Clusters add up faster than groups, so that somewhat fewer CTAs without groups are better for two short videos, and
-    clusters of 2 for batches that fill the GPU.
+    clusters of 2 for batches that fill the GPU, with two groups instead of four: 16x1x10368 119.3 -> 117.9 us (24).
     """
-    if 4 < units <= 8 <= blocks < _HOPPER_LONG_DECODE_BLOCKS:
+    is_long = blocks >= _HOPPER_LONG_DECODE_BLOCKS
+    if units in _HOPPER_TWO_VIDEOS and blocks >= 8 and not is_long:
         return 8, 1
     if units <= _HOPPER_CLUSTERS[4] and blocks >= 4:
-        ctas = _HOPPER_FEW_DECODE_CTAS if blocks < _HOPPER_LONG_DECODE_BLOCKS else _HOPPER_FEW_DECODE_CTAS_LONG
+        ctas = _HOPPER_SATURATING_CTAS_LONG if is_long else _HOPPER_SATURATING_CTAS
         return 4, max(1, min(blocks // 4, ctas // (4 * units)))
     cluster_size = 2 if 2 * units <= _HOPPER_DECODE_CTAS and blocks >= 2 else 1
     return cluster_size, max(1, min(blocks, _HOPPER_DECODE_CTAS // units) // cluster_size)

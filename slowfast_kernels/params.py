@@ -14,9 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .dtypes import DTYPE_CODES
 from .gate import GATE_CODES, Gate
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
 
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 

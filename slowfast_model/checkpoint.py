@@ -14,6 +14,8 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from slowfast_kernels.dtypes import OP_DTYPES
+
 from .config import SlowFastConfig
 from .weight_files import (
     CONFIG,
@@ -34,7 +36,6 @@ __all__ = [
     "save_pretrained",
 ]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT32_ASIDE = (re.compile(r"norm\.weight$"), re.compile(r"\.cross_attn_(gate_proj|warm_up_gate)"))  # each as a whole
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WRAPPERS = {  # what puts a prefix before every key
@@ -60,7 +61,7 @@ def _weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"state_dict: got {key} on the meta device, without values")
         if value.layout is not torch.strided or value.is_nested:
             raise ValueError(f"state_dict: got {key} of layout {value.layout}, want a dense tensor")
-    unusable = [f"{key} ({value.dtype})" for key, value in sorted(given.items()) if value.dtype not in DTYPES]
+    unusable = [f"{key} ({value.dtype})" for key, value in sorted(given.items()) if value.dtype not in OP_DTYPES]
     if unusable:
         raise ValueError(
             f"state_dict: got {listed(unusable)}, want float32, bfloat16, float16 or float64 (dequantise it first)"
@@ -160,11 +161,11 @@ def initialise_slow_path(model) -> None:
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype of ``DTYPES`` by itself or by name ("bfloat16", "torch.bfloat16"); None stays None."""
+    """A dtype of ``OP_DTYPES`` by itself or by name ("bfloat16", "torch.bfloat16"); None stays None."""
     if dtype is None:
         return None
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype) or named not in DTYPES:
+    if not isinstance(named, torch.dtype) or named not in OP_DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, want float32, bfloat16, float16, float64, 'auto' or None")
     return named
 
@@ -277,7 +278,7 @@ def save_pretrained(model, directory: str | PathLike, *, max_shard_size: int | s
     hint = " against the configuration (merge adapters, remove parametrisations first)"
     raise_on_keys("model", set(expected) - set(state_dict), set(state_dict) - set(expected), misshapen, hint)
     for key, value in state_dict.items():
-        if type(value) not in (Tensor, nn.Parameter) or value.dtype not in DTYPES:
+        if type(value) not in (Tensor, nn.Parameter) or value.dtype not in OP_DTYPES:
             raise ValueError(
                 f"model: got {key} as {type(value).__name__} of {value.dtype}, want a plain tensor in floating point "
                 "(gather shards, dequantise first)"

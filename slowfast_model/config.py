@@ -9,20 +9,41 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .official_config import SIZES, read_official, write_official
 from .scalars import flag, integer, real
 
-GATING_TYPES = ("whole-dynamic", "whole-dynamic-tanh", "whole-dynamic-warmup", "whole-dynamic-tanh-warmup")
-IMPLEMENTATIONS = (
-    "text-only-vanilla",
-    "text-only-vanilla-flashattn",
-    "text-only-vanilla-masksystem",
-    "text-only-vanilla-masksystem-flashattn",
-    "text-only-vanilla-flashattn-masksystem",
-    "vanilla",
-    "vanilla-flashattn",
-)
+
+class Gating(NamedTuple):
+    """What a gating type says of the gate."""
+
+    gate: str  # of ``slowfast_kernels.gate.WEIGHTED_GATES``
+    has_warm_up: bool
+
+
+class Implementation(NamedTuple):
+    """What an implementation says of the rows that cross-attention updates; "flashattn" changes no result."""
+
+    every_row: bool
+    masks_system: bool
+
+
+GATING_TYPES = {
+    "whole-dynamic": Gating("linear", False),
+    "whole-dynamic-tanh": Gating("tanh", False),
+    "whole-dynamic-warmup": Gating("linear", True),
+    "whole-dynamic-tanh-warmup": Gating("tanh", True),
+}
+IMPLEMENTATIONS = {
+    "text-only-vanilla": Implementation(False, False),
+    "text-only-vanilla-flashattn": Implementation(False, False),
+    "text-only-vanilla-masksystem": Implementation(False, True),
+    "text-only-vanilla-masksystem-flashattn": Implementation(False, True),
+    "text-only-vanilla-flashattn-masksystem": Implementation(False, True),
+    "vanilla": Implementation(True, False),
+    "vanilla-flashattn": Implementation(True, False),
+}
 
 
 COUNTS = (
@@ -182,18 +203,18 @@ class SlowFastConfig:
 
     @property
     def gate(self) -> str:
-        return "tanh" if "tanh" in self.cross_attn_gating_type else "linear"
+        return GATING_TYPES[self.cross_attn_gating_type].gate
 
     @property
     def has_warm_up(self) -> bool:
-        return "warmup" in self.cross_attn_gating_type
+        return GATING_TYPES[self.cross_attn_gating_type].has_warm_up
 
     @property
     def updates_every_row(self) -> bool:
         """All-to-media ("vanilla"): visual rows attend the slow tokens too, and the warm-up factor has no tanh."""
-        return self.cross_attn_implementation.startswith("vanilla")
+        return IMPLEMENTATIONS[self.cross_attn_implementation].every_row
 
     @property
     def masks_system_text(self) -> bool:
         """Text before the first visual token of a sample gets no cross-attention."""
-        return "masksystem" in self.cross_attn_implementation
+        return IMPLEMENTATIONS[self.cross_attn_implementation].masks_system

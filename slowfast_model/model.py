@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 
+from slowfast_kernels.dtypes import KERNEL_DTYPES
 from slowfast_kernels.heuristics import BACKENDS
 from slowfast_kernels.ops.checks import check_dense
 
@@ -29,8 +30,6 @@ from .generate import generate
 from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
 from .tokens import IGNORE_INDEX, Layout, splice
 from .vision import build_projector, check_features, slow_and_fast_tokens
-
-MIXED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features, where the model casts them itself
 
 
 @dataclass
@@ -176,11 +175,11 @@ class SlowFastForCausalLM(nn.Module):
         device, dtypes = input_ids.device, (weights_dtype(self),)
         weight = next(self.model.embed_tokens.parameters(), None)
         if weight is not None and type(weight) not in (Tensor, nn.Parameter):
-            dtypes = MIXED_DTYPES  # sharded: not yet what it computes with
+            dtypes = KERNEL_DTYPES  # sharded: not yet what it computes with, so the model casts them itself
         elif weight is not None and not weight.is_meta:  # on meta: offloaded
             device = weight.device
         if compute_dtype(dtypes[0], input_ids.device) != dtypes[0]:
-            dtypes = MIXED_DTYPES  # autocast
+            dtypes = KERNEL_DTYPES  # autocast
         if input_ids.device != device:
             raise ValueError(f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device)")
         check_features(frame_features, self.config.mm_hidden_size, dtypes, device)

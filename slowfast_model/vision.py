@@ -25,9 +25,12 @@ def build_projector(config: SlowFastConfig) -> nn.Module:
     """mm_hidden_size -> hidden_size: ``linear``, ``mlpNx_gelu`` (N linear layers) or ``identity``."""
     if config.mm_projector_type == "identity":
         return nn.Identity()
+    first = nn.Linear(config.mm_hidden_size, config.hidden_size)
     if config.mm_projector_type == "linear":
-        return nn.Linear(config.mm_hidden_size, config.hidden_size)
-    layers: list[nn.Module] = [nn.Linear(config.mm_hidden_size, config.hidden_size)]
+        return first
+    if not config.projector_depth:
+        raise ValueError(f"mm_projector_type: got {config.mm_projector_type!r}, want linear, mlpNx_gelu or identity")
+    layers: list[nn.Module] = [first]
     for _ in range(config.projector_depth - 1):
         layers += [nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)]
     return nn.Sequential(*layers)

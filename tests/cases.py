@@ -111,6 +111,8 @@ def poison(x: Tensor) -> Tensor:
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
     """The same values under other strides; around a strided view lies poison. The last dimension stays contiguous."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, want one of {LAYOUTS}")
     if layout == "strided":
         storage = poison(x.new_zeros([n + 3 for n in x.shape[:-1]] + [x.shape[-1] + 8]))
         view = storage[(*(slice(1, n + 1) for n in x.shape[:-1]), slice(8, None))]

@@ -102,7 +102,8 @@ def padded(prompts: list[list[int]], side: str = "right") -> tuple[Tensor, Tenso
     width = max(map(len, prompts))
     ids, mask = torch.zeros(len(prompts), width, dtype=torch.int64), torch.zeros(len(prompts), width, dtype=torch.int64)
     for row, keep, prompt in zip(ids, mask, prompts, strict=True):
-        where = slice(0, len(prompt)) if side == "right" else slice(width - len(prompt), width)
+        start = {"right": 0, "left": width - len(prompt)}[side]  # where the padding is
+        where = slice(start, start + len(prompt))
         row[where], keep[where] = torch.tensor(prompt), 1
     return ids, mask
 

@@ -28,11 +28,13 @@ def attention(
     q: Tensor, slow_kv: Tensor, cu_slow: Tensor, text_rows: Tensor, cu_text: Tensor, softmax_scale: float | None = None
 ) -> Attended:
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    group = q.shape[1] // slow_kv.shape[1]
+    heads_per_kv = q.shape[1] // slow_kv.shape[1]
     slow, text = cu_slow.tolist(), cu_text.tolist()
     parts = []
     for b in range(len(slow) - 1):
-        query = q[text_rows[text[b] : text[b + 1]].long()].double().unflatten(1, (-1, group))  # [n, Hkv, group, D]
+        query = (
+            q[text_rows[text[b] : text[b + 1]].long()].double().unflatten(1, (-1, heads_per_kv))
+        )  # [n, Hkv, heads_per_kv, D]
         keys, values = slow_kv[slow[b] : slow[b + 1]].double().unbind(2)  # [N, Hkv, D]
         scores = torch.einsum("thgd,nhd->thgn", query, keys) * scale
         probs = scores.softmax(-1)

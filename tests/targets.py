@@ -14,14 +14,18 @@ import pytest
 import torch
 
 import slowfast_kernels as sk
+from slowfast_kernels.dtypes import HALF_DTYPES, KERNEL_DTYPES
+from slowfast_kernels.heuristics import BACKENDS
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if HAS_GPU and not INTERPRETER else "cpu")
-REPEATS = 100 if DEVICE.type == "cuda" else 1 if INTERPRETER else 5  # of a call that must give the same bits
-HALF = (torch.bfloat16, torch.float16)
+REPEATS = 5 if DEVICE.type == "cpu" else 100  # of a call that must give the same bits
+if INTERPRETER:
+    REPEATS = 1
+HALF = HALF_DTYPES
 UNAVAILABLE = {name: f"{name} is {capability}" for name, capability in sk.backends().items() if not capability}
-_WANTED = os.environ.get("SLOWFAST_TEST_BACKENDS", "eager,cpu,triton,cuda").split(",")
+_WANTED = os.environ.get("SLOWFAST_TEST_BACKENDS", ",".join(BACKENDS)).split(",")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,6 @@ def _targets(backends: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list
     return params
 
 
-_DTYPES = (torch.float32, *HALF)
-ALL = _targets(("eager", "cpu", "triton", "cuda"), _DTYPES)
-KERNELS = _targets(("cpu", "triton", "cuda"), _DTYPES)
-FLOAT32 = _targets(("eager", "cpu", "triton", "cuda"), (torch.float32,))
+ALL = _targets(BACKENDS, KERNEL_DTYPES)
+KERNELS = _targets(tuple(backend for backend in BACKENDS if backend != "eager"), KERNEL_DTYPES)
+FLOAT32 = _targets(BACKENDS, (torch.float32,))

@@ -50,7 +50,7 @@ def test_the_hopper_sweep_starts_from_the_heuristic_and_repeats_nothing(name):
     configs = list(tune_cuda.candidates(shape))
     assert configs[0] == tune_cuda.own_config(shape)
     assert len(set(configs)) == len(configs) >= 5
-    assert all(config.num_splits <= -(-max(shape.slow) // config.block_n) for config in configs)
+    assert all(config.cluster_size * config.num_groups <= -(-max(shape.slow) // config.block_n) for config in configs)
     assert {config.max_tiles for config in configs} == {configs[0].max_tiles}
 
 

@@ -15,9 +15,9 @@ import torch
 
 import slowfast_kernels as sk
 from slowfast_kernels._extension import extension
+from slowfast_kernels.dtypes import KERNEL_DTYPES
 from slowfast_kernels.heuristics import cpu_num_splits
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 
 
@@ -69,21 +69,21 @@ def assert_close(got: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, **options
 # ------------------------------------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 48, 49, 97])
 def test_every_height_of_the_row_tile_is_right(rows, dtype, rng):
     q, kv = inputs(rows, 61, (2, 2), 64, dtype, rng())
     assert_close(attend(q, kv), q, kv)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("slow", [1, 7, 8, 9, 15, 16, 17, 47, 48, 49, 95, 96, 97, 193])
 def test_every_length_of_the_last_token_tile_is_right(slow, dtype, rng):
     q, kv = inputs(1, slow, (14, 2), 128, dtype, rng())
     assert_close(attend(q, kv), q, kv)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [1, 3, 16, 33, 64, 80, 128, 257])
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (7, 1), (20, 1)], ids=str)
 def test_every_head_dimension_is_right(heads, dim, dtype, rng):
@@ -91,7 +91,7 @@ def test_every_head_dimension_is_right(heads, dim, dtype, rng):
     assert_close(attend(q, kv), q, kv)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("pad", [1, 2, 3])
 def test_keys_read_in_place_and_keys_packed_first_give_the_same_bits(pad, dtype, rng):
     q, kv = inputs(1, 96, (7, 1), 128, dtype, rng())
@@ -100,7 +100,7 @@ def test_keys_read_in_place_and_keys_packed_first_give_the_same_bits(pad, dtype,
     assert torch.equal(attend(q, spaced), attend(q, kv))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_memory_behind_the_last_slow_token_is_not_used(dtype, rng):
     q, kv = inputs(1, 60, (7, 1), 128, dtype, rng())
     expected = attend(q, kv[:50].clone(), num_splits=1)
@@ -108,14 +108,14 @@ def test_memory_behind_the_last_slow_token_is_not_used(dtype, rng):
     assert torch.equal(attend(q, kv[:50], num_splits=1), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3, 3.0])
 def test_any_softmax_scale_is_right(scale, dtype, rng):
     q, kv = inputs(3, 70, (4, 2), 32, dtype, rng())
     assert_close(attend(q, kv, softmax_scale=scale), q, kv, softmax_scale=scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_a_whole_tile_of_minus_infinite_scores_counts_for_nothing(dtype, rng):
     q, kv = inputs(1, 200, (4, 1), 64, dtype, rng())
     q = q.abs() + 0.1
@@ -124,7 +124,7 @@ def test_a_whole_tile_of_minus_infinite_scores_counts_for_nothing(dtype, rng):
 
 
 def test_lse_is_exact_to_float32_in_every_dtype(rng):
-    for dtype in DTYPES:
+    for dtype in KERNEL_DTYPES:
         q, kv = inputs(5, 300, (7, 1), 128, dtype, rng())
         _, lse = attend(q, kv, return_lse=True)
         _, exact = attend(q.double(), kv.double(), "eager", return_lse=True)
@@ -164,7 +164,7 @@ def test_every_half_precision_number_survives_the_way_through_float32(dtype, off
     assert torch.equal(pooled[~nan], numbers[~nan])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("magnitude", [1e-7, 1.0, 1e4])
 def test_results_are_rounded_once_to_nearest_even(dtype, magnitude, rng):
     frames = (torch.randn(1, 4, 1003, generator=rng()) * magnitude).to(dtype)
@@ -174,7 +174,7 @@ def test_results_are_rounded_once_to_nearest_even(dtype, magnitude, rng):
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16, 63, 64, 65, 130])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_the_gate_sums_every_channel_once(channels, dtype):
     state, context = torch.ones(2, channels, dtype=dtype), torch.ones(1, channels, dtype=dtype)
     weight, bias = torch.ones(channels), torch.zeros(1)

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import slowfast_kernels as sk
 from slowfast_kernels import _extension
@@ -98,3 +99,11 @@ def test_an_interpreter_that_does_not_work_with_numpy_is_refused(monkeypatch, ve
     monkeypatch.setattr(_extension, "_version_of", versions.get)
     said = _extension._reason.__wrapped__("triton", "cpu", -1, True)
     assert said is None if runs else "install numpy<2.4 or triton>=3.7" in said
+
+
+def test_a_backend_that_is_on_the_list_alone_is_refused(monkeypatch):
+    monkeypatch.setattr(_extension, "BACKENDS", (*_extension.BACKENDS, "metal"))
+    with pytest.raises(ValueError, match="metal"):
+        _extension.unavailable_reason("metal", torch.device("cpu"))
+    with pytest.raises(ValueError, match="metal"):
+        _extension.capabilities()

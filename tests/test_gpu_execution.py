@@ -43,6 +43,7 @@ class Call:
             return run(sk.text_cross_attention, *inputs.attention, return_lse=True)
         if self.op == "mix":
             return (run(sk.gated_residual_mix, inputs.state, self.context, inputs.text_rows, *inputs.gating),)
+        assert self.op == "fused"
         return (run(sk.slowfast_cross_attention, *inputs.fused),)
 
     def refill(self) -> None:

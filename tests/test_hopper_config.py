@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowfast_kernels.heuristics import (
+    HOPPER_CLUSTER_SIZES,
+    HOPPER_HEAD_DIMS,
     HopperConfig,
     OpCall,
     choose_backend,
@@ -27,17 +29,17 @@ EVERYTHING_IS_HERE = dict.fromkeys(("cuda", "triton", "cpu", "eager"))
     num_slow=st.integers(0, 200_000),
     batch=st.integers(1, 32),
     num_kv_heads=st.sampled_from([1, 2, 4, 8]),
-    group=st.integers(1, 16),
-    head_dim=st.sampled_from([64, 128]),
+    heads_per_kv=st.integers(1, 16),
+    head_dim=st.sampled_from(HOPPER_HEAD_DIMS),
 )
 def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
-    num_text, num_slow, batch, num_kv_heads, group, head_dim
+    num_text, num_slow, batch, num_kv_heads, heads_per_kv, head_dim
 ):
-    config = hopper_attention_config(num_text, num_slow, batch, num_kv_heads * group, num_kv_heads, head_dim)
+    config = hopper_attention_config(num_text, num_slow, batch, num_kv_heads * heads_per_kv, num_kv_heads, head_dim)
     rows_a_tile = 64 * config.consumers
     assert config.consumers in (1, 2)
-    assert config.max_tiles * rows_a_tile >= num_text * group
-    assert config.cluster_size in (1, 2, 4, 8)
+    assert config.max_tiles * rows_a_tile >= num_text * heads_per_kv
+    assert config.cluster_size in HOPPER_CLUSTER_SIZES
     assert config.num_groups >= 1
     assert all(size >= 0 for size in config.workspace(num_kv_heads, head_dim))
     uneven = config.whole_units or config.long_blocks
@@ -45,6 +47,14 @@ def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
     assert config.whole_units < config.max_tiles * num_kv_heads
     blocks = -(-(num_slow // batch) // config.block_n)
     assert config.long_blocks * (config.num_groups - 1) < max(blocks, 1)  # the last group has some left
+
+
+def test_there_is_a_kernel_for_each_head_dimension_and_no_other():
+    sources = Path(__file__).parent.parent.glob("csrc/cuda/cross_attention/sm90_d*.cu")
+    assert sorted(path.stem for path in sources) == sorted(f"sm90_d{dim}" for dim in HOPPER_HEAD_DIMS)
+    for head_dim in (32, 80, 96, 192, 256, *HOPPER_HEAD_DIMS):
+        is_taken = unsupported_reason("cuda", HALF._replace(head_dim=head_dim)) is None
+        assert is_taken == (head_dim in HOPPER_HEAD_DIMS)
 
 
 def test_blocks_are_as_long_as_the_kernel_s():
@@ -63,7 +73,7 @@ def test_tiles_are_enough_for_the_worst_distribution_of_rows_over_sequences():
 def test_a_fixed_number_of_splits_fixes_what_bits_depend_on(num_splits):
     alone = hopper_attention_config(1, 5184, 1, 28, 4, 128, num_splits)
     in_batch = hopper_attention_config(200, 40_000, 9, 28, 4, 128, num_splits)
-    assert alone.num_splits == in_batch.num_splits == num_splits
+    assert alone.cluster_size * alone.num_groups == num_splits
     assert (alone.consumers, alone.cluster_size, alone.num_groups) == (
         in_batch.consumers,
         in_batch.cluster_size,

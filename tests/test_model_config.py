@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from slowfast_kernels.gate import WEIGHTED_GATES
 from slowfast_model import SlowFastConfig, SlowFastForCausalLM
+from slowfast_model.config import GATING_TYPES
+from slowfast_model.vision import build_projector
 
 RELEASED = {
     "model_type": "llava_qwen_slow_fast",
@@ -84,14 +87,29 @@ def test_gating_type_names_the_gate_and_the_warm_up_factor(gating, gate, warm_up
     ("implementation", "every_row", "mask_system"),
     [
         ("vanilla", True, False),
+        ("vanilla-flashattn", True, False),
         ("text-only-vanilla", False, False),
         ("text-only-vanilla-flashattn", False, False),
         ("text-only-vanilla-masksystem", False, True),
+        ("text-only-vanilla-masksystem-flashattn", False, True),
+        ("text-only-vanilla-flashattn-masksystem", False, True),
     ],
 )
 def test_implementation_names_the_rows_that_attend(implementation, every_row, mask_system):
     config = SlowFastConfig.from_official(RELEASED | {"cross_attn_implementation": implementation})
     assert (config.updates_every_row, config.masks_system_text) == (every_row, mask_system)
+
+
+def test_the_gates_of_the_gating_types_are_gates_of_the_ops():
+    assert {gating.gate for gating in GATING_TYPES.values()} <= set(WEIGHTED_GATES)
+
+
+def test_a_variant_set_past_the_checks_is_refused_where_it_is_read():
+    config = SlowFastConfig(mm_hidden_size=8)
+    config.cross_attn_gating_type = config.cross_attn_implementation = config.mm_projector_type = "new"
+    for read in (lambda: config.gate, lambda: config.updates_every_row, lambda: build_projector(config)):
+        with pytest.raises((KeyError, ValueError), match="new"):
+            read()
 
 
 @pytest.mark.parametrize(

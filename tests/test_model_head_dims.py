@@ -35,7 +35,7 @@ def by_hand(model, ids, videos, mask):
     """Logits of the layout's valid rows by the definition: one sequence, one head, one row set at a time."""
     x, layout, slow = model.prepare(ids, videos, mask, None)
     config, rope = model.config, model.rope(torch.arange(x.shape[1]))
-    group = config.num_attention_heads // config.num_key_value_heads
+    heads_per_kv = config.num_attention_heads // config.num_key_value_heads
     for layer in model.model.layers:
         attention = layer.self_attn
         a, q = attention.attend(layer.input_layernorm(x), rope, None)
@@ -44,7 +44,7 @@ def by_hand(model, ids, videos, mask):
             for b in range(len(x)):
                 tokens = layer.input_layernorm(slow.tokens[slow.cu_slow[b] : slow.cu_slow[b + 1]])
                 kv = attention.cross_attn_kv_proj(tokens).unflatten(-1, (config.num_key_value_heads, 2, -1))
-                k, v = (t.repeat_interleave(group, 1) for t in (kv[:, :, 0], kv[:, :, 1]))
+                k, v = (t.repeat_interleave(heads_per_kv, 1) for t in (kv[:, :, 0], kv[:, :, 1]))
                 scores = torch.einsum("lhd,nhd->hln", q[b], k) / config.head_dim**0.5
                 rows.append(torch.einsum("hln,nhd->lhd", scores.softmax(-1), v).flatten(1))
             gate = F.linear(a, gate_proj.weight, gate_proj.bias)

@@ -15,9 +15,10 @@ from cases import GATE_WAYS, RAGGED, SHAPES, VIDEOS, Shape, gate_of, make_frames
 from targets import DEVICE
 
 import slowfast_kernels as sk
+from slowfast_kernels.dtypes import KERNEL_DTYPES
 from slowfast_kernels.gate import WEIGHTED_GATES
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 EAGER = {"backend": "eager"}
 
 

@@ -10,9 +10,8 @@ import pytest
 
 from slowfast_kernels import params
 from slowfast_kernels._extension import extension
+from slowfast_kernels.dtypes import DTYPE_CODES, KERNEL_DTYPES
 from slowfast_kernels.gate import GATE_CODES, GATES
-from slowfast_kernels.heuristics import FLOAT_DTYPES
-from slowfast_kernels.params import DTYPE_CODES
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PARAMS = (CSRC / "params.h").read_text()
@@ -55,7 +54,7 @@ def test_gates_have_one_code_in_python_and_cpp():
 def test_dtypes_have_one_code_in_python_and_cpp():
     assert enum_codes("DType") == {str(k).removeprefix("torch."): v for k, v in DTYPE_CODES.items()}
     assert int(re.search(r"kNumDTypes = (\d+)", PARAMS)[1]) == len(DTYPE_CODES)
-    assert set(DTYPE_CODES) == set(FLOAT_DTYPES)
+    assert set(DTYPE_CODES) == set(KERNEL_DTYPES)
 
 
 @pytest.mark.parametrize("struct", params.STRUCTS, ids=lambda struct: struct.__name__)

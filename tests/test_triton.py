@@ -82,10 +82,10 @@ def test_the_grid_has_a_tile_for_every_row_of_any_ragged_batch():
     rng = random.Random(0)
     for _ in range(200):
         texts = [rng.choice((0, 1, 1, 2, 30)) for _ in range(rng.randint(1, 20))]
-        group, block_m = rng.randint(1, 16), rng.choice((16, 32, 64, 128))
+        heads_per_kv, block_m = rng.randint(1, 16), rng.choice((16, 32, 64, 128))
         config = heuristics.AttentionConfig(block_m, 64, 1, 4, 2)
-        needed = sum(-(-n * group // block_m) for n in texts)
-        assert config.num_tiles(sum(texts), len(texts), group) >= needed
+        needed = sum(-(-n * heads_per_kv // block_m) for n in texts)
+        assert config.num_tiles(sum(texts), len(texts), heads_per_kv) >= needed
 
 
 def test_decode_launches_no_idle_tile():
@@ -96,7 +96,14 @@ def test_decode_launches_no_idle_tile():
 # ------------------------------------------------------------------------------ ahead-of-time compilation
 
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    int: "i32",
+    float: "fp32",
+}
 
 
 class Launch:
@@ -114,7 +121,7 @@ class Launch:
                 self.signature[name], self.constants[name] = "constexpr", value
                 continue
             is_tensor = isinstance(value, torch.Tensor)
-            self.signature[name] = TYPES[value.dtype] if is_tensor else "i32" if type(value) is int else "fp32"
+            self.signature[name] = TYPES[value.dtype] if is_tensor else TYPES[type(value)]
             if is_tensor or (special and type(value) is int and value % 16 == 0):
                 self.attributes[(i,)] = [["tt.divisibility", 16]]
 

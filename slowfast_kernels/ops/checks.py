@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..dtypes import OP_DTYPES
 from ..eager import integers
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 FLOAT_NAMES = "float32, bfloat16 or float16 (float64 on backend='eager')"
 
@@ -89,7 +87,7 @@ def check_tensor(name: str, x: Tensor, rank: int | tuple[int, ...], shape: str) 
 
 
 def check_float(name: str, x: Tensor) -> None:
-    if x.dtype not in FLOAT_DTYPES:
+    if x.dtype not in OP_DTYPES:
         raise TypeError(f"{name}: got {x.dtype}, want {FLOAT_NAMES}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..dtypes import OP_DTYPES
 from . import checks
 from .fused import slowfast_cross_attention
 from .gated_mix import gated_residual_mix
@@ -47,7 +48,7 @@ def warmup(
     for name, numbers in (("text_rows", text_rows), ("batch_sizes", batch_sizes)):
         for i, number in enumerate(numbers):
             _positive(f"{name}[{i}]", number)
-    if dtype not in checks.FLOAT_DTYPES:
+    if dtype not in OP_DTYPES:
         raise TypeError(f"dtype: got {checks.describe(dtype)}, want a torch.dtype of {checks.FLOAT_NAMES}")
     device = _device(device)
     channels = num_q_heads * head_dim

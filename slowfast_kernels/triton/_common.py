@@ -66,10 +66,6 @@ def on_device_of(op):
     return guarded
 
 
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 @triton.jit
 def tanh(x):
     """Accurate in relative terms near 0 too (warm-up gates start there), exactly 0 at 0."""

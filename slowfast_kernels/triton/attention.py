@@ -2,8 +2,8 @@
 
 Roofline: a decoded token reads K and V once (Ns * Hkv * 2 * D elements at memory speed); from about 64 text rows on,
 4 * Nt * Hq * Ns * D tensor-core FLOPs rule. Built so:
-  * A tile's rows are (text row, query head of the group) pairs, so that K and V are read once a group and not once a
-    head; they are read in place from [Ns, Hkv, 2, D], and q by text row index.
+  * A tile's rows are (text row, query head of the KV head) pairs, so that K and V are read once a KV head and not once
+    a query head; they are read in place from [Ns, Hkv, 2, D], and q by text row index.
   * The grid comes from shapes alone (the prefix sums stay on the device): a tile finds its own sequence.
   * ``num_splits`` programs share one tile's slow tokens. Each writes a normalised float32 partial and its base-2
     log-sum-exp; ``_combine`` adds them in a fixed order and, for the fused op, forms the gate and mixes, so that a
@@ -23,11 +23,12 @@ from ..calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTenso
 from ..gate import Gate
 from ..heuristics import (
     AttentionConfig,
+    next_power_of_2,
     padded_head_dim,
     triton_attention_config,
     triton_combine_config,
 )
-from ._common import describe, gate_of, gdc_launch_dependents, gdc_wait, next_power_of_2, on_device_of
+from ._common import describe, gate_of, gdc_launch_dependents, gdc_wait, on_device_of
 from .gated_mix import copied_or_empty, launch_mix
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -35,12 +36,12 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _sequence_of(tile, cu_text, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+def _sequence_of(tile, cu_text, batch, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
     """(sequence, tile within it) of a grid tile; sequence == BLOCK_B for the tiles that the upper bound adds."""
     b = tl.arange(0, BLOCK_B)
     begin = tl.load(cu_text + b, mask=b < batch, other=0)
     end = tl.load(cu_text + b + 1, mask=b < batch, other=0)
-    tiles = tl.cdiv((end - begin) * GROUP, BLOCK_M)
+    tiles = tl.cdiv((end - begin) * HEADS_PER_KV, BLOCK_M)
     before = tl.cumsum(tiles, 0) <= tile
     return tl.sum(before.to(tl.int32), 0), tile - tl.sum(tl.where(before, tiles, 0), 0)
 
@@ -99,7 +100,7 @@ def _attention(
     q_row_stride, q_head_stride, kv_head_stride, kv_pair_stride, softmax_scale,
     KV_STRIDE: tl.constexpr,  # elements a token: a constant turns the loop's addresses into immediates
     NEGATIVE: tl.constexpr,  # softmax_scale < 0
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):  # fmt: skip
@@ -107,22 +108,22 @@ def _attention(
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    num_q_heads = tl.num_programs(1) * GROUP
+    num_q_heads = tl.num_programs(1) * HEADS_PER_KV
     if PDL:
         gdc_launch_dependents()
 
     if BLOCK_B == 1:
-        sequence, first_text, num_rows = 0, 0, num_text * GROUP
+        sequence, first_text, num_rows = 0, 0, num_text * HEADS_PER_KV
     else:
-        sequence, tile = _sequence_of(tile, cu_text, batch, GROUP, BLOCK_M, BLOCK_B)
+        sequence, tile = _sequence_of(tile, cu_text, batch, HEADS_PER_KV, BLOCK_M, BLOCK_B)
         if sequence >= batch:
             return
         first_text = tl.load(cu_text + sequence)
-        num_rows = (tl.load(cu_text + sequence + 1) - first_text) * GROUP
+        num_rows = (tl.load(cu_text + sequence + 1) - first_text) * HEADS_PER_KV
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = packed < num_rows
-    text = first_text + packed // GROUP
-    head = kv_head * GROUP + packed % GROUP
+    text = first_text + packed // HEADS_PER_KV
+    head = kv_head * HEADS_PER_KV + packed % HEADS_PER_KV
     row = tl.load(text_rows + text, mask=is_row, other=0).to(tl.int64)
 
     first_slow = tl.load(cu_slow + sequence)
@@ -270,7 +271,8 @@ class Attention:
     ):
         q, slow_kv = sample.q, sample.slow_kv
         (_, num_q_heads, head_dim), num_kv_heads, kv_stride = q.shape, slow_kv.shape[1], slow_kv.stride()
-        num_text, batch, group = sample.text_rows.shape[0], sample.cu_text.shape[0] - 1, num_q_heads // num_kv_heads
+        num_text, batch = sample.text_rows.shape[0], sample.cu_text.shape[0] - 1
+        heads_per_kv = num_q_heads // num_kv_heads
         self.device, self.num_text, self.batch = describe(q.device), num_text, batch
         self.num_q_heads, self.head_dim = num_q_heads, head_dim
         self.config = config = config or triton_attention_config(
@@ -280,13 +282,13 @@ class Attention:
         self.combine = triton_combine_config(
             num_text, num_q_heads, head_dim, config.num_splits, self.device.num_sms, self.device.dependent_launch
         )
-        self.kernel = _attention[config.num_tiles(num_text, batch, group), num_kv_heads, config.num_splits]
+        self.kernel = _attention[config.num_tiles(num_text, batch, heads_per_kv), num_kv_heads, config.num_splits]
         scale = scale_of(q, softmax_scale)
         self.numbers = (
             num_text, batch, config.num_splits, q.stride(0), q.stride(1), kv_stride[1], kv_stride[2], scale,
         )  # fmt: skip
         self.constants = {
-            "KV_STRIDE": kv_stride[0], "NEGATIVE": scale < 0, "GROUP": group,
+            "KV_STRIDE": kv_stride[0], "NEGATIVE": scale < 0, "HEADS_PER_KV": heads_per_kv,
             "D": head_dim, "BLOCK_D": padded_head_dim(head_dim),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_B": next_power_of_2(batch),
             "SPLIT": config.num_splits > 1, "PEEL": config.peel_tail,
