@@ -8,26 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 
+from .bounded_cache import BoundedCache
 from .constants import plain_tensors
 
 
-@dataclass(frozen=True)
+class PoolOptions(NamedTuple):
+    """The strides of a call, by the names of ``slowfast_pool``'s arguments."""
+
+    pool_stride: int = 1
+    sampling_stride: int = 1
+    temporal_stride: int = 1
+    spatial_stride: int = 1
+    min_fast_frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class VideoPlan:
     """One video (or image, ``num_frames == 1``) of the batch."""
 
     first_frame: int
     num_frames: int
+    num_windows: int  # fast frames
     pool_stride: int  # spatial pooling that makes slow tokens; 1 for an image
     slow_grid: tuple[int, int]
     fast_grid: tuple[int, int]
     first_slow: int
     first_fast: int
-    windows: tuple[tuple[int, ...], ...]  # per fast frame: the video's own frame indices that it averages
+    options: PoolOptions
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], ...]:
+        """The video's own frame indices that each fast frame averages. Made at each use: only a table keeps them."""
+        if self.num_frames == 1:
+            return ((0,),)
+        _, sampling_stride, temporal_stride, _, min_fast_frames = self.options
+        sampled = sample_fast_frames(self.num_frames, sampling_stride, min_fast_frames)
+        return tuple(temporal_windows(sampled, temporal_stride, min_fast_frames))
 
     @property
     def num_slow(self) -> int:
@@ -35,49 +55,63 @@ class VideoPlan:
 
     @property
     def num_fast(self) -> int:
-        return len(self.windows) * self.fast_grid[0] * self.fast_grid[1]
+        return self.num_windows * self.fast_grid[0] * self.fast_grid[1]
 
 
-@dataclass(frozen=True)
+class PoolTables(NamedTuple):
+    """What kernels read, int32 (layout: ``PoolParams`` in csrc/params.h)."""
+
+    items: torch.Tensor  # [n, 8]
+    entries: torch.Tensor  # [m, 2]
+    cu_slow: torch.Tensor  # [B + 1]
+    cu_fast: torch.Tensor  # [B + 1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # equal only to itself: hashing a batch would cost more than pooling it
 class PoolPlan:
-    """All videos of a call, and the work table that kernels read (layout: ``PoolParams`` in csrc/params.h)."""
+    """All videos of a call: where each one's frames lie, and where its slow and fast tokens go."""
 
     grid: tuple[int, int]
     spatial_stride: int
     videos: tuple[VideoPlan, ...]
+    num_slow: int
+    num_fast: int
+    num_items: int  # rows of the work table: windows, and frames in none
+    cells: tuple[int, int]  # most (vertical, horizontal) cells of ``spatial_stride`` slow tokens, partial ones counted
 
     @property
-    def num_slow(self) -> int:
-        return sum(video.num_slow for video in self.videos)
+    def num_bytes(self) -> int:
+        return _PLAN_BYTES + _VIDEO_BYTES * len(self.videos)
 
-    @property
-    def num_fast(self) -> int:
-        return sum(video.num_fast for video in self.videos)
+    def tables(self, device: torch.device) -> PoolTables:
+        """The work table on ``device``, uploaded once while it is kept.
 
-    @cached_property
-    def cu_slow(self) -> list[int]:
-        return [video.first_slow for video in self.videos] + [self.num_slow]
+        The tensors are shared between calls: copy ``cu_*`` before handing them to a user. Those that a CUDA graph is
+        captured with are kept for good, since its replays read them.
+        """
+        found = _tables.get((self, device)) or self._upload(device)
+        if _is_capturing(device):
+            _captured[self, device] = found
+        return found
 
-    @cached_property
-    def cu_fast(self) -> list[int]:
-        return [video.first_fast for video in self.videos] + [self.num_fast]
+    def _upload(self, device: torch.device) -> PoolTables:
+        cu_slow = [*(video.first_slow for video in self.videos), self.num_slow]
+        cu_fast = [*(video.first_fast for video in self.videos), self.num_fast]
+        with plain_tensors():
+            rows = (*self._rows(), cu_slow, cu_fast)
+            tables = PoolTables(*(torch.tensor(r, dtype=torch.int32, device=device) for r in rows))
+        num_bytes = self.num_bytes + sum(_TENSOR_BYTES + x.numel() * x.element_size() for x in tables)
+        return _tables.put((self, device), tables, num_bytes)
 
-    @cached_property
-    def cells(self) -> tuple[int, int]:
-        """Largest number of (vertical, horizontal) cells of ``spatial_stride`` slow tokens, partial ones counted."""
-        stride = self.spatial_stride
-        heights, widths = zip(*(video.slow_grid for video in self.videos), strict=True)
-        return -(-max(heights) // stride), -(-max(widths) // stride)
-
-    @cached_property
     def _rows(self) -> tuple[list[list[int]], list[list[int]]]:
         items, entries = [], []
         for video in self.videos:
             slow_area = video.slow_grid[0] * video.slow_grid[1]
             fast_area = video.fast_grid[0] * video.fast_grid[1]
             written = set()
-            idle = set(range(video.num_frames)) - {t for window in video.windows for t in window}
-            groups = [(w, video.first_fast + i * fast_area) for i, w in enumerate(video.windows)]
+            windows = video.windows
+            idle = set(range(video.num_frames)).difference(*windows)
+            groups = [(w, video.first_fast + i * fast_area) for i, w in enumerate(windows)]
             groups += [((t,), -1) for t in sorted(idle)]
             for frames, fast_base in groups:
                 grids = (*video.slow_grid, *video.fast_grid)
@@ -88,23 +122,18 @@ class PoolPlan:
                     entries.append([video.first_frame + t, slow_base])
         return items, entries
 
-    @property
-    def num_items(self) -> int:
-        return len(self._rows[0])
 
-    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(items [n, 8], entries [m, 2], cu_slow [B + 1], cu_fast [B + 1]) as int32 on ``device``, uploaded once.
-
-        The tensors are shared between calls: copy ``cu_*`` before handing them to a user.
-        """
-        return _tables_on(self, device)
+# Of Python objects, by tracemalloc on Python 3.10 to 3.14 and rounded up: a plan with its key, a video of one, and what
+# a tensor takes beside its numbers.
+_PLAN_BYTES, _VIDEO_BYTES, _TENSOR_BYTES = 1024, 640, 1024
+# A video of 1536 frames makes a table of some 24 kB: several hundred such batches stay.
+_plans: BoundedCache[PoolPlan] = BoundedCache(4 * 2**20)
+_tables: BoundedCache[PoolTables] = BoundedCache(16 * 2**20)  # over all devices
+_captured: dict[tuple[PoolPlan, torch.device], PoolTables] = {}
 
 
-@lru_cache(maxsize=64)
-def _tables_on(plan: PoolPlan, device: torch.device) -> tuple[torch.Tensor, ...]:
-    rows = (*plan._rows, plan.cu_slow, plan.cu_fast)
-    with plain_tensors():
-        return tuple(torch.tensor(r, dtype=torch.int32, device=device) for r in rows)
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def sample_fast_frames(num_frames: int, sampling_stride: int, min_fast_frames: int) -> list[int]:
@@ -140,16 +169,6 @@ def temporal_windows(frames: list[int], temporal_stride: int, min_fast_frames: i
     if temporal_stride <= 1 or count // temporal_stride >= min_fast_frames:
         return [tuple(frames[i * temporal_stride : (i + 1) * temporal_stride]) for i in range(bins)]
     return [tuple(frames[i * count // bins : -(-(i + 1) * count // bins)]) for i in range(bins)]
-
-
-class PoolOptions(NamedTuple):
-    """The strides of a call, by the names of ``slowfast_pool``'s arguments."""
-
-    pool_stride: int = 1
-    sampling_stride: int = 1
-    temporal_stride: int = 1
-    spatial_stride: int = 1
-    min_fast_frames: int = 1
 
 
 def check_pool_arguments(frame_counts: Sequence[int], grid: Sequence[int], options: PoolOptions) -> None:
@@ -188,15 +207,17 @@ def _slow_grid_of(num_frames: int, grid: Sequence[int], options: PoolOptions) ->
 def token_counts(num_frames: int, grid: Sequence[int], options: PoolOptions) -> tuple[int, int]:
     """(slow, fast) tokens of one video: arithmetic alone, so that lengths may be symbolic (torch.compile)."""
     _, (height, width) = _slow_grid_of(num_frames, grid, options)
-    fast_frames = 1
-    if num_frames != 1:
-        sampled = _sampled_count(num_frames, options.sampling_stride, options.min_fast_frames)
-        fast_frames = _window_count(sampled, options.temporal_stride, options.min_fast_frames)
-    stride = options.spatial_stride
+    fast_frames, stride = _fast_frame_count(num_frames, options), options.spatial_stride
     return num_frames * height * width, fast_frames * (height // stride) * (width // stride)
 
 
-@lru_cache(maxsize=256)
+def _fast_frame_count(num_frames: int, options: PoolOptions) -> int:
+    if num_frames == 1:
+        return 1
+    sampled = _sampled_count(num_frames, options.sampling_stride, options.min_fast_frames)
+    return _window_count(sampled, options.temporal_stride, options.min_fast_frames)
+
+
 def make_pool_plan(frame_counts: tuple[int, ...], grid: tuple[int, int], *strides: int) -> PoolPlan:
     """Resolve every branch of the official pooling for a batch of videos.
 
@@ -205,29 +226,36 @@ def make_pool_plan(frame_counts: tuple[int, ...], grid: tuple[int, int], *stride
     Raises:
         ValueError: as ``check_pool_arguments``.
     """
-    options = PoolOptions(*strides)
+    key = (frame_counts, grid, strides)
+    found = _plans.get(key)
+    if found is None:
+        plan = _make_pool_plan(frame_counts, grid, PoolOptions(*strides))
+        found = _plans.put(key, plan, plan.num_bytes)
+    return found
+
+
+def _make_pool_plan(frame_counts: tuple[int, ...], grid: tuple[int, int], options: PoolOptions) -> PoolPlan:
     check_pool_arguments(frame_counts, grid, options)
     videos = []
-    first_frame = first_slow = first_fast = 0
+    first_frame = first_slow = first_fast = num_items = 0
+    stride, cells = options.spatial_stride, (0, 0)
     for count in frame_counts:
         pool, slow_grid = _slow_grid_of(count, grid, options)
-        windows = [(0,)]
-        if count > 1:
-            sampled = sample_fast_frames(count, options.sampling_stride, options.min_fast_frames)
-            windows = temporal_windows(sampled, options.temporal_stride, options.min_fast_frames)
-        stride = options.spatial_stride
         video = VideoPlan(
             first_frame=first_frame,
             num_frames=count,
+            num_windows=_fast_frame_count(count, options),
             pool_stride=pool,
             slow_grid=slow_grid,
             fast_grid=(slow_grid[0] // stride, slow_grid[1] // stride),
             first_slow=first_slow,
             first_fast=first_fast,
-            windows=tuple(windows),
+            options=options,
         )
         videos.append(video)
         first_frame += video.num_frames
         first_slow += video.num_slow
         first_fast += video.num_fast
-    return PoolPlan(grid=grid, spatial_stride=options.spatial_stride, videos=tuple(videos))
+        num_items += video.num_windows + count - len({t for window in video.windows for t in window})
+        cells = (max(cells[0], -(-slow_grid[0] // stride)), max(cells[1], -(-slow_grid[1] // stride)))
+    return PoolPlan(grid, stride, tuple(videos), first_slow, first_fast, num_items, cells)
