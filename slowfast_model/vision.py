@@ -18,7 +18,7 @@ from slowfast_kernels.ops.checks import check_dense
 from slowfast_kernels.pool_plan import make_pool_plan
 
 from .config import SlowFastConfig
-from .scalars import integer
+from .scalars import flag, integer
 
 
 def build_projector(config: SlowFastConfig) -> nn.Module:
@@ -141,22 +141,25 @@ class PatchTower(nn.Module):
         return self.norm(x + self.mlp(x))
 
 
-def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32) -> Tensor:
+def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32, keep_graph: bool = False) -> Tensor:
     """Features of a video: uint8 frames [T, height, width, 3] through ``tower``, ``chunk`` frames at a time.
 
     The tower is called with pixels [n, 3, height, width] in 0..1, in the dtype and on the device of its weights
     (without any: float32, where the frames are), and returns a tensor [n, H*W, mm_hidden]. A tower that returns more
     than that, as those of transformers do, is wrapped in a module that normalises the pixels as it was trained and
-    picks the layer, without a class token. Gradients reach the tower where they are enabled; features alone are
-    cheaper under ``torch.no_grad()``.
+    picks the layer, without a class token.
+
+    The tower is frozen, as in the released code: the features carry no graph, whatever the tower's parameters require,
+    and a chunk's activations are gone before the next one comes. ``keep_graph=True`` trains the tower with the model:
+    gradients reach it then where they are enabled, at the price of the activations of all frames.
 
     Returns:
         [T, H*W, mm_hidden] on the tower's device and in its dtype, ready for ``frame_features``.
 
     Raises:
         ValueError: frames of another shape, or none; chunk < 1; a tower whose result has another shape.
-        TypeError: frames that are not uint8 or no tensor; a chunk that is no integer; a tower that is no module or
-            returns no tensor.
+        TypeError: frames that are not uint8 or no tensor; a chunk that is no integer; ``keep_graph`` that is no flag; a
+            tower that is no module or returns no tensor.
     """
     if not isinstance(tower, nn.Module):
         raise TypeError(f"tower: got {type(tower).__name__}, want a torch.nn.Module")
@@ -168,11 +171,13 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32) -> Tenso
     if frames.is_meta:
         raise ValueError("frames: got a tensor on meta, want one that holds frames")
     chunk = min(integer("chunk", chunk, 1, "a number of frames >= 1"), len(frames))
+    keep_graph = flag("keep_graph", keep_graph)
     weights = (x for x in (*tower.parameters(), *tower.buffers()) if x.is_floating_point())
     like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
     device = frames.device if like.is_meta else like.device  # on meta: offloaded, and fetched when the tower is called
     parts = (part.to(device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))
-    features = [_features(tower(part), len(part)) for part in parts]
+    with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()):
+        features = [_features(tower(part), len(part)) for part in parts]
     shapes = sorted({tuple(x.shape[1:]) for x in features})
     if len(shapes) > 1:
         raise ValueError(f"tower: got features {' and '.join(map(str, shapes))} a frame, want the same of every frame")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -377,10 +379,47 @@ def test_a_tower_of_buffers_alone_computes_in_their_dtype():
     assert encode_frames(tower, FRAMES).dtype == torch.float64
 
 
+def test_a_tower_is_frozen_unless_the_caller_asks():
+    """Its parameters require gradients, as those of every new module, and gradients are enabled."""
+    assert not encode_frames(PatchTower(12, grid=2, patch=2), FRAMES).requires_grad
+
+
 @pytest.mark.parametrize("grad", [True, False])
-def test_gradients_reach_the_tower_where_they_are_enabled(grad):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_reach_a_tower_that_keeps_its_graph_where_they_are_enabled(grad, frozen):
+    tower = PatchTower(12, grid=2, patch=2).requires_grad_(not frozen)
     with torch.set_grad_enabled(grad):
-        assert encode_frames(PatchTower(12, grid=2, patch=2), FRAMES).requires_grad == grad
+        features = encode_frames(tower, FRAMES, chunk=2, keep_graph=True)
+    assert features.requires_grad == (grad and not frozen)
+    if features.requires_grad:
+        features.square().sum().backward()
+        assert all(weight.grad.abs().sum() > 0 for weight in tower.parameters())
+
+
+def test_a_frozen_towers_activations_do_not_outlive_their_chunk():
+    activations = []
+    tower = PatchTower(12, grid=2, patch=2)
+    tower.mlp.register_forward_hook(lambda *call: activations.append(weakref.ref(call[2])))
+    features = encode_frames(tower, FRAMES, chunk=2)
+    assert len(activations) == 3
+    assert all(x() is None for x in activations)
+    assert features.grad_fn is None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_encoding_leaves_the_callers_grad_mode_as_it_was(enabled):
+    with torch.set_grad_enabled(enabled):
+        encode_frames(Tower(), FRAMES)
+        assert torch.is_grad_enabled() == enabled
+        with pytest.raises(ValueError, match="tower"):
+            encode_frames(Tower(lambda x: x[:1]), FRAMES)
+        assert torch.is_grad_enabled() == enabled
+
+
+@pytest.mark.parametrize("wrong", ["no", 2, None, 1.0])
+def test_a_keep_graph_that_is_no_flag_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"^keep_graph: got .*, want True or False"):
+        encode_frames(Tower(), FRAMES, keep_graph=wrong)
 
 
 @pytest.mark.parametrize("tower", [lambda x: x, None, "siglip"])
