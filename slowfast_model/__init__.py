@@ -1,8 +1,8 @@
 """The reference model of slowfast-kernels: a plain PyTorch Qwen2 decoder with slow-fast hybrid layers."""
 
 from .config import SlowFastConfig
-from .generate import DecodeSession
 from .model import SlowFastForCausalLM, SlowFastOutput
+from .session import DecodeSession
 from .tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from .video import load_video
 from .vision import PatchTower, encode_frames

@@ -14,19 +14,19 @@ from os import PathLike
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint as recomputation
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.utils.checkpoint import checkpoint
 
 from slowfast_kernels.dtypes import KERNEL_DTYPES
 from slowfast_kernels.heuristics import BACKENDS
 from slowfast_kernels.ops.checks import check_dense
 
-from . import checkpoint as checkpoints
+from . import checkpoint
 from .attention import DecoderLayer
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
-from .generate import generate
+from .generate import GenerationMixin
 from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
 from .tokens import IGNORE_INDEX, Layout, splice
 from .vision import build_projector, check_features, slow_and_fast_tokens
@@ -80,11 +80,14 @@ class Decoder(nn.Module):
         caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             arguments = (x, rope, slow, layer_cache, backend)
-            x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            if recompute:
+                x = recomputation.checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
         return self.norm(x)
 
 
-class SlowFastForCausalLM(nn.Module):
+class SlowFastForCausalLM(GenerationMixin, nn.Module):
     """The whole model. ``backend`` names the kernels of every layer ("eager": plain PyTorch), None chooses per call."""
 
     def __init__(self, config: SlowFastConfig, *, backend: str | None = None) -> None:
@@ -260,23 +263,21 @@ class SlowFastForCausalLM(nn.Module):
         total = F.cross_entropy(predictions, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
-    generate = generate
-
     # -------------------------------------------------------------------------------------- weights
 
     def load_official_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a released checkpoint by its own keys; strict. See ``checkpoint.load_official_state_dict``."""
-        checkpoints.load_official_state_dict(self, state_dict)
+        checkpoint.load_official_state_dict(self, state_dict)
 
     def load_qwen2_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a Qwen2 language model into the base layers. See ``checkpoint.load_qwen2_state_dict``."""
-        checkpoints.load_qwen2_state_dict(self, state_dict)
+        checkpoint.load_qwen2_state_dict(self, state_dict)
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike, **options) -> SlowFastForCausalLM:
         """A model from a directory with config.json and safetensors. See ``checkpoint.from_pretrained``."""
-        return checkpoints.from_pretrained(cls, directory, **options)
+        return checkpoint.from_pretrained(cls, directory, **options)
 
     def save_pretrained(self, directory: str | PathLike, *, max_shard_size: int | str = "5GB") -> None:
         """Write what ``from_pretrained`` reads. See ``checkpoint.save_pretrained``."""
-        checkpoints.save_pretrained(self, directory, max_shard_size=max_shard_size)
+        checkpoint.save_pretrained(self, directory, max_shard_size=max_shard_size)

@@ -7,7 +7,7 @@ from model_cases import PROMPT_VIDEOS, PROMPTS, features, padded
 from torch import Tensor
 
 import slowfast_kernels as sk
-from slowfast_model.generate import DecodeSession
+from slowfast_model import DecodeSession
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 MATTERS = 1e-2  # how far a change must move the logits for a test of it to mean something

@@ -16,8 +16,8 @@ from model_cases import PROMPT_VIDEOS, PROMPTS, VIDEO, features, one_thread, pad
 from model_cases import tiny_model as three_layers
 from torch._dynamo.utils import counters
 
+from slowfast_model import DecodeSession
 from slowfast_model.cache import KVCache, SlowContext
-from slowfast_model.generate import DecodeSession
 from slowfast_model.tokens import decode_rows
 
 BATCHES = [

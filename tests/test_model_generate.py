@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
+from types import SimpleNamespace
 
 import golden_data
 import pytest
@@ -20,8 +22,9 @@ from model_cases import (  # noqa: F401
     tiny_model,
 )
 
+import slowfast_kernels as sk
 from slowfast_model import DecodeSession
-from slowfast_model.generate import sample
+from slowfast_model.sampling import sample
 
 every_target = pytest.mark.parametrize("target", MODEL_TARGETS)
 
@@ -258,10 +261,130 @@ def test_the_decode_step_is_one_graph_without_a_break_or_a_second_compilation(ta
             torch.testing.assert_close(sessions[1].step(token), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_capture_needs_a_gpu_and_kernels():
+def test_capture_needs_a_gpu():
     session = DecodeSession(tiny_model(), torch.tensor([[1, 2]]), max_new_tokens=1)
     with pytest.raises(ValueError, match="CUDA"):
         session.capture()
+
+
+def as_on_a_gpu(session):
+    """A session whose step is asked as if its position were on a GPU; every tensor is still here."""
+    session.position = SimpleNamespace(device=torch.device("cuda"))
+    return session
+
+
+def video_session(**options):
+    prompt = torch.tensor([[1, VIDEO, 2]])
+    model = tiny_model(options.pop("backend", None)).to(options.pop("dtype", torch.float32))
+    videos = [x.to(model.lm_head.weight.dtype) for x in features((4, 4))]
+    return as_on_a_gpu(DecodeSession(model, prompt, videos, max_new_tokens=20, **options))
+
+
+def asked_of_the_model(monkeypatch):
+    return video_session(backend="eager").capture_limit()
+
+
+def asked_by_use_backend(monkeypatch):
+    session = video_session()
+    with sk.use_backend("eager"):
+        return session.capture_limit()
+
+
+def asked_by_the_environment(monkeypatch):
+    session = video_session()
+    monkeypatch.setenv("SLOWFAST_BACKEND", "eager")
+    return session.capture_limit()
+
+
+def no_kernel_takes_it(monkeypatch):
+    return video_session(dtype=torch.float64).capture_limit()
+
+
+@pytest.mark.parametrize(
+    ("limit_of", "cause"),
+    [
+        (asked_of_the_model, "asked for by name"),
+        (asked_by_use_backend, "asked for by name"),
+        (asked_by_the_environment, "asked for by name"),
+        (no_kernel_takes_it, r"no other takes torch\.float64 at head dimension 8 here"),
+    ],
+)
+def test_a_step_that_would_run_on_eager_cannot_be_captured(limit_of, cause, monkeypatch):
+    monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
+    expected = rf"^got \w+_attention on backend 'eager' \({cause}\), .* want another backend"
+    assert re.match(expected, limit_of(monkeypatch))
+
+
+def test_what_the_model_asks_for_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("SLOWFAST_BACKEND", "eager")
+    assert video_session(backend="cpu").capture_limit() is None
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "cpu"}, {"backend": "eager", "slow_tokens_in_decode": False}])
+def test_nothing_keeps_a_step_of_kernels_or_of_pytorchs_attention_from_capture(options, monkeypatch):
+    monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
+    monkeypatch.delenv("SLOWFAST_DEBUG", raising=False)
+    assert video_session(**options).capture_limit() is None
+
+
+def test_a_session_that_attends_in_decode_by_eager_alone_is_limited_by_its_own_cache():
+    """Without slow tokens the LM's own cache is left, which ``use_backend`` reaches too."""
+    session = video_session(slow_tokens_in_decode=False)
+    with sk.use_backend("eager"):
+        assert session.capture_limit().startswith("got text_cross_attention on backend 'eager'")
+
+
+def test_checks_that_read_the_device_keep_a_step_from_capture(monkeypatch):
+    session = video_session(backend="cpu")
+    monkeypatch.setenv("SLOWFAST_DEBUG", "1")
+    assert "SLOWFAST_DEBUG=1" in session.capture_limit()
+    with pytest.raises(ValueError, match=r"^capture: got SLOWFAST_DEBUG=1"):
+        session.capture()
+
+
+def test_capture_says_what_keeps_it():
+    session = video_session()
+    with sk.use_backend("eager"), pytest.raises(ValueError, match=r"^capture: got text_cross_attention on"):
+        session.capture()
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Sessions that ``generate`` asked to capture, each as if it were on a GPU."""
+    asked, limit = [], DecodeSession.capture_limit
+
+    def as_if(session):
+        position = session.position
+        try:
+            return limit(as_on_a_gpu(session))
+        finally:
+            session.position = position
+
+    monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
+    monkeypatch.setattr(DecodeSession, "capture_limit", as_if)
+    monkeypatch.setattr(DecodeSession, "is_on_gpu", True)
+    monkeypatch.setattr(DecodeSession, "capture", lambda session, compile_step: asked.append(compile_step))
+    return asked
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(15, 0), (16, 1)])
+def test_generation_records_its_steps_where_that_pays(tokens, times, captured):
+    tiny_model(None).generate(torch.tensor([[1, 2]]), max_new_tokens=tokens)
+    assert len(captured) == times
+
+
+def test_generation_that_cannot_be_recorded_runs_and_says_why(captured):
+    model, prompt = tiny_model(None), torch.tensor([[1, 2]])
+    expected = model.generate(prompt, max_new_tokens=16, cuda_graph=False)
+    with sk.use_backend("eager"), pytest.warns(UserWarning, match=r"without a CUDA graph: got text_cross_attention on"):
+        assert torch.equal(model.generate(prompt, max_new_tokens=16), expected)
+    assert not captured
+
+
+def test_generation_by_a_model_of_eager_says_nothing(captured, recwarn):
+    tiny_model("eager").generate(torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=16)
+    assert not captured
+    assert not recwarn.list
 
 
 def test_capture_needs_a_step_to_record():

@@ -20,8 +20,7 @@ from model_cases import (  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slowfast_model import DecodeSession, SlowFastConfig, SlowFastForCausalLM
-from slowfast_model.generate import sample
-from slowfast_model.sampling import Choice, penalise, prompt_ids_seen
+from slowfast_model.sampling import Choice, penalise, prompt_ids_seen, sample
 
 transformers = pytest.importorskip("transformers")
 PROMPT = torch.tensor([[1, VIDEO, 2, 3]])
