@@ -9,10 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .config import SlowFastConfig
+from typing import Any
 
 RELEASED, QWEN2 = "llava_qwen_slow_fast", "qwen2"
 ARCHITECTURES = {RELEASED: "LlavaQwenSlowFastForCausalLM", QWEN2: "Qwen2ForCausalLM"}
@@ -49,8 +46,8 @@ QWEN2_FIELDS = (
 )
 
 
-def read_official(config: Mapping, cls: type[SlowFastConfig]) -> dict:
-    """The fields of ``cls`` that a config.json gives; see ``SlowFastConfig.from_official``."""
+def read_official(config: Mapping, cls: type) -> dict:
+    """The fields of the dataclass ``cls`` that a config.json gives; see ``SlowFastConfig.from_official``."""
     if not isinstance(config, Mapping):
         raise TypeError(f"config: got {type(config).__name__}, want a dict: what a config.json holds")
     for key, values in IMPLEMENTED.items():
@@ -113,7 +110,7 @@ def _check_rope(key: str, rope: object) -> None:
         raise ValueError(f"{key}: got {', '.join(map(repr, unknown))} in {dict(rope)!r}, want rope_theta alone")
 
 
-def write_official(config: SlowFastConfig) -> dict:
+def write_official(config: Any) -> dict:
     """The keys of a config.json that ``read_official`` reads as ``config``; see ``SlowFastConfig.to_official``."""
     kind = RELEASED if config.hybrid_layers else QWEN2
     written = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "hidden_act": "silu"}
