@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from slowfast_kernels.numbers import as_bool, as_float, as_int
+
 from .official_config import SIZES, read_official, write_official
-from .scalars import flag, integer, real
 
 
 class Gating(NamedTuple):
@@ -125,14 +126,14 @@ class SlowFastConfig:
         for name in ("cross_attn_gating_type", "cross_attn_implementation", "mm_projector_type"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, want a string")
-        self.tie_word_embeddings = flag("tie_word_embeddings", self.tie_word_embeddings)
+        self.tie_word_embeddings = as_bool("tie_word_embeddings", self.tie_word_embeddings)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = real(name, getattr(self, name))
+            value = as_float(name, getattr(self, name))
             if value < 0 or (value == 0 and name == "rope_theta"):
                 raise ValueError(f"{name}: got {value}, want a number {'>' if name == 'rope_theta' else '>='} 0")
             setattr(self, name, value)
         for name in SIZES:
-            setattr(self, name, integer(name, getattr(self, name), 1))
+            setattr(self, name, as_int(name, getattr(self, name), 1))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -145,7 +146,7 @@ class SlowFastConfig:
         for names, low in ((COUNTS, 1), (LAYERS, 0)):
             for name in names:
                 if getattr(self, name) is not None or name not in MAY_BE_NONE:
-                    setattr(self, name, integer(name, getattr(self, name), low))
+                    setattr(self, name, as_int(name, getattr(self, name), low))
 
     def _check_layers(self) -> None:
         if not self.cross_attn_every_n_layers:

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slowfast_kernels.numbers import as_bool, as_int
+
 from .sampling import Choice, prompt_ids_seen, sample
-from .scalars import flag, integer
 from .session import Decodes, DecodeSession
 from .tokens import IMAGE_TOKEN_INDEX
 
@@ -110,7 +111,7 @@ class GenerationMixin:
         Raises:
             ValueError, TypeError: as ``forward``, and options of another type or out of range, by name.
         """
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         choice = Choice.checked(
             do_sample=do_sample,
             temperature=temperature,
@@ -122,8 +123,8 @@ class GenerationMixin:
             generator=generator,
             max_new_tokens=max_new_tokens,
         )
-        cuda_graph = None if cuda_graph is None else flag("cuda_graph", cuda_graph)
-        compile_step = flag("compile_step", compile_step)
+        cuda_graph = None if cuda_graph is None else as_bool("cuda_graph", cuda_graph)
+        compile_step = as_bool("compile_step", compile_step)
         _check_streamer(streamer, input_ids)
         options = {"max_new_tokens": max_new_tokens, "slow_tokens_in_decode": slow_tokens_in_decode}
         session = DecodeSession(self, input_ids, frame_features, attention_mask, **options)

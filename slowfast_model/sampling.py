@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scalars import flag, integer, real
+from slowfast_kernels.numbers import as_bool, as_float, as_int
+
 from .tokens import IMAGE_TOKEN_INDEX
 
 
@@ -53,19 +54,19 @@ class Choice:
             penalty = _above_zero("repetition_penalty", repetition_penalty)
             options["repetition_penalty"] = None if penalty == 1 else penalty
         if min_new_tokens is not None:
-            options["min_new_tokens"] = integer("min_new_tokens", min_new_tokens, 0)
+            options["min_new_tokens"] = as_int("min_new_tokens", min_new_tokens, 0)
             if options["min_new_tokens"] > max_new_tokens:
                 raise ValueError(
                     f"min_new_tokens: got {options['min_new_tokens']}, want at most max_new_tokens ({max_new_tokens})"
                 )
         options["ends"] = end_ids(eos_token_id)
-        if do_sample is None or not flag("do_sample", do_sample):
+        if do_sample is None or not as_bool("do_sample", do_sample):
             return cls(**options)
         if temperature is not None:
             want = "> 0 (do_sample=False for the most likely token)"
             options["temperature"] = _above_zero("temperature", temperature, want)
         if top_k is not None:
-            options["top_k"] = integer("top_k", top_k, 0, "an integer >= 0 (0: off)") or None
+            options["top_k"] = as_int("top_k", top_k, 0, "an integer >= 0 (0: off)") or None
         if top_p is not None:
             options["top_p"] = _above_zero("top_p", top_p, "0 < top_p <= 1")
             if options["top_p"] > 1:
@@ -86,7 +87,7 @@ class Choice:
 
 
 def _above_zero(name: str, value: object, want: str = "a number > 0") -> float:
-    number = real(name, value, want)
+    number = as_float(name, value, want)
     if number <= 0:
         raise ValueError(f"{name}: got {number}, want {want}")
     return number
@@ -107,7 +108,7 @@ def end_ids(eos_token_id: object) -> tuple[int, ...]:
         items = eos_token_id
     else:
         items = [eos_token_id]
-    return tuple(integer("eos_token_id", item, 0, want) for item in items)
+    return tuple(as_int("eos_token_id", item, 0, want) for item in items)
 
 
 def prompt_ids_seen(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:

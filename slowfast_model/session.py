@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from slowfast_kernels.numbers import as_bool, as_int
 from slowfast_kernels.ops.attention import attention_call
 from slowfast_kernels.ops.checks import check_dense, reads_device_data
 from slowfast_kernels.ops.dispatch import backend_for, requested_backend
@@ -20,7 +21,6 @@ from slowfast_kernels.ops.dispatch import backend_for, requested_backend
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .layers import Rope, compute_dtype
-from .scalars import flag, integer
 from .tokens import Layout, decode_rows
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -62,8 +62,8 @@ class DecodeSession:
         max_new_tokens: int,
         slow_tokens_in_decode: bool = True,
     ) -> None:
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 0)
-        slow_tokens_in_decode = flag("slow_tokens_in_decode", slow_tokens_in_decode)
+        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
+        slow_tokens_in_decode = as_bool("slow_tokens_in_decode", slow_tokens_in_decode)
         self.model = model
         x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None)
         config, device = model.config, x.device

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slowfast_kernels.numbers import as_bool, as_float, as_int
+
 from ._container import Clock, decode, file_name, scan
-from .scalars import flag, integer, real
 
 _ORDERS = ("index", "time")
 
@@ -84,11 +85,11 @@ def load_video(
         TypeError: ``path``, ``num_frames``, ``fps`` or ``return_times`` of another type.
         ImportError: PyAV is not installed.
     """
-    num_frames = integer("num_frames", num_frames, 1)
+    num_frames = as_int("num_frames", num_frames, 1)
     rate = None if fps is None else _exact_rate(fps)
     if not isinstance(by, str) or by not in _ORDERS:
         raise ValueError(f"by: got {by!r}, want {' or '.join(map(repr, _ORDERS))}")
-    return_times = flag("return_times", return_times)
+    return_times = as_bool("return_times", return_times)
     name = file_name(path)
 
     found = scan(path, name)
@@ -109,7 +110,7 @@ def load_video(
 def _exact_rate(fps: float) -> Fraction:
     """``fps`` as the fraction that was meant: 1/10 for 0.1, so that every tenth second falls on its frame."""
     want = "a finite number > 0 or None"
-    value = real("fps", fps, want)
+    value = as_float("fps", fps, want)
     if value <= 0:
         raise ValueError(f"fps: got {value}, want {want}")
     if isinstance(fps, Rational):

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slowfast_kernels as sk
+from slowfast_kernels.numbers import as_bool, as_int
 from slowfast_kernels.ops.checks import check_dense
 from slowfast_kernels.pool_plan import make_pool_plan
 
 from .config import SlowFastConfig
-from .scalars import flag, integer
 
 
 def build_projector(config: SlowFastConfig) -> nn.Module:
@@ -170,8 +170,8 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32, keep_gra
         raise TypeError(f"frames: got {frames.dtype}, want uint8")
     if frames.is_meta:
         raise ValueError("frames: got a tensor on meta, want one that holds frames")
-    chunk = min(integer("chunk", chunk, 1, "a number of frames >= 1"), len(frames))
-    keep_graph = flag("keep_graph", keep_graph)
+    chunk = min(as_int("chunk", chunk, 1, "a number of frames >= 1"), len(frames))
+    keep_graph = as_bool("keep_graph", keep_graph)
     weights = (x for x in (*tower.parameters(), *tower.buffers()) if x.is_floating_point())
     like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
     device = frames.device if like.is_meta else like.device  # on meta: offloaded, and fetched when the tower is called

@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slowfast_kernels.ops.checks import describe
-
-from .scalars import integer
+from slowfast_kernels.messages import describe
+from slowfast_kernels.numbers import as_int
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ALIGNMENT = 64  # bytes; what torch allocates by
@@ -181,7 +180,7 @@ def shard_bytes(max_shard_size: int | str) -> int:
         if not match or match[2].upper() not in UNITS:
             raise ValueError(f"max_shard_size: got {max_shard_size!r}, want {want}")
         size = int(Fraction(match[1]) * UNITS[match[2].upper()])
-    return integer("max_shard_size", size, 1, want)
+    return as_int("max_shard_size", size, 1, want)
 
 
 def split_into_shards(state_dict: Mapping[str, Tensor], limit: int) -> list[list[str]]:

@@ -10,6 +10,7 @@ from cases import Shape, make_inputs
 from targets import FLOAT32
 
 import slowfast_kernels as sk
+from slowfast_kernels import numbers
 from slowfast_kernels.ops import checks
 
 COUNTS = {
@@ -132,6 +133,48 @@ def test_warmup_takes_any_integers_and_refuses_others():
         sk.warmup(2, 1, 16.0, device="cpu")
     with pytest.raises(TypeError, match="text_rows"):
         sk.warmup(2, 1, 16, text_rows=[1.5], device="cpu")
+
+
+BOOLS = [True, np.True_, torch.tensor(True), np.array(True)]
+
+
+@pytest.mark.parametrize("value", BOOLS, ids=repr)
+@pytest.mark.parametrize("read", [checks.as_int, checks.as_float, numbers.as_int, numbers.as_float])
+def test_a_bool_is_no_number_to_any_reader(read, value):
+    with pytest.raises(TypeError, match=r"^count: got .*, want "):
+        read("count", value)
+
+
+@pytest.mark.parametrize("value", [*BOOLS, 1, np.uint8(1), torch.tensor(1), np.array(1)], ids=repr)
+@pytest.mark.parametrize("read", [checks.as_bool, numbers.as_bool])
+def test_a_flag_is_a_bool_or_one_to_any_reader(read, value):
+    assert read("flag", value) is True
+
+
+@pytest.mark.parametrize("value", ["no", "true", None, 1.0, 2j, [True], np.array([True]), torch.tensor([1])], ids=repr)
+@pytest.mark.parametrize("read", [checks.as_bool, numbers.as_bool])
+def test_what_has_only_a_truth_is_no_flag_to_any_reader(read, value):
+    with pytest.raises(TypeError, match=r"^flag: got .*, want True or False"):
+        read("flag", value)
+
+
+@pytest.mark.parametrize("value", [np.array([2]), torch.tensor([2]), [2]], ids=repr)
+@pytest.mark.parametrize("read", [checks.as_int, checks.as_float, numbers.as_int, numbers.as_float])
+def test_a_list_of_one_is_no_number_to_any_reader(read, value):
+    with pytest.raises(TypeError, match=r"^count: got .*, want "):
+        read("count", value)
+
+
+@pytest.mark.parametrize("name", ["num_splits", "softmax_scale"])
+def test_an_op_refuses_a_bool_where_a_number_belongs(name):
+    inputs = make_inputs(Shape(((2, 70),)), torch.float32, "cpu", torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=f"^{name}: got bool True, want an? "):
+        sk.text_cross_attention(*inputs.attention, **{name: True})
+
+
+def test_counts_that_are_bools_are_refused(frames):
+    with pytest.raises(TypeError, match=r"^frame_counts\[0\]: got bool True, want an integer"):
+        pooled(frames, [True] * 5)
 
 
 def test_a_long_value_is_shortened_in_a_message():

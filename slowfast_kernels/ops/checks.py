@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Iterable, Mapping, Set
 from itertools import pairwise
@@ -13,35 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import numbers
 from ..dtypes import OP_DTYPES
 from ..eager import integers
+from ..messages import describe, named, shortened
 
 FLOAT_NAMES = "float32, bfloat16 or float16 (float64 on backend='eager')"
 
 
-def describe(x: object) -> str:
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
-    if isinstance(x, np.ndarray):
-        return f"numpy {x.dtype}{list(x.shape)}"
-    try:
-        return f"{type(x).__name__} {_shortened(repr(x))}"
-    except Exception:  # an object without a text is still named by its type
-        return type(x).__name__
-
-
-def named(value: object) -> str:
-    """What came where the name of an option belongs."""
-    return _shortened(repr(value)) if isinstance(value, str) else describe(value)
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())  # one line
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def fail(name: str, got: object, want: str) -> None:
-    raise ValueError(f"{name}: got {describe(got) if isinstance(got, Tensor) else _shortened(str(got))}, want {want}")
+    raise ValueError(f"{name}: got {describe(got) if isinstance(got, Tensor) else shortened(str(got))}, want {want}")
 
 
 def check_dense(name: str, x: Tensor, shape: str) -> None:
@@ -111,19 +91,15 @@ def check_index(name: str, x: Tensor, shape: str, reference_name: str, reference
 
 
 def as_int(name: str, value: object) -> int:
-    """A Python int of its own from any integer (numpy's, a 0-d tensor); no caller's object is kept or changed."""
+    """A Python int of its own (``numbers.as_int``), of the 64 bits that a registered op can carry."""
     if type(value) is int and -(2**63) <= value < 2**63:
         return value
-    if isinstance(value, torch.SymInt) or (torch.compiler.is_compiling() and isinstance(value, int)):
+    if isinstance(value, torch.SymInt) or (torch.compiler.is_compiling() and type(value) is int):
         return value  # a symbolic length: making it an int here would compile every length anew
-    if type(value) is not int:
-        try:
-            value = operator.index(value)
-        except Exception:  # several elements raise this or that, and a type of the caller's may raise anything
-            raise TypeError(f"{name}: got {describe(value)}, want an integer") from None
-    if not -(2**63) <= value < 2**63:  # what a registered op can carry
-        raise ValueError(f"{name}: got {describe(value)}, want an integer of 64 bits")
-    return value
+    number = numbers.as_int(name, value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name}: got {describe(number)}, want an integer of 64 bits")
+    return number
 
 
 def as_ints(name: str, values: object, what: str) -> list[int]:
@@ -140,19 +116,12 @@ def as_ints(name: str, values: object, what: str) -> list[int]:
 
 
 def as_float(name: str, value: object) -> float:
-    """A Python float of its own from any real number (numpy's, a 0-d tensor)."""
-    if type(value) is float or isinstance(value, torch.SymFloat):
+    """A finite Python float of its own (``numbers.as_float``); nothing whose derivative would be lost in it."""
+    if isinstance(value, torch.SymFloat):
         return value
     if isinstance(value, Tensor) and carries_derivative(value):
         raise TypeError(f"{name}: got a tensor that is differentiated, want a number: no derivative is formed for it")
-    try:
-        if isinstance(value, (str, bytes, bytearray)) or np.iscomplexobj(value):  # float() would read these too
-            raise TypeError
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: got {describe(value)}, want a finite number") from None
-    except Exception:  # as in as_int
-        raise TypeError(f"{name}: got {describe(value)}, want a number") from None
+    return numbers.as_float(name, value, "a number (finite)")
 
 
 def carries_derivative(x: Tensor) -> bool:
@@ -176,13 +145,13 @@ def check_finite(name: str, value: float) -> None:
 
 
 def as_bool(name: str, value: object) -> bool:
-    """A bool from a bool, or from 0 or 1; other values have a truth too, but not one that anybody meant."""
+    """``numbers.as_bool``; an integer that is no flag is out of range, as any other number of an op's."""
     if type(value) is bool:
         return value
-    flag = bool(value) if isinstance(value, np.bool_) else as_int(name, value)
-    if flag not in (0, 1):
-        raise ValueError(f"{name}: got {describe(value)}, want True or False")
-    return bool(flag)
+    try:
+        return numbers.as_bool(name, value)
+    except numbers.NotAFlag as error:
+        raise ValueError(str(error)) from None
 
 
 def check_option(name: str, value: object, options: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 """Options and configuration values as Python's own numbers, so that nothing of the caller's is kept or changed.
 
-numpy's and torch's integers are taken, alone or without a dimension. A bool is no number, a string is nothing but a
-string: each would otherwise be computed with, or mean its truth, without a word.
+What counts as a number is decided here, for ops and model alike: Python's, numpy's and torch's, alone or in an array
+without a dimension. A bool is no number, a string is nothing but a string, and a flag is True, False, 1 or 0: anything
+else would be computed with, or mean its truth, without a word.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import operator
 
 import numpy as np
 
-from slowfast_kernels.ops.checks import describe
+from .messages import describe
+
+
+class NotAFlag(TypeError):
+    """An integer other than 0 and 1 where True or False belongs."""
 
 
 def _is_bool(value: object) -> bool:
@@ -22,7 +27,7 @@ def _is_alone(value: object) -> bool:
     return getattr(value, "ndim", 0) == 0
 
 
-def integer(name: str, value: object, low: int | None = None, want: str | None = None) -> int:
+def as_int(name: str, value: object, low: int | None = None, want: str | None = None) -> int:
     """``value`` as an int of at least ``low``; ``want`` words what is wanted.
 
     Raises:
@@ -42,13 +47,15 @@ def integer(name: str, value: object, low: int | None = None, want: str | None =
     return number
 
 
-def real(name: str, value: object, want: str = "a finite number") -> float:
+def as_float(name: str, value: object, want: str = "a finite number") -> float:
     """``value`` as a finite float; ``want`` words what is wanted.
 
     Raises:
         TypeError: a bool, a string, an array, None.
         ValueError: NaN, infinite, or past a float's range.
     """
+    if type(value) is float and -math.inf < value < math.inf:  # at every call of an op
+        return value
     try:
         usable = _is_alone(value) and not _is_bool(value) and not isinstance(value, str | bytes | bytearray)
         usable = usable and not np.iscomplexobj(value)  # float() would drop the imaginary part
@@ -64,15 +71,18 @@ def real(name: str, value: object, want: str = "a finite number") -> float:
     return number
 
 
-def flag(name: str, value: object) -> bool:
+def as_bool(name: str, value: object) -> bool:
     """``value`` as a bool: True, False, 1 or 0, of Python, numpy or torch.
 
     Raises:
-        TypeError: anything else, "false" among it, which would be true.
+        TypeError: anything else, "false" among it, which would be true; ``NotAFlag`` for another integer.
     """
-    if _is_bool(value) and _is_alone(value):
+    if isinstance(value, bool) or (_is_bool(value) and _is_alone(value)):
         return bool(value)
     try:
-        return {0: False, 1: True}[integer(name, value)]
-    except (TypeError, KeyError):
-        raise TypeError(f"{name}: got {describe(value)}, want True or False") from None
+        number = as_int(name, value)
+    except TypeError:
+        raise TypeError(f"{name}: got {describe(value)}, want True or False (or an integer, 1 or 0)") from None
+    if number not in (0, 1):
+        raise NotAFlag(f"{name}: got {describe(value)}, want True or False")
+    return number == 1
