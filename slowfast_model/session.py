@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.numbers import as_bool, as_int
-from slowfast_kernels.ops.attention import attention_call
+from slowfast_kernels.ops.attention import attention_facts
 from slowfast_kernels.ops.checks import check_dense, reads_device_data
 from slowfast_kernels.ops.dispatch import backend_for, requested_backend
 
@@ -174,12 +175,10 @@ class DecodeSession:
 
     def _backend_of(self, op: str, backend: str | None) -> str:
         """What runs an attention op of the step, whose query is a row a sample of the computed type."""
-        keys = self.cache.layers[0].kv.flatten(0, 1)
-        q = self._token.new_empty(
-            len(self._token), self.model.config.num_attention_heads, keys.shape[-1], dtype=keys.dtype
-        )
-        call = attention_call(op, q, keys, self._token, len(self._token), 1.0)
-        return backend_for(call, q.device, backend).__name__.rpartition(".")[2]
+        keys, batch = self.cache.layers[0].kv.flatten(0, 1), len(self._token)
+        q = keys.new_empty(batch, self.model.config.num_attention_heads, keys.shape[-1])
+        facts = attention_facts(op, AttentionTensors(q, keys, *[self._token] * 3), None)
+        return backend_for(facts, q.device, backend)
 
     @torch.no_grad()
     def capture(self, *, compile_step: bool = False) -> None:
