@@ -15,11 +15,11 @@
 #include "common/launchers.h"
 #include "common/memory.cuh"
 #include "common/reduce.cuh"
+#include "common/row_block.cuh"
 
 namespace slowfast::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
 constexpr int kMaxTasks = 2048;  // rows of a block, bounded by their shared memory
 
 // The rows of this block, numbered by k. If every row is a text row the block takes text rows blockIdx.x,
@@ -138,11 +138,9 @@ __device__ __forceinline__ void mix(Row<T, kVectors>& r, float g) {
   }
 }
 
-constexpr int min_blocks(int channels_per_thread) { return channels_per_thread <= 8 ? 2 : 1; }
-
 // W = void: a gate without a weight.
 template <typename T, typename W, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize<T>))
+__global__ void __launch_bounds__(kMaxRowThreads, min_blocks(kVectors * kVectorSize<T>))
     gated_mix_rows(const __grid_constant__ GatedMixParams p) {
   __shared__ int32_t text_of[kMaxTasks];
   __shared__ BlockSum::Partials partials;
@@ -226,8 +224,7 @@ void launch_tasks(Kernel* kernel, const GatedMixParams& p, int threads, cudaStre
 
 template <typename T, int kVectors>
 void launch_rows(const GatedMixParams& p, cudaStream_t stream) {
-  constexpr int kChannels = kVectors * kVectorSize<T> * 32;  // of a warp
-  const int threads = static_cast<int>((p.channels + kChannels - 1) / kChannels) * 32;
+  const int threads = row_threads<T, kVectors>(p.channels);
   if (p.gate.weight == nullptr) {
     launch_tasks(gated_mix_rows<T, void, kVectors>, p, threads, stream);
   } else if (p.gate.dtype == p.dtype) {
@@ -242,9 +239,9 @@ void launch(const GatedMixParams& p, cudaStream_t stream) {
   constexpr int kSize = kVectorSize<T>;
   const bool vectors = is_aligned(p.state) && is_aligned(p.context) && is_aligned(p.out) && is_aligned(p.gate.weight) &&
                        p.channels % kSize == 0 && p.state_row_stride % kSize == 0 && p.context_row_stride % kSize == 0;
-  if (vectors && p.channels <= 8 * kMaxThreads) {
+  if (vectors && p.channels <= 8 * kMaxRowThreads) {
     launch_rows<T, 8 / kSize>(p, stream);
-  } else if (vectors && p.channels <= 16 * kMaxThreads) {
+  } else if (vectors && p.channels <= 16 * kMaxRowThreads) {
     launch_rows<T, 16 / kSize>(p, stream);
   } else {
     launch_tasks(gated_mix_scalar<T>, p, 256, stream);

@@ -13,11 +13,10 @@
 #include "common/launchers.h"
 #include "common/memory.cuh"
 #include "common/reduce.cuh"
+#include "common/row_block.cuh"
 
 namespace slowfast::cuda {
 namespace {
-
-constexpr int kMaxThreads = 512;
 
 // One unit of work: the slow tokens [y_begin, y_end) x [x_begin, x_end) of the frames of one window.
 struct Cell {
@@ -158,10 +157,8 @@ __device__ __forceinline__ void store_row(void* base, int64_t row, int64_t chann
   }
 }
 
-constexpr int min_blocks(int channels_per_thread) { return channels_per_thread <= 8 ? 2 : 1; }
-
 template <typename T, int kVectors, int kStages>
-__global__ void __launch_bounds__(kMaxThreads, min_blocks(kVectors * kVectorSize<T>))
+__global__ void __launch_bounds__(kMaxRowThreads, min_blocks(kVectors * kVectorSize<T>))
     pool_rows(const __grid_constant__ PoolParams p, unsigned num_cells) {
   constexpr int kSize = kVectorSize<T>;
   extern __shared__ uint4 ring[];
@@ -275,12 +272,16 @@ __global__ void __launch_bounds__(256) pool_scalar(const __grid_constant__ PoolP
   }
 }
 
+// 56 KB of rows under way in the largest block of one vector a thread, and at most 96 KB of shared memory in any.
+constexpr int num_stages(int vectors) {
+  if (vectors == 1) return 8;
+  return vectors == 2 ? 4 : 3;
+}
+
 template <typename T, int kVectors>
 void launch_rows(const PoolParams& p, unsigned num_cells, cudaStream_t stream) {
-  // 56 KB of rows under way in the largest block of one vector a thread, and at most 96 KB of shared memory in any.
-  constexpr int kStages = kVectors == 1 ? 8 : kVectors == 2 ? 4 : 3;
-  constexpr int kChannels = kVectors * kVectorSize<T> * 32;  // of a warp
-  const int threads = static_cast<int>((p.channels + kChannels - 1) / kChannels) * 32;
+  constexpr int kStages = num_stages(kVectors);
+  const int threads = row_threads<T, kVectors>(p.channels);
   const int shared = kStages * kVectors * threads * kVectorBytes;
   auto* kernel = pool_rows<T, kVectors, kStages>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "pool: shared memory");
@@ -294,9 +295,9 @@ void launch(const PoolParams& p, unsigned num_cells, cudaStream_t stream) {
   constexpr int kSize = kVectorSize<T>;
   const bool vectors = is_aligned(p.frames) && is_aligned(p.slow) && is_aligned(p.fast) && p.channels % kSize == 0 &&
                        p.frame_stride % kSize == 0 && p.token_stride % kSize == 0;
-  if (vectors && p.channels <= 8 * kMaxThreads) {
+  if (vectors && p.channels <= 8 * kMaxRowThreads) {
     launch_rows<T, 8 / kSize>(p, num_cells, stream);
-  } else if (vectors && p.channels <= 16 * kMaxThreads) {
+  } else if (vectors && p.channels <= 16 * kMaxRowThreads) {
     launch_rows<T, 16 / kSize>(p, num_cells, stream);
   } else {
     pool_scalar<T><<<num_cells, 256, 0, stream>>>(p, num_cells);

@@ -22,7 +22,7 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// Shared memory by 32-bit address: computed once, where a generic pointer costs its conversion at every access.
+// Shared memory by 32-bit address, as instructions take it.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

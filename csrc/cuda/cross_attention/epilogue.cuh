@@ -3,6 +3,7 @@
 // rather than by unrolling.
 #pragma once
 #include "../common/memory.cuh"
+#include "../common/reduce.cuh"
 #include "launch.h"
 #include "mainloop.cuh"
 
@@ -12,20 +13,24 @@ struct Tile {
   int text_begin;  // of the sequence, in text_rows
   int row_begin;   // of the tile, in packed rows of the sequence
   int num_rows;    // packed rows in the tile
-  int slow_begin, num_slow;
+  int slow_begin;  // the sequence's first slow token
+  int num_slow;    // slow tokens of the sequence
 };
 
-// The CTAs that work on one tile of one KV head: `size` neighbours of a cluster, in each of `num_groups` clusters.
+// One tile of one KV head, and the CTA's place among those that work on it: a group is a cluster, be it of one CTA.
 struct Unit {
-  int64_t index;  // in the workspace: counts the units that groups share
-  int kv_head, group, num_groups;
-  int size, rank;
-  bool paired;  // the rows of the tile, 64 or fewer, of this KV head and then of the next: a warpgroup for each
+  int64_t index;   // in the workspace: counts the units that groups share
+  int kv_head;     // the first of two if paired
+  int group;       // of this CTA
+  int num_groups;  // that work on the unit
+  int size;        // CTAs of a group: the cluster
+  int rank;        // of this CTA in its cluster
+  bool paired;     // the rows of the tile, 64 or fewer, of this KV head and then of the next: a warpgroup for each
 };
 
 // The text row of a packed row, without a division.
 __device__ __forceinline__ int text_of(const SplitPlan& plan, int packed) {
-  return plan.heads == 1 ? packed : __umulhi(packed, plan.heads_reciprocal);
+  return plan.heads_per_kv == 1 ? packed : __umulhi(packed, plan.heads_per_kv_reciprocal);
 }
 
 // What a part with its own maximum counts for in a sum with a common one.
@@ -58,9 +63,10 @@ struct Gates {
   Shared& shared;
   const Tile& tile;
   const Unit& unit;
-  const int total_rows;         // of the unit, and of them
-  const int share_bits;         // log2 of how many of them a CTA owns; this one's are:
-  const int first_row, num_rows;
+  const int total_rows;  // of the unit
+  const int share_bits;  // each CTA owns 2^share_bits of the unit's rows
+  const int first_row;   // of this CTA's rows, in the unit's
+  const int num_rows;    // that this CTA owns
 
   static __device__ __forceinline__ Gates make(const CrossAttentionParams& p, const SplitPlan& plan, Shared& shared,
                                                const Tile& tile, const Unit& unit) {
@@ -77,20 +83,20 @@ struct Gates {
   __device__ __forceinline__ int num_rows_of(int warpgroup) const {
     return min(unit.paired ? tile.num_rows : 64, total_rows - first_row_of(warpgroup));
   }
-  __device__ __forceinline__ bool is_next_head(int row) const { return unit.paired && row >= tile.num_rows; }
+  __device__ __forceinline__ bool is_next_kv_head(int row) const { return unit.paired && row >= tile.num_rows; }
   __device__ __forceinline__ int packed(int row) const {  // packed row of the sequence
-    return tile.row_begin + row - (is_next_head(row) ? tile.num_rows : 0);
+    return tile.row_begin + row - (is_next_kv_head(row) ? tile.num_rows : 0);
   }
 
   // Text rows are counted from the tile's first; those of this CTA's rows are text_begin() .. text_end().
   __device__ __forceinline__ int tile_text() const { return text_of(plan, tile.row_begin); }
   __device__ __forceinline__ int text(int row) const { return text_of(plan, packed(row)) - tile_text(); }
-  __device__ __forceinline__ bool spans_heads() const {
-    return !is_next_head(first_row) && is_next_head(first_row + num_rows - 1);
+  __device__ __forceinline__ bool spans_kv_heads() const {
+    return !is_next_kv_head(first_row) && is_next_kv_head(first_row + num_rows - 1);
   }
-  __device__ __forceinline__ int text_begin() const { return num_rows == 0 || spans_heads() ? 0 : text(first_row); }
+  __device__ __forceinline__ int text_begin() const { return num_rows == 0 || spans_kv_heads() ? 0 : text(first_row); }
   __device__ __forceinline__ int text_end() const {
-    return num_rows == 0 ? 0 : text(spans_heads() ? tile.num_rows - 1 : first_row + num_rows - 1) + 1;
+    return num_rows == 0 ? 0 : text(spans_kv_heads() ? tile.num_rows - 1 : first_row + num_rows - 1) + 1;
   }
   __device__ __forceinline__ const T* state_row(int text) const {
     const int64_t row = p.text_rows[tile.text_begin + tile_text() + text];
@@ -134,8 +140,8 @@ struct Gates {
     if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate, p.gate.weight != nullptr));
     for (int i = warp * 32 + lane; i < num_rows; i += 32 * Traits::kGateWarps) {
       const int row_of_head = packed(first_row + i), text = text_of(plan, row_of_head);
-      const int kv_head = unit.kv_head + is_next_head(first_row + i);
-      const int64_t text_index = tile.text_begin + text, head = kv_head * plan.heads + row_of_head - text * plan.heads;
+      const int kv_head = unit.kv_head + is_next_kv_head(first_row + i);
+      const int64_t text_index = tile.text_begin + text, head = kv_head * plan.heads_per_kv + row_of_head - text * plan.heads_per_kv;
       const int64_t row = p.text_rows[text_index], channels = static_cast<int64_t>(p.num_q_heads) * kHeadDim;
       shared.place[i] = {row * p.state_row_stride + head * kHeadDim, row * channels + head * kHeadDim,
                          text_index * channels + head * kHeadDim, text_index * p.num_q_heads + head,
@@ -168,9 +174,7 @@ struct Gates {
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float dot = dots[j];
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
+        const float dot = warp_sum(dots[j]);
         if (lane == 0 && states[j] != nullptr) parts[(j == 0 ? text : next) * Traits::kGateWarps + warp] = dot;
       }
     }
@@ -243,7 +247,7 @@ struct Gates {
     for (int i = thread; i < count * kChunks; i += threads) {
       const int row = i / kChunks, column = i % kChunks * 8;
       const T* source = static_cast<const T*>(p.state) + shared.place[first + row].state + column;
-      cp_async_16(ptx::smem_address(state_cell<Traits>(cells, row, column)), source, policy);
+      cp_async_16(shared_address(state_cell<Traits>(cells, row, column)), source, policy);
     }
     cp_async_commit();
   }

@@ -1,6 +1,6 @@
 // From the parts of a cluster to the result. Every CTA of a unit owns a share of the tile's rows. Once all are past their last
 // block but one, whose slots are then free, each part sends its rows to their owners (st.async, which nobody waits for), and
-// the owner, whose mbarrier counts the bytes, adds them up, always in the same order. Groups of clusters go on through global
+// the owner, whose mbarrier counts the bytes, adds them up, always in the same order. Groups go on through global
 // memory, where the last to arrive adds. Then gate, mix and store.
 #pragma once
 #include "epilogue.cuh"

@@ -14,11 +14,12 @@ struct DirectEpilogue {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVectors = kHeadDim / 16;  // float4 of a row that a thread holds
 
-  // What a neighbour left of one of a thread's rows, and of both.
+  // What a neighbour left of one of a thread's rows.
   struct Part {
-    float2 stats;
+    float2 stats;  // maximum (log2 units) and sum
     float4 out[kVectors];
   };
+  // What it left of both rows, if it has been read already.
   struct Neighbour {
     bool is_there = false;
     Part parts[2];

@@ -8,8 +8,8 @@
 //
 // A CTA is a producer warpgroup (one thread issues TMA for the KV blocks, three warps form the gates) and one or two
 // consumer warpgroups of 64 rows. K and V tiles come straight from [Ns, Hkv, 2, D]. The slow tokens of a tile are split
-// over the CTAs of a cluster and over groups of clusters (launch.h), added up in fixed order by epilogue_cluster.cuh, or
-// without clusters by epilogue_direct.cuh.
+// over groups and the CTAs of each (launch.h), added up in fixed order: groups that are clusters by epilogue_cluster.cuh, groups
+// of one CTA by epilogue_direct.cuh.
 #pragma once
 #include "../common/memory.cuh"
 #include "epilogue_cluster.cuh"
@@ -19,8 +19,8 @@ namespace slowfast::cuda {
 
 // Which rows a tile index means. Sequences are scanned a warp at a time: every warp does so, no shared memory.
 template <typename Traits>
-__device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int heads, int tile_index, int lane,
-                                          Tile& tile) {
+__device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int heads_per_kv, int tile_index,
+                                          int lane, Tile& tile) {
   int num_text = static_cast<int>(p.num_text);
   tile = {0, tile_index * Traits::kBlockM, 0, 0, static_cast<int>(p.num_slow)};
   if (p.batch > 1) {  // one sequence owns everything: nothing to read, and the first TMA can go
@@ -31,7 +31,7 @@ __device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int hea
       const int text_begin = p.cu_text[b], text_end = p.cu_text[b + 1];
       const int slow_begin = p.cu_slow[b], slow_end = p.cu_slow[b + 1];
       const int count = first + lane < p.batch ? text_end - text_begin : 0;
-      const int tiles = (count * heads + Traits::kBlockM - 1) / Traits::kBlockM;
+      const int tiles = (count * heads_per_kv + Traits::kBlockM - 1) / Traits::kBlockM;
       int inclusive = tiles;
 #pragma unroll
       for (int offset = 1; offset < 32; offset *= 2) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int hea
     }
     if (!found) return false;
   }
-  tile.num_rows = min(Traits::kBlockM, num_text * heads - tile.row_begin);
+  tile.num_rows = min(Traits::kBlockM, num_text * heads_per_kv - tile.row_begin);
   return tile.num_rows > 0;
 }
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const S
   unit.size = plan.cluster_size;
   unit.rank = ptx::cluster_rank();
   unit.paired = false;
-  if (unit.group >= unit.num_groups || !find_tile<Traits>(p, plan.heads, tile_index, lane, tile)) return false;
+  if (unit.group >= unit.num_groups || !find_tile<Traits>(p, plan.heads_per_kv, tile_index, lane, tile)) return false;
   // Two KV heads with half a tile each share a CTA, a warpgroup for each: the CTAs of the second have nothing to do.
   if (Traits::kConsumers == 2 && tile.num_rows <= 64) {
     if (unit.kv_head % 2 == 1) return false;
@@ -111,7 +111,8 @@ struct Producer {
   const CUtensorMap& kv_map;
   typename Traits::SharedStorage& shared;
   const Unit& unit;
-  const int first_token, num_blocks;  // token of the first block
+  const int first_token;  // of the first block
+  const int num_blocks;
   const uint64_t policy;
   Ring rings[2] = {make_ring<Traits>(unit.paired, 0, num_blocks),
                    make_ring<Traits>(unit.paired, 1, num_blocks)};  // the second for paired units
@@ -156,13 +157,15 @@ struct QueryLoader {
   const CrossAttentionParams& p;
   const Tile& tile;
   const int first_row, warp_row, lane;
-  int64_t text, column;  // of one of the rows: each lane finds one
+  // Each lane finds one row's place.
+  int64_t text;    // index into text_rows
+  int64_t column;  // the head's element offset in a row of q
 
   __device__ __forceinline__ QueryLoader(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int kv_head,
                                          int first_row, int thread)
       : p(p), tile(tile), first_row(first_row), warp_row(thread / 32 * 16), lane(thread % 32) {
     const int packed = tile.row_begin + min(first_row + warp_row + lane % 16, tile.num_rows - 1);
-    const int text_of_sequence = text_of(plan, packed), head = kv_head * plan.heads + packed - text_of_sequence * plan.heads;
+    const int text_of_sequence = text_of(plan, packed), head = kv_head * plan.heads_per_kv + packed - text_of_sequence * plan.heads_per_kv;
     text = tile.text_begin + text_of_sequence;
     column = head * p.q_head_stride;
   }
@@ -176,7 +179,7 @@ struct QueryLoader {
       const int source = i + lane / kVectors, row = warp_row + source;
       const auto row_start = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(start), source));
       T* cell = q + (vector / 8 * 64 + row) * Traits::kSpan + ((vector ^ row) % 8) * 8;
-      cp_async_16_or_zeros(ptx::smem_address(cell), row_start + vector * 8, first_row + row < tile.num_rows);
+      cp_async_16_or_zeros(shared_address(cell), row_start + vector * 8, first_row + row < tile.num_rows);
     }
     cp_async_commit();
   }
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   extern __shared__ char raw[];
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
-  Shared& shared = *reinterpret_cast<Shared*>(raw + ((1024 - (ptx::smem_address(raw) & 1023)) & 1023));
+  Shared& shared = *reinterpret_cast<Shared*>(raw + ((1024 - (shared_address(raw) & 1023)) & 1023));
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int thread = threadIdx.x % 128, lane = thread % 32;
   constexpr int kQueryThreads = 32 + 128 * Traits::kConsumers;  // the producer's warp and the consumers
@@ -292,7 +295,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     typename DirectEpilogue<Traits>::Neighbour neighbour;
     const ClusterEpilogue<Traits> cluster = {gates, consumer, thread};
     Mainloop<Traits>::run(shared, rows, unit.paired, consumer, thread, num_blocks, last_valid, scale_log2, [&] {
-      unit.size == 1 ? direct.prepare(neighbour) : cluster.prepare();
+      if (unit.size == 1) {
+        direct.prepare(neighbour);
+      } else {
+        cluster.prepare();
+      }
     });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -300,7 +307,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
       rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], 1);
       rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], 2);
     }
-    unit.size == 1 ? direct.run(rows, neighbour) : cluster.run(rows);
+    if (unit.size == 1) {
+      direct.run(rows, neighbour);
+    } else {
+      cluster.run(rows);
+    }
   }
 }
 

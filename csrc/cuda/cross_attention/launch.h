@@ -4,13 +4,13 @@
 
 namespace slowfast::cuda {
 
-// A unit is a tile of kBlockM packed rows (text row, head of the group) of one KV head. Its slow tokens are split over
-// cluster_size * num_groups CTAs: a cluster adds up through distributed shared memory, groups through `partial`.
-// kConsumers below is `consumers`, and kBlockM is 64 of it.
+// A packed row is a text row and one of the query heads that share a KV head. A unit is a tile of kBlockM packed rows of one
+// KV head. Its slow tokens are split over num_groups groups of cluster_size CTAs: a group is a cluster, which adds up through
+// distributed shared memory, and groups add up through global memory. kConsumers below is `consumers`; kBlockM is 64 of it.
 struct SplitPlan {
   int32_t consumers;     // 1 or 2 warpgroups of 64 rows
-  int32_t cluster_size;  // 1, 2, 4, 8 or 16
-  int32_t num_groups;    // >= 1
+  int32_t cluster_size;  // 1, 2, 4 or 8
+  int32_t num_groups;    // groups a unit, >= 1
   int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
   int32_t whole_units;   // the first units (by KV head, then tile), a CTA each without a split; 0 unless cluster_size is 1
   int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
@@ -21,9 +21,10 @@ struct SplitPlan {
   float* partial_gates;  // [units, cluster_size, kBlockM, 3]
   int32_t* counters;     // [units, cluster_size == 1 ? kConsumers * num_groups : cluster_size]; zero before and after a
                          // launch
-  int32_t heads;              // query heads of a KV head, and
-  uint32_t heads_reciprocal;  // 2^32 / heads, rounded up (0 for one head): see text_of
-  uint32_t splits_reciprocal;  // the same of cluster_size * num_groups
+  // Set by the launch. The reciprocals are 2^32 / x, rounded up (0 for x = 1), for a division by one multiplication.
+  int32_t heads_per_kv;                 // query heads that share a KV head
+  uint32_t heads_per_kv_reciprocal;     // see text_of
+  uint32_t splits_reciprocal;           // of cluster_size * num_groups
 };
 
 void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);

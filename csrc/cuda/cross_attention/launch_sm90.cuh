@@ -52,17 +52,14 @@ CUtensorMap make_kv_map(const CrossAttentionParams& p) {
 
 template <typename Traits>
 void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) {
-  plan.heads = p.num_q_heads / p.num_kv_heads;
+  plan.heads_per_kv = p.num_q_heads / p.num_kv_heads;
   const auto reciprocal = [](int64_t x) { return static_cast<uint32_t>(((int64_t{1} << 32) + x - 1) / x); };
-  plan.heads_reciprocal = reciprocal(plan.heads);
+  plan.heads_per_kv_reciprocal = reciprocal(plan.heads_per_kv);
   plan.splits_reciprocal = reciprocal(plan.cluster_size * plan.num_groups);
   auto* kernel = cross_attention_kernel<Traits>;
   // Per device, hence on every launch: the call is a table look-up.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes),
         "cudaFuncSetAttribute");
-  if (plan.cluster_size > 8) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
-  }
   // Launched as clusters, be it of one, CTAs scatter over the GPCs. Otherwise neighbours share a TPC, and where they read the
   // same K and V in step, one request to L2 serves both: 8x64x10368 650 MB instead of 960 (ncu, lts__t_bytes).
   cudaLaunchAttribute attributes[2];
@@ -80,14 +77,23 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   check(cudaLaunchKernelEx(&config, kernel, make_kv_map<Traits>(p), p, plan), "cross_attention_sm90");
 }
 
+template <int kHeadDim, int kConsumers>
+void launch_dtype(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
+  switch (p.dtype) {
+    case DType::kBFloat16: return launch<Traits<__nv_bfloat16, kHeadDim, kConsumers>>(p, plan, stream);
+    case DType::kFloat16: return launch<Traits<__half, kHeadDim, kConsumers>>(p, plan, stream);
+    case DType::kFloat32: break;
+  }
+  throw std::invalid_argument("cross_attention: a dtype that has no kernel");
+}
+
 template <int kHeadDim>
 void launch_head_dim(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
-  const bool bf16 = p.dtype == DType::kBFloat16;
-  if (plan.consumers == 1) {
-    bf16 ? launch<Traits<__nv_bfloat16, kHeadDim, 1>>(p, plan, stream) : launch<Traits<__half, kHeadDim, 1>>(p, plan, stream);
-  } else {
-    bf16 ? launch<Traits<__nv_bfloat16, kHeadDim, 2>>(p, plan, stream) : launch<Traits<__half, kHeadDim, 2>>(p, plan, stream);
+  switch (plan.consumers) {
+    case 1: return launch_dtype<kHeadDim, 1>(p, plan, stream);
+    case 2: return launch_dtype<kHeadDim, 2>(p, plan, stream);
   }
+  throw std::invalid_argument("cross_attention: a number of consumers that has no kernel");
 }
 
 }  // namespace slowfast::cuda

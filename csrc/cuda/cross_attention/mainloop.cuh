@@ -20,7 +20,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 // `size` slots from `first` on, used one after another from `start`; the phase flips each time round.
 struct Ring {
-  int first, size, start;
+  int first;
+  int size;
+  int start;
   int index = start;
   uint32_t phase = 0;
 
@@ -72,7 +74,7 @@ struct QueryOperand {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {  // a warp's 16 rows; 16 columns are vectors 2 step and 2 step + 1
         const int row = thread / 32 * 16 + thread % 16, vector = thread % 32 / 16;
-        const uint32_t cell = ptx::smem_address(q + row * Traits::kSpan + (vector ^ row % 8) * 8);
+        const uint32_t cell = shared_address(q + row * Traits::kSpan + (vector ^ row % 8) * 8);
         ptx::load_matrices(fragments[step], (cell ^ step % 4 * 32) + step / 4 * 64 * 128);
       }
     }

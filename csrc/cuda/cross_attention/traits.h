@@ -39,7 +39,8 @@ struct Traits {
   // [kBlockN][64]. Q is as large and has the last slot; the others are a ring. In a CTA of two half tiles each warpgroup has
   // a ring of its own, half of all slots, which takes in that of Q once it is read.
   static constexpr int kSlotSize = kBlockN * kHeadDim * (kLoadsTogether ? 2 : 1);
-  static constexpr int kNumSlots = kConsumers == 1 ? (kHeadDim == 128 ? 6 : 10) : (kHeadDim == 128 ? 6 : 12);
+  static constexpr int kNumSlotsOfD64 = kConsumers == 1 ? 10 : 12;
+  static constexpr int kNumSlots = kHeadDim == 128 ? 6 : kNumSlotsOfD64;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "kNumSlots is chosen by the shared memory of these two");
   static constexpr int kRingSlots = kNumSlots - 1, kHalfRingSlots = kNumSlots / 2;
   static_assert(kSlotSize == kBlockM * kHeadDim);

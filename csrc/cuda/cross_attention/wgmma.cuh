@@ -7,6 +7,8 @@
 #include <cuda_fp16.h>
 #include <cstdint>
 
+#include "../common/memory.cuh"
+
 namespace slowfast::ptx {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -25,7 +27,7 @@ __device__ __forceinline__ void wgmma_fence_operand(float (&d)[N]) {
 // Shared-memory matrix descriptor, 128-byte swizzle. Byte offsets between 8-row groups (stride) and, for an MN-major
 // operand, between its 64-element column blocks (leading).
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes) {
-  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
+  const uint64_t address = cuda::shared_address(tile);
   return ((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(leading_bytes >> 4) << 16) |
          (static_cast<uint64_t>(stride_bytes >> 4) << 32) | (1ull << 62);
 }
