@@ -54,7 +54,7 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     for step in (-6, -3, 3, 6) if own.long_blocks else ():
         yield replace(own, long_blocks=max(1, own.long_blocks + step))
     even = replace(own, whole_units=0, long_blocks=0)
-    for cluster_size in (1, 2, 4, 8, 16):
+    for cluster_size in (1, 2, 4, 8):
         for groups in GROUPS:
             ctas = (tiles - idle) * groups * cluster_size
             waves = -(-ctas // slots)
