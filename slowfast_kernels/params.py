@@ -70,8 +70,8 @@ class SplitPlan(ctypes.Structure):
         *_fields(c_int32, "consumers cluster_size num_groups max_tiles whole_units long_blocks"),
         ("kv_evict_first", c_bool),
         *_fields(c_void_p, "partial_out partial_stats partial_gates counters"),
-        ("heads", c_int32),
-        *_fields(c_uint32, "heads_reciprocal splits_reciprocal"),
+        ("heads_per_kv", c_int32),
+        *_fields(c_uint32, "heads_per_kv_reciprocal splits_reciprocal"),
     ]
 
 

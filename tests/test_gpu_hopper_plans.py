@@ -44,7 +44,6 @@ PLANS = {
     "a half tile without a partner, whole": (ODD, HopperConfig(2, 1, 2, 2, whole_units=3, long_blocks=7)),
     "a half tile without a partner, cluster": (ODD, HopperConfig(2, 4, 1, 2)),
     "a half tile without a partner, cluster and groups": (ODD, HopperConfig(2, 2, 3, 2)),
-    "cluster 16": (ONE, HopperConfig(2, 16, 1, 2)),
     "one warpgroup": (ONE, HopperConfig(1, 1, 1, 3)),
     "one warpgroup, groups": (ONE, HopperConfig(1, 1, 5, 3)),
     "one warpgroup, cluster": (ONE, HopperConfig(1, 4, 3, 3)),
@@ -59,7 +58,6 @@ PLANS = {
     "decode, one CTA": (DECODE, HopperConfig(1, 1, 1, 1)),
     "decode, groups": (DECODE, HopperConfig(1, 1, 33, 1)),
     "decode, cluster and groups": (DECODE, HopperConfig(1, 4, 5, 1)),
-    "decode, cluster 16": (DECODE, HopperConfig(1, 16, 2, 1)),
 }
 
 
