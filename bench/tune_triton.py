@@ -44,7 +44,18 @@ MANY_ROWS = [
 def fused(config: AttentionConfig, inputs: AttentionInputs) -> torch.Tensor:
     gating = (inputs.gate_weight, inputs.gate_bias, inputs.warm_up)
     tensors = FusedTensors(
-        inputs.state, inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text, *gating, None
+        inputs.state,
+        inputs.q,
+        inputs.slow_kv,
+        inputs.cu_slow,
+        inputs.text_rows,
+        inputs.cu_text,
+        None,
+        None,
+        None,
+        None,
+        *gating,
+        None,
     )
     return attention.Attention(tensors, config=config).attend_and_mix(tensors, Gate.of(*gating))
 

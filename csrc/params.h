@@ -26,22 +26,31 @@ struct GateParams {
 };
 
 // context[i] = softmax(scale * q[text_rows[i]] K_b^T) V_b for text row i of sequence b, grouped-query heads.
+// Sequence b's slow tokens are cu_slow[b] .. cu_slow[b + 1] - 1 or, with slow_pieces, the tokens of the pieces of these
+// numbers, one piece after the other. Row i sees slow_begin[i] <= j < slow_end[i] of them, clamped to what there is; if that
+// is nothing, context is 0, lse -inf, and out[r] is state[r] bit for bit. A sequence has fewer than 2^31 - 256 slow tokens,
+// and tokens that no row sees may hold anything.
 // With `state` set, the kernel goes on to  out[r] = state[r] + g * context  on r = text_rows[i].
 struct CrossAttentionParams {
   const void* q;          // [rows, Hq, D]
-  const void* slow_kv;    // [Ns, Hkv, 2, D]: K at index 0, V at index 1 of the third dimension
+  const void* keys;       // [Ns, Hkv, D], and
+  const void* values;     // the same: two tensors, or one [Ns, Hkv, 2, D] in which V lies D elements behind K
   const int32_t* cu_slow; // [B + 1]
   const int32_t* text_rows;  // [Nt], distinct rows of q (and of state)
   const int32_t* cu_text; // [B + 1]
+  const int32_t* slow_begin;   // [Nt], or nullptr: 0
+  const int32_t* slow_end;     // [Nt], or nullptr: the number of the sequence's slow tokens
+  const int32_t* slow_pieces;  // [P, 2], begin and end of each among the Ns tokens; or nullptr
   void* context;          // [Nt, Hq, D], contiguous; may be nullptr when state is set
   float* lse;             // [Nt, Hq] natural log, -inf where a sequence has no slow token; or nullptr
   const void* state;      // [rows, C = Hq * D], or nullptr: attention alone
   void* out;              // [rows, C] contiguous; rows outside text_rows are not touched by the kernel
   GateParams gate;
   int64_t q_row_stride, q_head_stride;
-  int64_t kv_token_stride, kv_head_stride, kv_pair_stride;
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   int64_t state_row_stride;
   int64_t num_text, num_slow;   // Nt, Ns
+  int64_t num_pieces;           // P; 0 without slow_pieces
   int32_t batch, num_q_heads, num_kv_heads, head_dim;
   int32_t num_splits;           // >= 1, over each sequence's slow tokens
   float softmax_scale;

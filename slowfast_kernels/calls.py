@@ -43,11 +43,32 @@ class PoolCallOptions(NamedTuple):
 
 
 class AttentionTensors(NamedTuple):
+    """``slow_kv`` is K and V [Ns, Hkv, 2, D], or K alone [Ns, Hkv, D] beside ``slow_values``."""
+
     q: Tensor
     slow_kv: Tensor
     cu_slow: Tensor
     text_rows: Tensor
     cu_text: Tensor
+    slow_values: Tensor | None = None
+    slow_begin: Tensor | None = None
+    slow_end: Tensor | None = None
+    slow_pieces: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """[Ns, Hkv, D]"""
+        return self.slow_kv[:, :, 0] if self.slow_values is None else self.slow_kv
+
+    @property
+    def values(self) -> Tensor:
+        """[Ns, Hkv, D]"""
+        return self.slow_kv[:, :, 1] if self.slow_values is None else self.slow_values
+
+    @property
+    def selects(self) -> bool:
+        """A row may see less than all of one run of tokens."""
+        return self.slow_begin is not None or self.slow_end is not None or self.slow_pieces is not None
 
 
 class AttentionOptions(NamedTuple):
@@ -83,6 +104,10 @@ class FusedTensors(NamedTuple):
     cu_slow: Tensor
     text_rows: Tensor
     cu_text: Tensor
+    slow_values: Tensor | None
+    slow_begin: Tensor | None
+    slow_end: Tensor | None
+    slow_pieces: Tensor | None
     gate_weight: Tensor | None
     gate_bias: Tensor | None
     warm_up: Tensor | None
@@ -90,13 +115,10 @@ class FusedTensors(NamedTuple):
 
     @property
     def attention(self) -> AttentionTensors:
-        return AttentionTensors(*self[1:6])
-
-    def mix(self, context: Tensor | None) -> MixTensors:
-        return MixTensors(self.state, context, self.text_rows, *self[6:])
+        return AttentionTensors(*self[1:10])
 
     def gate(self, options: FusedOptions) -> Gate:
-        return Gate.of(*self[6:], options.gate, options.warm_up_tanh)
+        return Gate.of(*self[10:], options.gate, options.warm_up_tanh)
 
 
 class FusedOptions(NamedTuple):

@@ -6,7 +6,7 @@ Functions take validated tensors (see ``ops``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import NamedTuple
 
@@ -115,65 +115,175 @@ def pool_backward(
 # -------------------------------------------------------------------------------------------- attention
 
 
-def _sequences(cu_slow: Tensor, cu_text: Tensor):
-    slow, text = integers(cu_slow), integers(cu_text)
+class _Sequence(NamedTuple):
+    """One sequence of a batch: which text rows it has, and where its slow tokens lie, piece after piece."""
+
+    texts: slice
+    pieces: list[slice]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Its rows of ``x`` [Ns, ...], in order."""
+        found = [x[piece] for piece in self.pieces]
+        return found[0] if len(found) == 1 else torch.cat([x[:0], *found])
+
+
+def _sequences(inputs: AttentionTensors) -> Iterator[_Sequence]:
+    slow, text = integers(inputs.cu_slow), integers(inputs.cu_text)
+    bounds = None if inputs.slow_pieces is None else integers(inputs.slow_pieces.flatten())
     for b in range(len(slow) - 1):
-        yield slice(slow[b], slow[b + 1]), slice(text[b], text[b + 1])
+        pieces = [slice(slow[b], slow[b + 1])]
+        if bounds is not None:
+            pieces = [slice(bounds[2 * p], max(bounds[2 * p : 2 * p + 2])) for p in range(slow[b], slow[b + 1])]
+        yield _Sequence(slice(text[b], text[b + 1]), pieces)
 
 
-def _heads_of(slow_kv: Tensor, tokens: slice, num_q_heads: int) -> tuple[Tensor, Tensor]:
-    """K and V of one sequence as [Hq, N, D], a KV head repeated for each of its query heads."""
-    keys, values = slow_kv[tokens].unbind(2)
-    heads_per_kv = num_q_heads // slow_kv.shape[1]
-    return tuple(x.transpose(0, 1).repeat_interleave(heads_per_kv, 0) for x in (keys, values))
+class _Ranges(NamedTuple):
+    """What each of some text rows sees of its sequence, clamped to it; begin >= end: nothing."""
+
+    begin: Tensor  # [n]
+    end: Tensor  # [n]
+
+    @property
+    def sees(self) -> Tensor:
+        return self.begin < self.end
+
+    def by_some(self, num_tokens: int) -> Tensor:
+        """Tokens that some row sees, [N]."""
+        step = self.sees.int()
+        changes = torch.zeros(num_tokens + 1, dtype=torch.int32, device=step.device)
+        changes = changes.index_add(0, self.begin, step).index_add(0, self.end, -step)
+        return changes.cumsum(0)[:-1] > 0
+
+
+def _ranges(inputs: AttentionTensors, texts: slice, num_tokens: int) -> _Ranges | None:
+    """Of a sequence's text rows; None: each sees everything."""
+    if inputs.slow_begin is None and inputs.slow_end is None:
+        return None
+    rows = inputs.text_rows[texts].long()
+    begin = torch.zeros_like(rows) if inputs.slow_begin is None else inputs.slow_begin[texts].long()
+    end = torch.full_like(rows, num_tokens) if inputs.slow_end is None else inputs.slow_end[texts].long()
+    return _Ranges(begin.clamp(0, num_tokens), end.clamp(0, num_tokens))
+
+
+_SCORES = 2**26  # of rows that are worked on together: what bounds the memory, 256 MiB in float32
+
+
+class _Attended(NamedTuple):
+    """Some text rows of a sequence against all its tokens; packed rows are (text row, query head of a KV head)."""
+
+    rows: slice  # of text_rows
+    query: Tensor  # [Hkv, packed rows, D]
+    scores: Tensor  # [Hkv, packed rows, N], scaled; -inf where a row does not see
+    sees: Tensor | None  # [packed rows, 1]: whether it sees any token; None: that of every other row
+
+    def only_seeing(self, x: Tensor) -> Tensor:
+        """``x`` [Hkv, packed rows, ...], 0 in rows that see nothing, whatever came of them."""
+        return x if self.sees is None else torch.where(self.sees, x, 0)
+
+    @property
+    def probs(self) -> Tensor:
+        return self.only_seeing(self.scores.softmax(-1))
+
+
+def _packed(x: Tensor, num_kv_heads: int) -> Tensor:
+    """[n, Hq, ...] -> [Hkv, n * Hq / Hkv, ...]"""
+    return x.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _unpacked(x: Tensor, num_text: int) -> Tensor:
+    """The inverse of ``_packed``."""
+    return x.unflatten(1, (num_text, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _attend(
+    inputs: AttentionTensors, sequence: _Sequence, softmax_scale: float
+) -> tuple[Tensor, Tensor, Iterator[_Attended]]:
+    """K and V [Hkv, N, D] of a sequence, tokens that no row sees as 0, and its rows in parts of bounded memory."""
+    keys, values = (_fp32_or_wider(sequence.tokens(x).transpose(0, 1)) for x in (inputs.keys, inputs.values))
+    num_kv_heads, num_tokens = keys.shape[:2]
+    num_q_heads, texts = inputs.q.shape[1], sequence.texts
+    ranges = _ranges(inputs, texts, num_tokens)
+    if ranges is not None:
+        is_seen = ranges.by_some(num_tokens)[:, None]
+        keys, values = (torch.where(is_seen, x, 0) for x in (keys, values))
+
+    def part(first: int, last: int) -> _Attended:
+        query = _packed(_fp32_or_wider(inputs.q[inputs.text_rows[first:last].long()]), num_kv_heads)
+        if ranges is None:
+            return _Attended(slice(first, last), query, query @ keys.transpose(1, 2) * softmax_scale, None)
+        mine = slice(first - texts.start, last - texts.start)
+        begin, end = (x[mine].repeat_interleave(num_q_heads // num_kv_heads)[:, None] for x in ranges)
+        token = torch.arange(num_tokens, device=begin.device)
+        query = torch.where(begin < end, query, 0)
+        scores = query @ keys.transpose(1, 2) * softmax_scale
+        scores = scores.masked_fill((token < begin) | (token >= end), float("-inf"))
+        return _Attended(slice(first, last), query, scores, begin < end)
+
+    step = max(1, _SCORES // max(1, num_q_heads * num_tokens))
+    starts = range(texts.start, texts.stop, step)
+    return keys, values, (part(first, min(first + step, texts.stop)) for first in starts)
 
 
 @_without_autocast
 def text_cross_attention(inputs: AttentionTensors, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """context [Nt, Hq, D] and lse [Nt, Hq] float32."""
-    q, slow_kv, cu_slow, text_rows, cu_text = inputs
+    q = inputs.q
     contexts, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(0, q.shape[1], dtype=torch.float32)]
-    for tokens, texts in _sequences(cu_slow, cu_text):
-        query = q[text_rows[texts].long()]  # [n, Hq, D]
-        if tokens.start == tokens.stop:
-            contexts.append(torch.zeros_like(query))
-            lses.append(torch.full_like(query[..., 0], float("-inf"), dtype=torch.float32))
-            continue
-        keys, values = _heads_of(slow_kv, tokens, q.shape[1])
-        query, keys, values = (_fp32_or_wider(x) for x in (query.transpose(0, 1), keys, values))
-        scores = query @ keys.transpose(1, 2) * softmax_scale
-        contexts.append((scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype))
-        lses.append(scores.logsumexp(-1).transpose(0, 1).float())
+    for sequence in _sequences(inputs):
+        _, values, parts = _attend(inputs, sequence, softmax_scale)
+        for part in parts:
+            num_text = part.rows.stop - part.rows.start
+            contexts.append(_unpacked(part.probs @ values, num_text).to(q.dtype))
+            lses.append(_unpacked(part.scores.logsumexp(-1), num_text).float())
     return torch.cat(contexts), torch.cat(lses)
+
+
+class AttentionGradients(NamedTuple):
+    """Of ``text_cross_attention``, in its arguments' shapes, dtypes and layout."""
+
+    q: Tensor
+    slow_kv: Tensor
+    slow_values: Tensor | None
 
 
 @_without_autocast
 def text_cross_attention_backward(
     grad_context: Tensor, grad_lse: Tensor | None, inputs: AttentionTensors, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to ``q`` (zero outside the text rows) and ``slow_kv``; scores are recomputed."""
-    q, slow_kv, cu_slow, text_rows, cu_text = inputs
+) -> AttentionGradients:
+    """``q``'s is zero outside the text rows; scores are recomputed.
+
+    Tokens of several sequences, or of one sequence twice, get the float32 sum over their uses in the order of the
+    sequences and pieces, rounded once: the same bits every time, on a GPU too.
+    """
+    q = inputs.q
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_q = torch.zeros(q.shape, dtype=wide, device=q.device)
-    grad_kv = torch.zeros(slow_kv.shape, dtype=wide, device=q.device)
-    num_kv_heads = slow_kv.shape[1]
-    for tokens, texts in _sequences(cu_slow, cu_text):
-        if tokens.start == tokens.stop or texts.start == texts.stop:
-            continue
-        rows = text_rows[texts].long()
-        keys, values = (x.to(wide) for x in _heads_of(slow_kv, tokens, q.shape[1]))
-        query = q[rows].transpose(0, 1).to(wide)
-        upstream = grad_context[texts].transpose(0, 1).to(wide)
-        probs = (query @ keys.transpose(1, 2) * softmax_scale).softmax(-1)
-        grad_probs = upstream @ values.transpose(1, 2)
-        grad_scores = grad_probs - (grad_probs * probs).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            grad_scores = grad_scores + grad_lse[texts].transpose(0, 1).to(wide).unsqueeze(-1)
-        grad_scores = grad_scores * probs * softmax_scale
-        grad_q.index_add_(0, rows, (grad_scores @ keys).transpose(0, 1))
-        for index, grad in enumerate((grad_scores.transpose(1, 2) @ query, probs.transpose(1, 2) @ upstream)):
-            grad_kv[tokens, :, index] = grad.unflatten(0, (num_kv_heads, -1)).sum(1).transpose(0, 1)
-    return grad_q.to(q.dtype), grad_kv.to(slow_kv.dtype)
+    grad_k, grad_v = (torch.zeros(inputs.keys.shape, dtype=wide, device=q.device) for _ in range(2))
+    for sequence in _sequences(inputs):
+        keys, values, parts = _attend(inputs, sequence, softmax_scale)
+        mine_k, mine_v = torch.zeros_like(keys), torch.zeros_like(values)
+        for part in parts:
+            upstream = part.only_seeing(_packed(grad_context[part.rows], keys.shape[0]).to(wide))
+            probs = part.probs
+            grad_scores = upstream @ values.transpose(1, 2)
+            grad_scores = grad_scores - (grad_scores * probs).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                grad_scores = grad_scores + _packed(grad_lse[part.rows].unsqueeze(-1), keys.shape[0]).to(wide)
+            grad_scores = part.only_seeing(grad_scores) * probs * softmax_scale
+            rows = inputs.text_rows[part.rows].long()
+            grad_q[rows] = _unpacked(grad_scores @ keys, len(rows))
+            mine_k += grad_scores.transpose(1, 2) @ part.query
+            mine_v += probs.transpose(1, 2) @ upstream
+        first = 0
+        for piece in sequence.pieces:
+            tokens = slice(first, first + piece.stop - piece.start)
+            grad_k[piece] += mine_k[:, tokens].transpose(0, 1)
+            grad_v[piece] += mine_v[:, tokens].transpose(0, 1)
+            first = tokens.stop
+    grad_q, grad_k, grad_v = (grad.to(q.dtype) for grad in (grad_q, grad_k, grad_v))
+    if inputs.slow_values is None:
+        return AttentionGradients(grad_q, torch.stack((grad_k, grad_v), 2), None)
+    return AttentionGradients(grad_q, grad_k, grad_v)
 
 
 # ------------------------------------------------------------------------------------------- gated mix
@@ -266,5 +376,30 @@ def gated_residual_mix_backward(
 
 def slowfast_cross_attention(state: Tensor, inputs: AttentionTensors, gate: Gate, softmax_scale: float) -> Tensor:
     """Attention, gate and mix: what one hybrid layer adds to a Qwen2 layer between attention and ``o_proj``."""
-    context, _ = text_cross_attention(inputs, softmax_scale)
-    return gated_residual_mix(state, context.flatten(1), inputs.text_rows, gate)
+    context, lse = text_cross_attention(inputs, softmax_scale)
+    clean = without_blind_rows(state, inputs.text_rows, gate, lse)
+    mixed = gated_residual_mix(clean.state, context.flatten(1), inputs.text_rows, clean.gate)
+    return clean.keep(mixed, state)
+
+
+class _WithoutBlindRows(NamedTuple):
+    """The mix's arguments with 0 in the text rows that see no slow token: what those hold is nobody's business."""
+
+    rows: Tensor  # [Nt]
+    sees: Tensor  # [Nt]
+    state: Tensor
+    gate: Gate
+
+    def keep(self, mixed: Tensor, state: Tensor) -> Tensor:
+        """``mixed``, with the blind rows of ``state``, bit for bit."""
+        rows = torch.where(self.sees[:, None], mixed[self.rows], state[self.rows])
+        return mixed.index_copy(0, self.rows, rows)
+
+
+def without_blind_rows(state: Tensor, text_rows: Tensor, gate: Gate, lse: Tensor) -> _WithoutBlindRows:
+    """A row is blind if its ``lse`` [Nt, Hq] is -inf."""
+    rows, sees = text_rows.long(), (lse != float("-inf")).any(-1)
+    state = state.index_copy(0, rows, torch.where(sees[:, None], state[rows], 0))
+    if gate.value is not None:
+        gate = gate._replace(value=torch.where(sees, gate.value, 0))
+    return _WithoutBlindRows(rows, sees, state, gate)

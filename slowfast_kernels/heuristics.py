@@ -31,6 +31,8 @@ class OpCall(NamedTuple):
     head_dim: int = 0
     num_text: int = 0  # of the mix
     aligned: bool = True  # 16-byte rows and base addresses
+    apart: bool = False  # K and V are two tensors
+    selects: bool = False  # rows see ranges, or sequences are in pieces
     positive_scale: bool = True
     has_sm90_kernels: bool = True  # the extension was built for sm_90a
 
@@ -50,6 +52,10 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
         return f"tensors on {call.device_type}; use backend='triton' or 'cuda'"
     if backend == "cuda" and call.device_type != "cuda":
         return f"tensors on {call.device_type}; use backend='cpu'"
+    if call.selects:
+        return "slow_begin, slow_end and slow_pieces; use backend='eager'"
+    if call.apart and backend in ("triton", "cuda"):
+        return "K and V apart; use backend='eager'"
     attends = call.op in ("text_cross_attention", "slowfast_cross_attention")
     if backend == "triton" and attends and call.device_type == "cpu" and call.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly; use backend='eager', float32 or float16"

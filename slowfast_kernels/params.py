@@ -34,10 +34,11 @@ class GateParams(ctypes.Structure):
 
 class CrossAttentionParams(ctypes.Structure):
     _fields_ = [
-        *_fields(c_void_p, "q slow_kv cu_slow text_rows cu_text context lse state out"),
+        *_fields(c_void_p, "q keys values cu_slow text_rows cu_text slow_begin slow_end slow_pieces"),
+        *_fields(c_void_p, "context lse state out"),
         ("gate", GateParams),
-        *_fields(c_int64, "q_row_stride q_head_stride kv_token_stride kv_head_stride kv_pair_stride state_row_stride"),
-        *_fields(c_int64, "num_text num_slow"),
+        *_fields(c_int64, "q_row_stride q_head_stride k_token_stride k_head_stride v_token_stride v_head_stride"),
+        *_fields(c_int64, "state_row_stride num_text num_slow num_pieces"),
         *_fields(c_int32, "batch num_q_heads num_kv_heads head_dim num_splits"),
         ("softmax_scale", c_float),
         ("dtype", c_int32),
@@ -143,18 +144,20 @@ def cross_attention_params(
     inputs, softmax_scale: float, num_splits: int, state: Tensor | None = None, gate: Gate | None = None
 ) -> CrossAttentionParams:
     """All but the addresses; ``state`` and ``gate`` of the fused op. ``inputs``: ``calls.AttentionTensors``."""
-    q, slow_kv = inputs.q, inputs.slow_kv
+    q, keys, values = inputs.q, inputs.keys, inputs.values
     params = CrossAttentionParams(
         q_row_stride=q.stride(0),
         q_head_stride=q.stride(1),
-        kv_token_stride=slow_kv.stride(0),
-        kv_head_stride=slow_kv.stride(1),
-        kv_pair_stride=slow_kv.stride(2),
+        k_token_stride=keys.stride(0),
+        k_head_stride=keys.stride(1),
+        v_token_stride=values.stride(0),
+        v_head_stride=values.stride(1),
         num_text=inputs.text_rows.shape[0],
-        num_slow=slow_kv.shape[0],
+        num_slow=keys.shape[0],
+        num_pieces=0 if inputs.slow_pieces is None else inputs.slow_pieces.shape[0],
         batch=inputs.cu_text.shape[0] - 1,
         num_q_heads=q.shape[1],
-        num_kv_heads=slow_kv.shape[1],
+        num_kv_heads=keys.shape[1],
         head_dim=q.shape[2],
         num_splits=num_splits,
         softmax_scale=softmax_scale,
@@ -168,6 +171,16 @@ def cross_attention_params(
 
 def fill_attention(params: CrossAttentionParams, inputs) -> None:
     """The addresses of ``inputs``; those of the results are the caller's to fill."""
-    params.q, params.slow_kv = inputs.q.data_ptr(), inputs.slow_kv.data_ptr()
+    slow_kv, slow_values = inputs.slow_kv, inputs.slow_values
+    keys = slow_kv.data_ptr()
+    behind = slow_kv.stride(2) * slow_kv.element_size()  # of K, where both are one tensor
+    params.q, params.keys = inputs.q.data_ptr(), keys
+    params.values = keys + behind if slow_values is None else slow_values.data_ptr()
     params.cu_slow, params.cu_text = inputs.cu_slow.data_ptr(), inputs.cu_text.data_ptr()
     params.text_rows = inputs.text_rows.data_ptr()
+    if inputs.slow_begin is not None:
+        params.slow_begin = inputs.slow_begin.data_ptr()
+    if inputs.slow_end is not None:
+        params.slow_end = inputs.slow_end.data_ptr()
+    if inputs.slow_pieces is not None:
+        params.slow_pieces = inputs.slow_pieces.data_ptr()

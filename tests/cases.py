@@ -72,8 +72,12 @@ class Inputs:
     warm_up: Tensor | None
 
     @property
-    def attention(self) -> AttentionTensors:
-        return AttentionTensors(self.q, self.slow_kv, self.cu_slow, self.text_rows, self.cu_text)
+    def attention(self) -> tuple[Tensor, ...]:
+        return self.q, self.slow_kv, self.cu_slow, self.text_rows, self.cu_text
+
+    @property
+    def tensors(self) -> AttentionTensors:
+        return AttentionTensors(*self.attention)
 
     @property
     def gating(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -63,7 +63,7 @@ PLANS = {
 
 def attend(inputs, config):
     """context, lse and the mixed state of one launch."""
-    tensors, q = inputs.attention, inputs.q
+    tensors, q = inputs.tensors, inputs.q
     context = torch.full((len(inputs.text_rows), *q.shape[1:]), float("nan"), dtype=q.dtype, device="cuda")
     lse = torch.full(context.shape[:2], float("nan"), device="cuda")
     out = inputs.state.clone()

@@ -148,7 +148,9 @@ def test_the_registered_fused_op_has_the_same_gradients(target, way, rng):
             out = target.run(op, *mine[:3], *indices, *mine[3:-1], gate_value=mine[-1], **gate)
         else:
             try:
-                out = op(*mine[:3], *indices, *mine[3:], None, 0, gate.get("gate", "tanh"), True, target.backend)
+                out = op(
+                    *mine[:3], *indices, *[None] * 4, *mine[3:], None, 0, gate.get("gate", "tanh"), True, target.backend
+                )
             except NotImplementedError as limit:
                 pytest.skip(str(limit))
         results.append(gradients([out], [torch.ones_like(out)], [x for x in mine if x is not None]))

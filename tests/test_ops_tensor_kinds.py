@@ -141,7 +141,7 @@ def test_meta_tensors_give_meta_tensors():
 
 def test_a_registered_op_refuses_a_tangent_that_it_would_drop():
     inputs = finite(make_inputs(SHAPE, torch.float32, "cpu", torch.Generator().manual_seed(0)))
-    q, *rest = inputs.attention
+    q, *rest = inputs.tensors
     with fwAD.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         torch.ops.slowfast.text_cross_attention(fwAD.make_dual(q, q), *rest, None, False, 0, None)
 

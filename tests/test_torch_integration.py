@@ -20,7 +20,7 @@ def registered_calls(target, generator) -> dict[str, tuple]:
     """One call of every registered op, forward and backward."""
     inputs = finite(make_inputs(SHAPE, torch.float32, target.device, generator))
     state, q, kv, *_ = (x.clone() for x in (inputs.state, inputs.q, inputs.slow_kv))
-    indices, gating = inputs.attention[2:], inputs.gating
+    indices, gating = inputs.tensors[2:], inputs.gating
     num_text = len(inputs.text_rows)
     context = torch.randn(num_text, state.shape[1], generator=generator, device=target.device)
     frames = make_frames(VIDEO, torch.float32, target.device, generator)

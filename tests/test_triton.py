@@ -181,7 +181,8 @@ def fused(
     gating, kind = made_gate(gate, channels, num_text, gate_dtype, warm)
     tensors = FusedTensors(
         meta(rows, channels, dtype=dtype), meta(rows, heads[0], dim, dtype=dtype),
-        meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1), index(num_text), index(batch + 1), *gating,
+        meta(num_slow, heads[1], 2, dim, dtype=dtype), index(batch + 1), index(num_text), index(batch + 1),
+        None, None, None, None, *gating,
     )  # fmt: skip
     prepare_cross_attention(tensors, FusedOptions(None, 0, kind, True, "triton"))(tensors)
 
@@ -373,7 +374,7 @@ def check_attention(shape, num_splits, dtype, rng):
     inputs = make_inputs(shape, dtype, "cpu", rng())
     scale = shape.dim**-0.5
     context, lse = attend(inputs, scale, num_splits)
-    expected = eager.text_cross_attention(inputs.attention, scale)
+    expected = eager.text_cross_attention(inputs.tensors, scale)
     exact = reference.attention(*inputs.attention, scale)
     reference.assert_accurate(context, expected[0], exact.context, exact.noise)
     reference.assert_lse_accurate(lse, expected[1], exact.lse)
@@ -408,7 +409,7 @@ def test_a_neighbour_full_of_nan_and_infinity_does_not_leak(num_splits, dtype, r
 def test_gate_and_mix(num_splits, gate, warm_up_tanh, warm, rng):
     inputs = make_inputs(RAGGED_DECODE, torch.float16, "cpu", rng(), gate_dtype=torch.float32)
     inputs.warm_up = None if warm is None else torch.tensor([warm])
-    context, _ = eager.text_cross_attention(inputs.attention, 0.125)
+    context, _ = eager.text_cross_attention(inputs.tensors, 0.125)
     exact_context = reference.attention(*inputs.attention, 0.125).context
     options = {"gate": gate, "warm_up_tanh": warm_up_tanh}
     fused = partial(sk.slowfast_cross_attention, *inputs.fused, softmax_scale=0.125, num_splits=num_splits, **options)

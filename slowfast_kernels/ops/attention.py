@@ -15,24 +15,37 @@ from .op import Op
 
 def text_cross_attention(
     q: Tensor,
-    slow_kv: Tensor,
+    slow_kv: Tensor | tuple[Tensor, Tensor],
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
     *,
+    slow_begin: Tensor | None = None,
+    slow_end: Tensor | None = None,
+    slow_pieces: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(softmax_scale * q K^T) V of each text row over its sequence's slow tokens; no causal mask, GQA.
+    """softmax(softmax_scale * q K^T) V of each text row over the slow tokens of its sequence that it sees; GQA.
+
+    A row sees all of them, or a range: a prefix that grows along the text, a window, nothing. They lie in one run of
+    ``slow_kv``, or in pieces anywhere in it, which sequences may share.
 
     Args:
         q: queries of all rows [rows, Hq, D], after RoPE; float32, bfloat16 or float16. Only text rows are read.
-        slow_kv: slow KV cache [Ns, Hkv, 2, D], K and V interleaved a head as ``cross_attn_kv_proj`` writes them.
-        cu_slow: int32 [B + 1]; sequence b owns slow tokens cu_slow[b]..cu_slow[b + 1].
+        slow_kv: slow KV cache [Ns, Hkv, 2, D], K and V interleaved a head as ``cross_attn_kv_proj`` writes them; or
+            (k, v), each [Ns, Hkv, D] with strides of its own.
+        cu_slow: int32 [B + 1]; sequence b owns slow tokens cu_slow[b]..cu_slow[b + 1], or pieces of these numbers.
         text_rows: int32 [Nt], distinct rows of ``q``, grouped by sequence.
         cu_text: int32 [B + 1]; sequence b owns text_rows[cu_text[b]..cu_text[b + 1]].
+        slow_begin, slow_end: int32 [Nt]; text row i sees the slow tokens slow_begin[i] <= j < slow_end[i] of its
+            sequence, counted from the sequence's first (along its pieces) and clamped to what it has. None: from the
+            first, to the last. Rows may come in any order; begin >= end: the row sees nothing. Tokens that no row sees
+            may hold NaN.
+        slow_pieces: int32 [P, 2], begin and end of pieces of ``slow_kv``. ``cu_slow`` then counts pieces, and a
+            sequence reads its pieces one after the other. They may be empty, unordered, leave holes, overlap, repeat.
         softmax_scale: factor on q K^T; default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scaled scores.
         num_splits: parts that each sequence's slow tokens are split into; 0: chosen from shapes. A fixed number
@@ -41,21 +54,40 @@ def text_cross_attention(
 
     Returns:
         context [Nt, Hq, D] in q's dtype, and with ``return_lse`` lse [Nt, Hq] float32 (natural logarithm).
-        A sequence with no slow token gets context 0 and lse -inf.
+        A row that sees no slow token gets context 0 and lse -inf.
 
     Raises:
         ValueError: a wrong shape, device or stride; on the CPU (on a GPU under SLOWFAST_DEBUG=1) also prefix sums
-            that do not match and row indices out of range or repeated.
+            that do not match, pieces out of range, and row indices out of range or repeated.
         TypeError: a wrong dtype.
         NotImplementedError: the backend asked for cannot run this call.
+
+    A cache [B, Hkv, S, D], as transformers' ``StaticCache`` keeps it, is read in place (inference: gradients of an
+    overlapping view mean nothing). As virtual tokens of stride D, sequence b's begin at b * Hkv * S::
+
+        tokens = (B - 1) * Hkv * S + S
+        k, v = (x.as_strided((tokens, Hkv, D), (D, S * D, 1)) for x in (layer.keys, layer.values))
+        starts = torch.arange(B) * Hkv * S
+        slow_pieces = torch.stack((starts, starts + lengths), 1).int()  # cu_slow = 0, 1, ..., B
     """
     softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
     return_lse = checks.as_bool("return_lse", return_lse)
     num_splits = checks.as_int("num_splits", num_splits)
     check_backend_name(backend)
-    tensors = AttentionTensors(q, slow_kv, cu_slow, text_rows, cu_text)
+    keys, values = keys_and_values(slow_kv)
+    tensors = AttentionTensors(q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
     context, lse = _OP(tensors, AttentionOptions(softmax_scale, return_lse, num_splits, backend))
     return (context, lse) if return_lse else context
+
+
+def keys_and_values(slow_kv: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """As ``AttentionTensors`` holds them."""
+    if not isinstance(slow_kv, (tuple, list)) or not any(isinstance(x, Tensor) for x in slow_kv):
+        return slow_kv, None  # one tensor, or what the checks refuse
+    if len(slow_kv) != 2 or not all(isinstance(x, Tensor) for x in slow_kv):
+        got = ", ".join(map(checks.describe, slow_kv))
+        raise TypeError(f"slow_kv: got ({got}), want a tensor [Ns, Hkv, 2, D] or a pair (k, v) of [Ns, Hkv, D]")
+    return tuple(slow_kv)
 
 
 MAX_SPLITS = 65535  # what a CUDA grid has room for
@@ -63,19 +95,14 @@ MAX_SPLITS = 65535  # what a CUDA grid has room for
 
 def check_attention(tensors: AttentionTensors, softmax_scale: float | None, num_splits: int) -> None:
     """Everything but data."""
-    q, slow_kv, cu_slow, text_rows, cu_text = tensors
+    q, cu_slow, cu_text = tensors.q, tensors.cu_slow, tensors.cu_text
     checks.check_tensor("q", q, 3, "[rows, Hq, D]")
     checks.check_float("q", q)
-    checks.check_tensor("slow_kv", slow_kv, 4, "[Ns, Hkv, 2, D]")
-    checks.check_like("slow_kv", slow_kv, "q", q)
-    checks.check_index("cu_slow", cu_slow, "[B + 1]", "q", q)
-    checks.check_index("text_rows", text_rows, "[Nt]", "q", q)
-    checks.check_index("cu_text", cu_text, "[B + 1]", "q", q)
     num_q_heads, head_dim = q.shape[1:]
-    if slow_kv.shape[2] != 2 or slow_kv.shape[3] != head_dim:
-        hint = "; .transpose(1, 2) makes it of [Ns, 2, Hkv, D]" if slow_kv.shape[1] == 2 != slow_kv.shape[2] else ""
-        checks.fail("slow_kv", slow_kv, f"shape [Ns, Hkv, 2, {head_dim}] (K and V interleaved, D of q{hint})")
-    num_kv_heads = slow_kv.shape[1]
+    num_kv_heads = _check_slow_kv(tensors)
+    checks.check_index("cu_slow", cu_slow, "[B + 1]", "q", q)
+    checks.check_index("text_rows", tensors.text_rows, "[Nt]", "q", q)
+    checks.check_index("cu_text", cu_text, "[B + 1]", "q", q)
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
         checks.fail("q", q, f"a number of heads that is a multiple of slow_kv's {num_kv_heads}")
     if head_dim < 1:
@@ -86,26 +113,63 @@ def check_attention(tensors: AttentionTensors, softmax_scale: float | None, num_
         checks.fail("num_splits", num_splits, f"0 (automatic) to {MAX_SPLITS}")
     if softmax_scale is not None:
         checks.check_finite("softmax_scale", softmax_scale)
+    for name in ("slow_begin", "slow_end"):
+        if (x := getattr(tensors, name)) is not None:
+            checks.check_index(name, x, "[Nt]", "q", q)
+            if x.shape != tensors.text_rows.shape:
+                checks.fail(name, x, f"shape [{tensors.text_rows.shape[0]}] (Nt of text_rows)")
+    if (pieces := tensors.slow_pieces) is not None:
+        checks.check_index("slow_pieces", pieces, "[P, 2]", "q", q, rank=2)
+        if pieces.shape[1] != 2 or not pieces.is_contiguous():
+            checks.fail("slow_pieces", pieces, "a contiguous tensor [P, 2], begin and end of each piece")
+
+
+def _check_slow_kv(tensors: AttentionTensors) -> int:
+    """Returns the number of KV heads."""
+    q, slow_kv, head_dim = tensors.q, tensors.slow_kv, tensors.q.shape[2]
+    if tensors.slow_values is not None:
+        for name, x in (("slow_kv[0]", slow_kv), ("slow_kv[1]", tensors.slow_values)):
+            checks.check_tensor(name, x, 3, "[Ns, Hkv, D]")
+            checks.check_like(name, x, "q", q)
+            if x.shape[2] != head_dim:
+                checks.fail(name, x, f"shape [Ns, Hkv, {head_dim}] (D of q)")
+        if tensors.slow_values.shape != slow_kv.shape:
+            checks.fail("slow_kv[1]", tensors.slow_values, f"shape {list(slow_kv.shape)} (that of slow_kv[0])")
+        return slow_kv.shape[1]
+    checks.check_tensor("slow_kv", slow_kv, 4, "[Ns, Hkv, 2, D]")
+    checks.check_like("slow_kv", slow_kv, "q", q)
+    if slow_kv.shape[2] != 2 or slow_kv.shape[3] != head_dim:
+        hint = "; .transpose(1, 2) makes it of [Ns, 2, Hkv, D]" if slow_kv.shape[1] == 2 != slow_kv.shape[2] else ""
+        checks.fail("slow_kv", slow_kv, f"shape [Ns, Hkv, 2, {head_dim}] (K and V interleaved, D of q{hint})")
+    return slow_kv.shape[1]
 
 
 def check_attention_data(tensors: AttentionTensors) -> None:
-    q, slow_kv, cu_slow, text_rows, cu_text = tensors
-    if checks.reads_device_data(q):
-        checks.check_prefix_sums("cu_slow", cu_slow, "slow tokens in slow_kv", slow_kv.shape[0])
-        checks.check_prefix_sums("cu_text", cu_text, "entries of text_rows", text_rows.shape[0])
-        checks.check_rows("text_rows", text_rows, "q", q.shape[0])
+    q, num_slow = tensors.q, tensors.slow_kv.shape[0]
+    if not checks.reads_device_data(q):
+        return
+    if tensors.slow_pieces is None:
+        checks.check_prefix_sums("cu_slow", tensors.cu_slow, "slow tokens in slow_kv", num_slow)
+    else:
+        checks.check_prefix_sums("cu_slow", tensors.cu_slow, "pieces in slow_pieces", tensors.slow_pieces.shape[0])
+        checks.check_pieces("slow_pieces", tensors.slow_pieces, "slow tokens in slow_kv", num_slow)
+    checks.check_prefix_sums("cu_text", tensors.cu_text, "entries of text_rows", tensors.text_rows.shape[0])
+    checks.check_rows("text_rows", tensors.text_rows, "q", q.shape[0])
 
 
 def attention_facts(op: str, tensors: AttentionTensors, softmax_scale: float | None, *vectors: Tensor) -> OpCall:
     """``vectors``: further tensors that a kernel would read 16 bytes at a time."""
     q = tensors.q
+    cache = (tensors.slow_kv,) if tensors.slow_values is None else (tensors.slow_kv, tensors.slow_values)
     return OpCall(
         op,
         q.device.type,
         q.dtype,
         compute_capability(q.device),
         head_dim=q.shape[2],
-        aligned=all(map(_is_aligned, (q, tensors.slow_kv, *vectors))),
+        aligned=all(map(_is_aligned, (q, *cache, *vectors))),
+        apart=tensors.slow_values is not None,
+        selects=tensors.selects,
         positive_scale=scale_of(q, softmax_scale) > 0,
         has_sm90_kernels=q.device.type != "cuda" or "sm_90a" in _extension.cuda_archs(),
     )
@@ -121,7 +185,7 @@ class _Attention(Op):
     name = torch_name = "text_cross_attention"
     tensors, options = AttentionTensors, AttentionOptions
     returns = "(Tensor, Tensor)"
-    differentiable = ("q", "slow_kv")
+    differentiable = ("q", "slow_kv", "slow_values")
     has_gradient = (0, 1)
 
     def check(self, tensors: AttentionTensors, options: AttentionOptions) -> None:
@@ -143,7 +207,7 @@ class _Attention(Op):
         lse = q.new_empty(shape if options.return_lse else 0, dtype=torch.float32)
         return q.new_empty(*shape, q.shape[2]), lse
 
-    def gradients(self, grads, tensors: AttentionTensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    def gradients(self, grads, tensors: AttentionTensors, options: AttentionOptions) -> eager.AttentionGradients:
         grad_context, grad_lse = grads
         scale = scale_of(tensors.q, options.softmax_scale)
         return eager.text_cross_attention_backward(

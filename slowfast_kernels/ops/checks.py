@@ -83,8 +83,8 @@ def check_device(name: str, x: Tensor, reference_name: str, reference: Tensor) -
         raise ValueError(f"{name}: got {describe(x)}, want {reference.device} (the device of {reference_name})")
 
 
-def check_index(name: str, x: Tensor, shape: str, reference_name: str, reference: Tensor) -> None:
-    check_tensor(name, x, 1, shape)
+def check_index(name: str, x: Tensor, shape: str, reference_name: str, reference: Tensor, *, rank: int = 1) -> None:
+    check_tensor(name, x, rank, shape)
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: got {x.dtype}, want int32")
     check_device(name, x, reference_name, reference)
@@ -171,6 +171,13 @@ def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> Non
     for i, (low, high) in enumerate(pairwise(values)):
         if low > high:
             raise ValueError(f"{name}: got {low} then {high} at index {i}, want a non-decreasing sequence")
+
+
+def check_pieces(name: str, pieces: Tensor, total_name: str, total: int) -> None:
+    values = integers(pieces.flatten())
+    for i, (begin, end) in enumerate(zip(values[::2], values[1::2], strict=True)):
+        if not 0 <= begin <= end <= total:
+            raise ValueError(f"{name}[{i}]: got {begin}..{end}, want 0 <= begin <= end <= {total} ({total_name})")
 
 
 def check_rows(name: str, rows: Tensor, limit_name: str, limit: int) -> None:

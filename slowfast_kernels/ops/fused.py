@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import eager
 from ..calls import FusedOptions, FusedTensors, scale_of
-from ..gate import GATES
+from ..gate import GATES, Gate
 from ..heuristics import OpCall
 from . import checks
-from .attention import attention_facts, check_attention, check_attention_data, text_cross_attention
+from .attention import (
+    attention_facts,
+    check_attention,
+    check_attention_data,
+    keys_and_values,
+    text_cross_attention,
+)
 from .dispatch import check_backend_name, needs_formula
 from .gated_mix import check_gate, gated_residual_mix
 from .op import Op
@@ -19,7 +27,7 @@ from .op import Op
 def slowfast_cross_attention(
     state: Tensor,
     q: Tensor,
-    slow_kv: Tensor,
+    slow_kv: Tensor | tuple[Tensor, Tensor],
     cu_slow: Tensor,
     text_rows: Tensor,
     cu_text: Tensor,
@@ -27,6 +35,9 @@ def slowfast_cross_attention(
     gate_bias: Tensor | None,
     warm_up: Tensor | None,
     *,
+    slow_begin: Tensor | None = None,
+    slow_end: Tensor | None = None,
+    slow_pieces: Tensor | None = None,
     softmax_scale: float | None = None,
     num_splits: int = 0,
     gate: str = "tanh",
@@ -41,12 +52,13 @@ def slowfast_cross_attention(
 
     Args:
         state: self-attention output before ``o_proj`` [rows, C], C = Hq * D; q's dtype.
-        q, slow_kv, cu_slow, text_rows, cu_text, softmax_scale, num_splits: as in ``text_cross_attention``.
+        q, slow_kv, cu_slow, text_rows, cu_text, slow_begin, slow_end, slow_pieces, softmax_scale, num_splits: as in
+            ``text_cross_attention``.
         gate_weight, gate_bias, warm_up, gate, warm_up_tanh, gate_value: as in ``gated_residual_mix``.
         backend: "cuda", "triton", "cpu", "eager", or None (automatic).
 
     Returns:
-        A new tensor [rows, C]; rows outside ``text_rows`` are copied.
+        A new tensor [rows, C]; rows outside ``text_rows`` and rows that see no slow token are copied.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as the two ops.
@@ -57,22 +69,31 @@ def slowfast_cross_attention(
     checks.check_option("gate", gate, GATES)
     check_backend_name(backend)
     gating = (gate_weight, gate_bias, warm_up, gate_value)
-    tensors = FusedTensors(state, q, slow_kv, cu_slow, text_rows, cu_text, *gating)
+    keys, values = keys_and_values(slow_kv)
+    selection = {"slow_begin": slow_begin, "slow_end": slow_end, "slow_pieces": slow_pieces}
+    places = (q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
+    tensors = FusedTensors(state, *places, *gating)
     differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    if differentiated and not needs_formula(*tensors):
-        # Keep the context for the backward pass instead of computing it twice.
-        options = {"softmax_scale": softmax_scale, "num_splits": num_splits, "backend": backend}
-        context = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, **options)
-        options = {"gate": gate, "warm_up_tanh": warm_up_tanh, "gate_value": gate_value, "backend": backend}
-        return gated_residual_mix(state, context, text_rows, gate_weight, gate_bias, warm_up, **options)
-    return _OP(tensors, FusedOptions(softmax_scale, num_splits, gate, warm_up_tanh, backend))
+    if not differentiated or needs_formula(*tensors):
+        return _OP(tensors, FusedOptions(softmax_scale, num_splits, gate, warm_up_tanh, backend))
+    # Keep the context for the backward pass instead of computing it twice.
+    options = {"softmax_scale": softmax_scale, "num_splits": num_splits, "backend": backend}
+    options |= selection | {"return_lse": True}
+    context, lse = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, **options)
+    mix = partial(gated_residual_mix, gate=gate, warm_up_tanh=warm_up_tanh, backend=backend)
+    if not tensors.attention.selects:
+        return mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value=gate_value)
+    made = Gate.of(*gating, gate, warm_up_tanh)
+    clean = eager.without_blind_rows(state, text_rows, made, lse)
+    mixed = mix(clean.state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value=clean.gate.value)
+    return clean.keep(mixed, state)
 
 
 class _Fused(Op):
     name, torch_name = "slowfast_cross_attention", "cross_attention"
     tensors, options = FusedTensors, FusedOptions
     returns = "Tensor"
-    differentiable = ("state", "q", "slow_kv", "gate_weight", "gate_bias", "warm_up", "gate_value")
+    differentiable = ("state", "q", "slow_kv", "slow_values", "gate_weight", "gate_bias", "warm_up", "gate_value")
     has_gradient = (0,)
 
     def check(self, tensors: FusedTensors, options: FusedOptions) -> None:
@@ -101,13 +122,14 @@ class _Fused(Op):
 
     def gradients(self, grads, tensors: FusedTensors, options: FusedOptions) -> tuple[Tensor | None, ...]:
         scale = scale_of(tensors.q, options.softmax_scale)
-        context, _ = eager.text_cross_attention(tensors.attention, scale)
+        context, lse = eager.text_cross_attention(tensors.attention, scale)
+        clean = eager.without_blind_rows(tensors.state, tensors.text_rows, tensors.gate(options), lse)
         mixed = eager.gated_residual_mix_backward(
-            *grads, tensors.state, context.flatten(1), tensors.text_rows, tensors.gate(options)
+            *grads, clean.state, context.flatten(1), tensors.text_rows, clean.gate
         )
         grad_context = mixed.context.reshape(context.shape)
-        grad_q, grad_kv = eager.text_cross_attention_backward(grad_context, None, tensors.attention, scale)
-        return mixed.state, grad_q, grad_kv, *mixed[2:]
+        attended = eager.text_cross_attention_backward(grad_context, None, tensors.attention, scale)
+        return mixed.state, *attended, *mixed[2:]
 
 
 _OP = _Fused()

@@ -156,17 +156,18 @@ struct AttentionTile {
   }
 
   struct Rows { const float* data; int64_t stride; };   // a K or V tile, packed or in place
-  struct Source { const T* key; int64_t count; };         // where a tile lies in the slow KV cache
+  struct Source { const T* key; const T* value; int64_t count; };   // where a tile lies in the slow KV cache
 
   // The next tile's rows, while this one is worked on: rows of a head lie too far apart for the hardware to foresee.
   void prefetch(const Source& next, int64_t from) const {
     constexpr int kLevel = kTile < kTokenTile ? 3 : 2;   // a short tile fits L1 beside the current one
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t t = from; t < next.count && t < from + kDots; ++t) {
-      const T* row = next.key + t * p.kv_token_stride;
+      const T* key = next.key + t * p.k_token_stride;
+      const T* value = next.value + t * p.v_token_stride;
       for (int64_t d = 0; d < layout.head_dim; d += kLine) {
-        __builtin_prefetch(row + d, 0, kLevel);
-        __builtin_prefetch(row + p.kv_pair_stride + d, 0, kLevel);
+        __builtin_prefetch(key + d, 0, kLevel);
+        __builtin_prefetch(value + d, 0, kLevel);
       }
     }
   }
@@ -254,35 +255,35 @@ struct AttentionTile {
   // The tile of `head` that starts at `token`.
   Source source(int64_t token, int head) const {
     const int64_t left = unit.token_end - token;
-    const T* key = static_cast<const T*>(p.slow_kv) + token * p.kv_token_stride + head * p.kv_head_stride;
-    return {key, left < kTile ? left : kTile};
+    const T* key = static_cast<const T*>(p.keys) + token * p.k_token_stride + head * p.k_head_stride;
+    const T* value = static_cast<const T*>(p.values) + token * p.v_token_stride + head * p.v_head_stride;
+    return {key, value, left < kTile ? left : kTile};
   }
 
   // With one vector of rows each element is used once a tile, and packing it first would cost up to a third of the
   // time: rows that need no conversion and no padding are read where they lie.
-  bool whole(const Source& from, int64_t padded, int64_t stride) const {
+  bool whole(const Source& from, int64_t token_stride, int64_t padded, int64_t stride) const {
     constexpr bool kSameFormat = std::is_same_v<T, float> || Ops::kPack == 2;
-    const bool aligned = p.kv_token_stride % Ops::kPack == 0;   // rows start at whole lanes
+    const bool aligned = token_stride % Ops::kPack == 0;   // rows start at whole lanes
     return R == 1 && kSameFormat && from.count == padded && layout.head_dim == stride && aligned;
   }
 
   Rows keys_of(const Source& from, int64_t padded, float* to) const {
-    if (whole(from, padded, layout.k_stride * Ops::kPack)) {
-      return {reinterpret_cast<const float*>(from.key), p.kv_token_stride / Ops::kPack};
+    if (whole(from, p.k_token_stride, padded, layout.k_stride * Ops::kPack)) {
+      return {reinterpret_cast<const float*>(from.key), p.k_token_stride / Ops::kPack};
     }
     for (int64_t t = 0; t < from.count; ++t) {
-      pack_key<Ops>(from.key + t * p.kv_token_stride, layout.head_dim, to + t * layout.k_stride, layout.k_stride);
+      pack_key<Ops>(from.key + t * p.k_token_stride, layout.head_dim, to + t * layout.k_stride, layout.k_stride);
     }
     std::memset(to + from.count * layout.k_stride, 0, (padded - from.count) * layout.k_stride * sizeof(float));
     return {to, layout.k_stride};
   }
 
   Rows values_of(const Source& from, int64_t padded, float* to) const {
-    const T* value = from.key + p.kv_pair_stride;
-    if (Ops::kPack == 1 && whole(from, padded, layout.v_stride)) {
-      return {reinterpret_cast<const float*>(value), p.kv_token_stride};
+    if (Ops::kPack == 1 && whole(from, p.v_token_stride, padded, layout.v_stride)) {
+      return {reinterpret_cast<const float*>(from.value), p.v_token_stride};
     }
-    pack_values<Ops>(value, p.kv_token_stride, from.count, padded, layout.head_dim, to, layout.v_stride);
+    pack_values<Ops>(from.value, p.v_token_stride, from.count, padded, layout.head_dim, to, layout.v_stride);
     return {to, layout.v_stride};
   }
 

@@ -34,15 +34,15 @@ CUtensorMap make_kv_map(const CrossAttentionParams& p) {
   constexpr bool kIsBFloat16 = std::is_same_v<typename Traits::Element, __nv_bfloat16>;
   const cuuint64_t sizes[5] = {Traits::kSpan, static_cast<cuuint64_t>(p.num_slow > 0 ? p.num_slow : 1), Traits::kSpans, 2,
                                static_cast<cuuint64_t>(p.num_kv_heads)};
-  const cuuint64_t strides[4] = {static_cast<cuuint64_t>(p.kv_token_stride) * 2, Traits::kSpan * 2,
-                                 static_cast<cuuint64_t>(p.kv_pair_stride) * 2,
-                                 static_cast<cuuint64_t>(p.kv_head_stride) * 2};
+  const cuuint64_t strides[4] = {static_cast<cuuint64_t>(p.k_token_stride) * 2, Traits::kSpan * 2,
+                                 static_cast<cuuint64_t>(static_cast<const char*>(p.values) - static_cast<const char*>(p.keys)),
+                                 static_cast<cuuint64_t>(p.k_head_stride) * 2};
   const cuuint32_t box[5] = {Traits::kSpan, Traits::kBlockN, Traits::kSpans, Traits::kLoadsTogether ? 2 : 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map, kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-      const_cast<void*>(p.slow_kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      const_cast<void*>(p.keys), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled refused the slow KV cache: CUDA error " + std::to_string(result));
