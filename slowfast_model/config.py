@@ -66,7 +66,12 @@ MAY_BE_NONE = ("mm_hidden_size", "cross_attn_min_layer_depth", "cross_attn_max_l
 class SlowFastConfig:
     """Shapes and variants of the model; every field has the name of its official key (``head_dim``: of Qwen2's).
 
-    Numbers may be Python's, numpy's or a tensor's without a dimension; the fields hold Python's own.
+    >>> config.hybrid_layers, config.head_dim, config.gate
+    ((0, 2), 8, 'tanh')
+
+    ``cross_attn_gating_type`` and ``cross_attn_implementation`` are of ``GATING_TYPES`` and ``IMPLEMENTATIONS``;
+    README's table of variants has their formulas. Numbers may be Python's, numpy's or a tensor's without a dimension;
+    the fields hold Python's own.
 
     Raises:
         TypeError: a value of another type: nothing is rounded, and a string or a bool is no number.
@@ -174,6 +179,10 @@ class SlowFastConfig:
         implement, is refused: another family's ``model_type``, rope other than the default, sliding windows, dropout,
         biases, another activation, quantisation.
 
+        >>> qwen2 = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+        >>> SlowFastConfig.from_official(qwen2 | {"cross_attn_every_n_layers": 8}).hybrid_layers
+        (0, 8, 16, 24)
+
         Raises:
             TypeError: ``config`` is no mapping, or a value has another type.
             ValueError: a setting that this model does not implement, or a wrong value, by its key.
@@ -184,6 +193,9 @@ class SlowFastConfig:
         """The config.json that ``from_official`` reads back as this configuration.
 
         With hybrid layers it is that of the released models, without them a Qwen2's, which transformers reads too.
+
+        >>> SlowFastConfig.from_official(config.to_official()) == config
+        True
         """
         return write_official(self)
 
@@ -204,10 +216,12 @@ class SlowFastConfig:
 
     @property
     def gate(self) -> str:
+        """``gate=`` of the ops."""
         return GATING_TYPES[self.cross_attn_gating_type].gate
 
     @property
     def has_warm_up(self) -> bool:
+        """Hybrid layers have a ``cross_attn_warm_up_gate``, whose factor (1 without) the gate is multiplied by."""
         return GATING_TYPES[self.cross_attn_gating_type].has_warm_up
 
     @property

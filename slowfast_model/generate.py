@@ -105,6 +105,9 @@ class GenerationMixin:
                 is "eager").
             compile_step: fuse the captured step by torch.compile first.
 
+        >>> model.generate(input_ids, [features], max_new_tokens=5).shape
+        torch.Size([1, 5])
+
         Returns:
             New ids [B, n], int64, n <= max_new_tokens.
 

@@ -88,7 +88,17 @@ class Decoder(nn.Module):
 
 
 class SlowFastForCausalLM(GenerationMixin, nn.Module):
-    """The whole model. ``backend`` names the kernels of every layer ("eager": plain PyTorch), None chooses per call."""
+    """The whole model, of random weights.
+
+    Args:
+        config: its shapes and variants.
+        backend: the kernels of every layer ("cuda", "triton", "cpu", "eager": plain PyTorch); None chooses per call. An
+            attribute too, which may be changed between calls.
+
+    Raises:
+        TypeError: ``config`` is no SlowFastConfig.
+        ValueError: a ``backend`` that does not exist.
+    """
 
     def __init__(self, config: SlowFastConfig, *, backend: str | None = None) -> None:
         if not isinstance(config, SlowFastConfig):
@@ -122,10 +132,17 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         self._backend = name
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute every layer in the backward pass (in training mode) instead of keeping its activations."""
+        """Recompute every layer in the backward pass (in training mode) instead of keeping its activations.
+
+        Memory of one layer's activations instead of all, for one more forward pass; the same gradients.
+
+        >>> model.gradient_checkpointing_enable()
+        >>> model.train()(input_ids, [features], labels=input_ids).loss.backward()
+        """
         self.model.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
         self.model.gradient_checkpointing = False
 
     # -------------------------------------------------------------------------------------- inputs
@@ -140,6 +157,8 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         run_every_module: bool = False,
     ) -> tuple[Tensor, Layout, SlowContext | None]:
         """Embeddings [B, L', C] with fast tokens spliced in, the layout, and the slow tokens (None: none attended).
+
+        ``input_ids``, ``frame_features``, ``attention_mask`` and ``labels`` are those of ``forward``.
 
         ``run_every_module``: text alone has no slow and fast tokens instead of no video, so that every module still
         runs, in the order of a batch with videos. So every parameter gets a gradient (zeros), and the ranks of a
@@ -243,6 +262,14 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
             attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, on either side.
             labels: [B, L] int64 or int32 token ids, -100 where there is no target.
 
+        >>> labels = torch.tensor([[-100, -100, -100, 3, 4]])  # the answer alone
+        >>> output = model(input_ids, [features], labels=labels)
+        >>> output.logits.shape  # 4 text rows and 2 fast frames of 2 x 2 tokens
+        torch.Size([1, 12, 100])
+        >>> output.token_types.tolist()
+        [[1, 1, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2]]
+        >>> output.loss.backward()
+
         Returns:
             SlowFastOutput; rows are the expanded prompts, right-padded. ``loss`` is the mean cross-entropy of the next
             token over the targets (0 if there is none), None without labels.
@@ -266,18 +293,61 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
     # -------------------------------------------------------------------------------------- weights
 
     def load_official_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load a released checkpoint by its own keys; strict. See ``checkpoint.load_official_state_dict``."""
+        """Load a released checkpoint's ``state_dict`` by its own keys. See ``checkpoint.load_official_state_dict``.
+
+        Raises:
+            ValueError, TypeError: keys or tensors that do not fit, by name. Nothing is loaded then.
+        """
         checkpoint.load_official_state_dict(self, state_dict)
 
     def load_qwen2_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load a Qwen2 language model into the base layers. See ``checkpoint.load_qwen2_state_dict``."""
+        """Load a Qwen2 language model's ``state_dict`` and start the slow path from it.
+
+        The model then computes what the language model does, until training opens the warm-up gates. See
+        ``checkpoint.load_qwen2_state_dict``.
+
+        >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+        >>> language_model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+        >>> model.load_qwen2_state_dict(language_model.state_dict())
+        >>> text = torch.tensor([[1, 2, 3]])
+        >>> torch.allclose(model(text).logits, language_model.eval()(text).logits, atol=1e-4)
+        True
+
+        Raises:
+            ValueError, TypeError: keys or tensors that do not fit, by name. Nothing is loaded then.
+        """
         checkpoint.load_qwen2_state_dict(self, state_dict)
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike, **options) -> SlowFastForCausalLM:
-        """A model from a directory with config.json and safetensors. See ``checkpoint.from_pretrained``."""
+        """A model from a ``directory`` with config.json and safetensors, released, Qwen2's or saved by this package.
+
+        ``options``: ``device`` ("cpu"), ``dtype`` (None: that of the tensors, "auto": that of config.json, or one to
+        cast to) and the constructor's. See ``checkpoint.from_pretrained``.
+
+        >>> model.save_pretrained("saved")
+        >>> again = SlowFastForCausalLM.from_pretrained("saved", dtype="bfloat16")
+        >>> again.lm_head.weight.dtype, again.config == config
+        (torch.bfloat16, True)
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: nothing to read there.
+            ValueError, TypeError: what is there does not fit, by file and key.
+        """
         return checkpoint.from_pretrained(cls, directory, **options)
 
     def save_pretrained(self, directory: str | PathLike, *, max_shard_size: int | str = "5GB") -> None:
-        """Write what ``from_pretrained`` reads. See ``checkpoint.save_pretrained``."""
+        """Write what ``from_pretrained`` reads into ``directory``, in files of at most ``max_shard_size``.
+
+        See ``checkpoint.save_pretrained``.
+
+        >>> import os
+        >>> model.save_pretrained("in shards", max_shard_size="20KB")
+        >>> sorted(name for name in os.listdir("in shards") if name.endswith(".json"))
+        ['config.json', 'model.safetensors.index.json']
+
+        Raises:
+            ValueError, TypeError: a model that is not all there or has other parameters, or a wrong size.
+            NotADirectoryError: ``directory`` is a file.
+        """
         checkpoint.save_pretrained(self, directory, max_shard_size=max_shard_size)

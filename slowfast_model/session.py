@@ -47,6 +47,20 @@ class DecodeSession:
 
     ``logits`` [B, V] are those of the newest token. ``capture`` turns ``step`` into one graph launch.
 
+    >>> from slowfast_model import DecodeSession
+    >>> session = DecodeSession(model, input_ids, [features], max_new_tokens=5)
+    >>> for _ in range(5):
+    ...     token = session.logits.argmax(-1)  # [B], or what another search chooses
+    ...     logits = session.step(token)
+    >>> session.steps_left
+    0
+
+    Args:
+        model: a SlowFastForCausalLM, on the device of ``input_ids``. Its weights and backend are read at every step.
+        input_ids, frame_features, attention_mask: as in its ``forward``.
+        max_new_tokens: most steps to come; the caches are sized for them.
+        slow_tokens_in_decode: as in its ``generate``.
+
     Raises:
         ValueError, TypeError: as ``SlowFastForCausalLM.forward``; ``max_new_tokens`` that is no integer, or negative.
     """
@@ -142,6 +156,7 @@ class DecodeSession:
 
     @property
     def is_on_gpu(self) -> bool:
+        """Whether there can be a CUDA graph at all."""
         return self.position.device.type == "cuda"
 
     def capture_limit(self) -> str | None:

@@ -120,7 +120,11 @@ def slow_and_fast_tokens(
 
 
 class PatchTower(nn.Module):
-    """Frames -> features [T, grid * grid, width]: resize, normalise, one patch embedding, a residual MLP, LayerNorm."""
+    """Frames -> features [T, grid * grid, width]: resize, normalise, one patch embedding, a residual MLP, LayerNorm.
+
+    ``width`` channels, a square ``grid`` of patches, each of ``patch`` x ``patch`` pixels. Random weights: it stands in
+    for a trained tower.
+    """
 
     def __init__(self, width: int, grid: int = 16, patch: int = 14) -> None:
         super().__init__()
@@ -152,6 +156,11 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32, keep_gra
     The tower is frozen, as in the released code: the features carry no graph, whatever the tower's parameters require,
     and a chunk's activations are gone before the next one comes. ``keep_graph=True`` trains the tower with the model:
     gradients reach it then where they are enabled, at the price of the activations of all frames.
+
+    >>> from slowfast_model import PatchTower, encode_frames
+    >>> frames = torch.randint(256, (8, 90, 160, 3), dtype=torch.uint8)
+    >>> encode_frames(PatchTower(12, grid=4), frames).shape
+    torch.Size([8, 16, 12])
 
     Returns:
         [T, H*W, mm_hidden] on the tower's device and in its dtype, ready for ``frame_features``.
