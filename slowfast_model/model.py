@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 
 
 class SlowFastForCausalLM(GenerationMixin, nn.Module):
-    """The whole model, of random weights.
+    """The whole model of arXiv 2504.01328 (``LlavaQwenSlowFastForCausalLM`` of the release), with random weights.
 
     Args:
         config: its shapes and variants.

@@ -56,7 +56,7 @@ class DecodeSession:
     0
 
     Args:
-        model: a SlowFastForCausalLM, on the device of ``input_ids``. Its weights and backend are read at every step.
+        model: a SlowFastForCausalLM, on the device of ``input_ids``. Its weights are read at every step.
         input_ids, frame_features, attention_mask: as in its ``forward``.
         max_new_tokens: most steps to come; the caches are sized for them.
         slow_tokens_in_decode: as in its ``generate``.
