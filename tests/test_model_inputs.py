@@ -396,13 +396,20 @@ def test_gradients_reach_a_tower_that_keeps_its_graph_where_they_are_enabled(gra
         assert all(weight.grad.abs().sum() > 0 for weight in tower.parameters())
 
 
-def test_a_frozen_towers_activations_do_not_outlive_their_chunk():
-    activations = []
+@pytest.mark.parametrize(("keep_graph", "enabled"), [(False, True), (True, False), (False, False)])
+def test_activations_do_not_outlive_their_chunk_where_no_graph_is_kept(keep_graph, enabled):
+    alive = []
     tower = PatchTower(12, grid=2, patch=2)
-    tower.mlp.register_forward_hook(lambda *call: activations.append(weakref.ref(call[2])))
-    features = encode_frames(tower, FRAMES, chunk=2)
-    assert len(activations) == 3
-    assert all(x() is None for x in activations)
+    activations: list[weakref.ref] = []
+
+    def count(module, arguments, output):
+        alive.append(sum(x() is not None for x in activations))
+        activations.append(weakref.ref(output))
+
+    tower.mlp[1].register_forward_hook(count)
+    with torch.set_grad_enabled(enabled):
+        features = encode_frames(tower, FRAMES, chunk=2, keep_graph=keep_graph)
+    assert alive == [0, 0, 0]
     assert features.grad_fn is None
 
 
