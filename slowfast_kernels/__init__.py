@@ -4,6 +4,7 @@ from ._extension import capabilities as backends
 from .ops import (
     PooledTokens,
     gated_residual_mix,
+    merge_attention,
     slowfast_cross_attention,
     slowfast_pool,
     text_cross_attention,
@@ -17,6 +18,7 @@ __all__ = [
     "PooledTokens",
     "backends",
     "gated_residual_mix",
+    "merge_attention",
     "slowfast_cross_attention",
     "slowfast_pool",
     "text_cross_attention",

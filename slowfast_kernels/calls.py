@@ -129,6 +129,17 @@ class FusedOptions(NamedTuple):
     backend: str | None
 
 
+class MergeTensors(NamedTuple):
+    context_a: Tensor
+    lse_a: Tensor
+    context_b: Tensor
+    lse_b: Tensor
+
+
+class MergeOptions(NamedTuple):
+    backend: str | None
+
+
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     """The factor on q K^T; default 1 / sqrt(D)."""
     return q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale

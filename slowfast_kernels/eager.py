@@ -286,6 +286,51 @@ def text_cross_attention_backward(
     return AttentionGradients(grad_q, grad_k, grad_v)
 
 
+# ------------------------------------------------------------------------------------------------ merge
+
+
+class _Merged(NamedTuple):
+    context: Tensor  # [Nt, Hq, D], widened
+    lse: Tensor  # [Nt, Hq]
+    share_a: Tensor  # [Nt, Hq, 1], of the probability; 0 where there is no token
+    share_b: Tensor
+
+
+def _merge(context_a: Tensor, lse_a: Tensor, context_b: Tensor, lse_b: Tensor) -> _Merged:
+    lse = torch.logaddexp(lse_a, lse_b)
+    none = float("-inf")
+    share_a, share_b = (torch.where(x == none, 0, (x - lse).exp()).unsqueeze(-1) for x in (lse_a, lse_b))
+    context_a, context_b = (
+        torch.where(x == none, 0, _fp32_or_wider(context))
+        for x, context in ((lse_a.unsqueeze(-1), context_a), (lse_b.unsqueeze(-1), context_b))
+    )
+    both = share_a * context_a + share_b * context_b
+    alone = torch.where(share_a == 0, context_b, context_a)  # its bits, the sign of a zero included
+    return _Merged(torch.where((share_a == 0) | (share_b == 0), alone, both), lse, share_a, share_b)
+
+
+@_without_autocast
+def merge_attention(context_a: Tensor, lse_a: Tensor, context_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """context [Nt, Hq, D] and lse [Nt, Hq] over the tokens of a and b together."""
+    merged = _merge(context_a, lse_a, context_b, lse_b)
+    return merged.context.to(context_a.dtype), merged.lse
+
+
+@_without_autocast
+def merge_attention_backward(
+    grad_context: Tensor, grad_lse: Tensor, context_a: Tensor, lse_a: Tensor, context_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``merge_attention`` in the order of its arguments; 0 on a side without tokens."""
+    merged = _merge(context_a, lse_a, context_b, lse_b)
+    grad, gradients = _fp32_or_wider(grad_context), []
+    for context, lse, share in ((context_a, lse_a, merged.share_a), (context_b, lse_b, merged.share_b)):
+        apart = torch.where(share == 0, 0, _fp32_or_wider(context) - merged.context)
+        grad_own_lse = share.squeeze(-1) * ((grad * apart).sum(-1) + grad_lse)
+        has_share = share.squeeze(-1) > 0
+        gradients += [(share * grad).to(context.dtype), torch.where(has_share, grad_own_lse, 0).to(lse.dtype)]
+    return tuple(gradients)
+
+
 # ------------------------------------------------------------------------------------------- gated mix
 
 

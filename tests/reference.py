@@ -44,6 +44,51 @@ def attention(
     return Attended(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def visible_attention(
+    q: Tensor,
+    slow_kv: Tensor | tuple[Tensor, Tensor],
+    cu_slow: Tensor,
+    text_rows: Tensor,
+    cu_text: Tensor,
+    softmax_scale: float | None = None,
+    *,
+    slow_begin: Tensor | None = None,
+    slow_end: Tensor | None = None,
+    slow_pieces: Tensor | None = None,
+) -> Attended:
+    """Row by row over the tokens that it sees and no others: there is no mask here. Differentiable."""
+    keys, values = slow_kv if isinstance(slow_kv, tuple) else slow_kv.unbind(2)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    heads_per_kv = q.shape[1] // keys.shape[1]
+    slow, text = cu_slow.tolist(), cu_text.tolist()
+    parts = []
+    for b in range(len(slow) - 1):
+        tokens = list(range(slow[b], slow[b + 1]))
+        if slow_pieces is not None:
+            tokens = [
+                token for begin, end in slow_pieces[slow[b] : slow[b + 1]].tolist() for token in range(begin, end)
+            ]
+        for i in range(text[b], text[b + 1]):
+            begin = 0 if slow_begin is None else max(int(slow_begin[i]), 0)
+            end = len(tokens) if slow_end is None else max(int(slow_end[i]), 0)
+            seen = tokens[begin:end]
+            if not seen:
+                nothing = torch.zeros(q.shape[1:], dtype=torch.float64, device=q.device)
+                parts.append((nothing, nothing[:, 0] - torch.inf, nothing))
+                continue
+            mine = q[int(text_rows[i])].double().unflatten(0, (-1, heads_per_kv))  # [Hkv, heads_per_kv, D]
+            k, v = keys[seen].double(), values[seen].double()  # [n, Hkv, D]
+            scores = torch.einsum("hgd,nhd->hgn", mine, k) * scale
+            probs = scores.softmax(-1)
+            context = torch.einsum("hgn,nhd->hgd", probs, v)
+            noise = 2 * torch.einsum("hgn,nhd->hgd", probs.detach() ** 2, v.detach() ** 2).sqrt()
+            parts.append((context.flatten(0, 1), scores.logsumexp(-1).flatten(), noise.flatten(0, 1)))
+    if not parts:
+        nothing = torch.zeros(0, *q.shape[1:], dtype=torch.float64, device=q.device)
+        return Attended(nothing, nothing[..., 0], nothing)
+    return Attended(*(torch.stack(column) for column in zip(*parts, strict=True)))
+
+
 def gated_mix(
     state: Tensor,
     context: Tensor,

@@ -4,12 +4,14 @@ from .attention import text_cross_attention
 from .dispatch import use_backend
 from .fused import slowfast_cross_attention
 from .gated_mix import gated_residual_mix
+from .merge import merge_attention
 from .pool import PooledTokens, slowfast_pool
 from .warmup import warmup
 
 __all__ = [
     "PooledTokens",
     "gated_residual_mix",
+    "merge_attention",
     "slowfast_cross_attention",
     "slowfast_pool",
     "text_cross_attention",
