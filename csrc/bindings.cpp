@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   sizes["GateParams"] = sizeof(GateParams);
   sizes["CrossAttentionParams"] = sizeof(CrossAttentionParams);
   sizes["GatedMixParams"] = sizeof(GatedMixParams);
+  sizes["MergeParams"] = sizeof(MergeParams);
   sizes["PoolParams"] = sizeof(PoolParams);
   m.attr("struct_sizes") = sizes;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();

@@ -37,6 +37,12 @@ inline const GatedMixParams& read_gated_mix(Address address) {
   return params;
 }
 
+inline const MergeParams& read_merge(Address address) {
+  const auto& params = *static_cast<const MergeParams*>(pointer(address));
+  check(params.dtype);
+  return params;
+}
+
 inline const PoolParams& read_pool(Address address) {
   const auto& params = *static_cast<const PoolParams*>(pointer(address));
   check(params.dtype);

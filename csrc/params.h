@@ -69,6 +69,21 @@ struct GatedMixParams {
   DType dtype;
 };
 
+// Attention over the tokens of a and of b from attention over each. lse -inf: no token, and a context of any content.
+struct MergeParams {
+  const void* context_a;  // [Nt, Hq, D]
+  const float* lse_a;     // [Nt, Hq], natural log
+  const void* context_b;
+  const float* lse_b;
+  void* context;          // [Nt, Hq, D], contiguous
+  float* lse;             // [Nt, Hq], contiguous
+  int64_t num_text;
+  int64_t a_row_stride, a_head_stride, b_row_stride, b_head_stride;
+  int64_t lse_a_row_stride, lse_b_row_stride;
+  int32_t num_heads, head_dim;
+  DType dtype;            // of the contexts
+};
+
 // One pass over the vision features. Work is the table of slowfast_kernels/pool_plan.py:
 //   items   [num_items, 8]   entry_begin, entry_count, fast_base (-1: no fast token), pool_stride,
 //                            slow_h, slow_w, fast_h, fast_w

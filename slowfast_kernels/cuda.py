@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
-from .calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
+from .calls import (
+    AttentionOptions,
+    AttentionTensors,
+    FusedOptions,
+    FusedTensors,
+    MergeOptions,
+    MergeTensors,
+    MixOptions,
+    MixTensors,
+    scale_of,
+)
 from .gate import Gate
 from .heuristics import HopperConfig, hopper_attention_config
 from .params import (
@@ -22,7 +32,9 @@ from .params import (
     cross_attention_params,
     fill_attention,
     fill_gate,
+    fill_merge,
     gated_mix_params,
+    merge_params,
     pool_params,
 )
 from .pool_plan import PoolPlan
@@ -65,6 +77,21 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
         held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel is launched
         _launch(kernel, device, mine)
         return out
+
+    return run
+
+
+def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Callable:
+    """A function of tensors alike: context [Nt, Hq, D] and lse [Nt, Hq] over the tokens of both sides."""
+    params, device = merge_params(sample), sample.context_a.device
+    kernel = extension().cuda_merge
+
+    def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
+        context, lse = (x.new_empty(x.shape) for x in tensors[:2])
+        mine = copy(params)
+        fill_merge(mine, tensors, context, lse)
+        _launch(kernel, device, mine)
+        return context, lse
 
     return run
 

@@ -52,7 +52,7 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
         return f"tensors on {call.device_type}; use backend='triton' or 'cuda'"
     if backend == "cuda" and call.device_type != "cuda":
         return f"tensors on {call.device_type}; use backend='cpu'"
-    if call.op == "merge_attention":
+    if call.op == "merge_attention" and backend in ("cpu", "triton"):
         return "it has no kernel of its own for merge_attention; use backend='eager'"
     if call.selects:
         return "slow_begin, slow_end and slow_pieces; use backend='eager'"

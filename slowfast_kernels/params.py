@@ -14,8 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .calls import AttentionTensors, FusedTensors, MergeTensors
 from .dtypes import DTYPE_CODES
 from .gate import GATE_CODES, Gate
+from .pool_plan import PoolPlan
 
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
@@ -54,6 +56,15 @@ class GatedMixParams(ctypes.Structure):
     ]
 
 
+class MergeParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(c_void_p, "context_a lse_a context_b lse_b context lse"),
+        *_fields(c_int64, "num_text a_row_stride a_head_stride b_row_stride b_head_stride"),
+        *_fields(c_int64, "lse_a_row_stride lse_b_row_stride"),
+        *_fields(c_int32, "num_heads head_dim dtype"),
+    ]
+
+
 class PoolParams(ctypes.Structure):
     _fields_ = [
         *_fields(c_void_p, "frames items entries slow fast"),
@@ -76,7 +87,7 @@ class SplitPlan(ctypes.Structure):
     ]
 
 
-STRUCTS = (GateParams, CrossAttentionParams, GatedMixParams, PoolParams, SplitPlan)
+STRUCTS = (GateParams, CrossAttentionParams, GatedMixParams, MergeParams, PoolParams, SplitPlan)
 
 
 def copy(struct: _Struct) -> _Struct:
@@ -104,7 +115,7 @@ def fill_gate(params: GateParams, gate: Gate) -> Tensor | None:
     return value
 
 
-def pool_params(frames: Tensor, plan, norm_eps: float | None, slow: Tensor, fast: Tensor) -> PoolParams:
+def pool_params(frames: Tensor, plan: PoolPlan, norm_eps: float | None, slow: Tensor, fast: Tensor) -> PoolParams:
     """Of ``pool(frames, plan, norm_eps)`` into ``slow`` and ``fast``, with the plan's tables."""
     items, entries, _, _ = plan.tables(frames.device)
     cells_h, cells_w = plan.cells
@@ -140,10 +151,37 @@ def gated_mix_params(state: Tensor, context: Tensor, text_rows: Tensor, gate: Ga
     )
 
 
+def merge_params(inputs: MergeTensors) -> MergeParams:
+    """All but the addresses."""
+    num_text, num_heads, head_dim = inputs.context_a.shape
+    return MergeParams(
+        num_text=num_text,
+        a_row_stride=inputs.context_a.stride(0),
+        a_head_stride=inputs.context_a.stride(1),
+        b_row_stride=inputs.context_b.stride(0),
+        b_head_stride=inputs.context_b.stride(1),
+        lse_a_row_stride=inputs.lse_a.stride(0),
+        lse_b_row_stride=inputs.lse_b.stride(0),
+        num_heads=num_heads,
+        head_dim=head_dim,
+        dtype=DTYPE_CODES[inputs.context_a.dtype],
+    )
+
+
+def fill_merge(params: MergeParams, inputs: MergeTensors, context: Tensor, lse: Tensor) -> None:
+    params.context_a, params.lse_a = inputs.context_a.data_ptr(), inputs.lse_a.data_ptr()
+    params.context_b, params.lse_b = inputs.context_b.data_ptr(), inputs.lse_b.data_ptr()
+    params.context, params.lse = context.data_ptr(), lse.data_ptr()
+
+
 def cross_attention_params(
-    inputs, softmax_scale: float, num_splits: int, state: Tensor | None = None, gate: Gate | None = None
+    inputs: AttentionTensors,
+    softmax_scale: float,
+    num_splits: int,
+    state: Tensor | None = None,
+    gate: Gate | None = None,
 ) -> CrossAttentionParams:
-    """All but the addresses; ``state`` and ``gate`` of the fused op. ``inputs``: ``calls.AttentionTensors``."""
+    """All but the addresses; ``state`` and ``gate`` of the fused op."""
     q, keys, values = inputs.q, inputs.keys, inputs.values
     params = CrossAttentionParams(
         q_row_stride=q.stride(0),
@@ -169,7 +207,7 @@ def cross_attention_params(
     return params
 
 
-def fill_attention(params: CrossAttentionParams, inputs) -> None:
+def fill_attention(params: CrossAttentionParams, inputs: AttentionTensors | FusedTensors) -> None:
     """The addresses of ``inputs``; those of the results are the caller's to fill."""
     slow_kv, slow_values = inputs.slow_kv, inputs.slow_values
     keys = slow_kv.data_ptr()

@@ -19,7 +19,13 @@ from slowfast_kernels.heuristics import BACKENDS, OpCall, choose_backend, unsupp
 from slowfast_kernels.ops import dispatch, pool
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-OPS = [sk.slowfast_pool, sk.text_cross_attention, sk.gated_residual_mix, sk.slowfast_cross_attention]
+OPS = [
+    sk.slowfast_pool,
+    sk.text_cross_attention,
+    sk.gated_residual_mix,
+    sk.slowfast_cross_attention,
+    sk.merge_attention,
+]
 
 
 def missing(*backends: str) -> dict[str, str | None]:
@@ -169,6 +175,7 @@ def test_a_gpu_backend_on_cpu_tensors_raises_and_names_the_limit(op, backend, rn
         sk.text_cross_attention: inputs.attention,
         sk.gated_residual_mix: (inputs.state, context, inputs.text_rows, *inputs.gating),
         sk.slowfast_cross_attention: inputs.fused,
+        sk.merge_attention: (torch.ones(2, 3, 4), torch.ones(2, 3)) * 2,
     }[op]
     op(*arguments)  # a call that was served before must not be remembered for another backend
     with pytest.raises(NotImplementedError, match=f"backend='{backend}' cannot run {op.__name__}: .+"):

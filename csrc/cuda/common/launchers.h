@@ -6,6 +6,7 @@
 namespace slowfast::cuda {
 
 void pool(const PoolParams& params, void* stream);
+void merge(const MergeParams& params, void* stream);
 void gated_mix(const GatedMixParams& params, void* stream);
 
 }  // namespace slowfast::cuda
