@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
+from slowfast_kernels import flops
 from slowfast_kernels.pool_plan import PoolPlan, make_pool_plan
 
 MOST = 2**20  # of anything that is counted in a shape; row and token counts are int32
@@ -208,26 +209,28 @@ def attention_cost(shape: AttentionShape, dtype: str, fused: bool) -> Cost:
     attended = sum(s for t, s in zip(shape.text, shape.slow, strict=True) if t)
     size, heads = BYTES[dtype], shape.heads
     rows = shape.num_text * heads.channels * size
-    cost = Cost(4.0 * pairs * heads.channels, attended * heads.num_kv * 2 * heads.dim * size + rows, rows)
+    products = float(flops.attention(pairs, heads.num_q, heads.dim))
+    cost = Cost(products, attended * heads.num_kv * 2 * heads.dim * size + rows, rows)
     if fused:
-        cost += Cost(5.0 * shape.num_text * heads.channels, rows + heads.channels * size, 0)
+        mixed = float(flops.mix(shape.num_text, heads.channels, weighted=True))
+        cost += Cost(mixed, rows + heads.channels * size, 0)
     return cost
 
 
 def pool_cost(shape: PoolShape, dtype: str) -> Cost:
-    """One read of the vision features that are used, one write of the slow and of the fast tokens."""
+    """One read of the vision features that are used, one write of the slow and of the fast tokens; with the norm."""
     size, plan = BYTES[dtype], shape.plan
     used = sum(v.num_frames * v.slow_grid[0] * v.slow_grid[1] * v.pool_stride**2 for v in plan.videos)
-    averaged = sum(len(window) for v in plan.videos for window in v.windows) * plan.videos[0].slow_grid[0] ** 2
-    flops = float((used + 3 * plan.num_slow + averaged) * shape.channels)
-    return Cost(flops, used * shape.channels * size, (plan.num_slow + plan.num_fast) * shape.channels * size)
+    sums = float(flops.pool(plan, shape.channels, normed=True))
+    return Cost(sums, used * shape.channels * size, (plan.num_slow + plan.num_fast) * shape.channels * size)
 
 
 def mix_cost(shape: MixShape, dtype: str) -> Cost:
     """state read and written, context and gate weight read."""
     size = BYTES[dtype]
     read = (shape.rows + shape.num_text + 1) * shape.channels * size
-    return Cost(4.0 * shape.num_text * shape.channels, read, shape.rows * shape.channels * size)
+    mixed = float(flops.mix(shape.num_text, shape.channels, weighted=True))
+    return Cost(mixed, read, shape.rows * shape.channels * size)
 
 
 def projection_cost(tokens: int, channels: int, heads: Heads, dtype: str) -> Cost:
@@ -247,17 +250,18 @@ def model_cost(shape: ModelShape, dtype: str, rows: int, slow: int, decode: bool
     weights = layers * layer_weights + shape.hidden * shape.vocab
     new = 1 if decode else rows
     pairs = rows if decode else rows * (rows + 1) // 2
-    flops = 2.0 * (new * layers * layer_weights + shape.hidden * shape.vocab) + 4.0 * pairs * heads.channels * layers
+    attended = flops.attention(pairs, heads.num_q, heads.dim) * layers
     text = 1 if decode else shape.text
-    flops += 4.0 * text * slow * heads.channels * shape.num_hybrid
+    attended += flops.attention(text * slow, heads.num_q, heads.dim) * shape.num_hybrid
+    work = 2.0 * (new * layers * layer_weights + shape.hidden * shape.vocab) + attended
     read = weights * size + slow * shape.hidden * size * (not decode)
     written = new * 2 * width * size * layers
     if decode:
         read += (rows * layers + slow * shape.num_hybrid) * 2 * width * size
     else:
-        flops += 4.0 * slow * shape.hidden * width * shape.num_hybrid
+        work += 4.0 * slow * shape.hidden * width * shape.num_hybrid
         written += slow * 2 * width * size * shape.num_hybrid
-    return Cost(flops, read, written)
+    return Cost(work, read, written)
 
 
 # ---------------------------------------------------------------------------------------------- registry

@@ -2,7 +2,9 @@
 
 from ._extension import capabilities as backends
 from .ops import (
+    Explanation,
     PooledTokens,
+    explain,
     gated_residual_mix,
     merge_attention,
     slowfast_cross_attention,
@@ -15,8 +17,10 @@ from .ops import (
 __version__ = "0.2.0"
 
 __all__ = [
+    "Explanation",
     "PooledTokens",
     "backends",
+    "explain",
     "gated_residual_mix",
     "merge_attention",
     "slowfast_cross_attention",

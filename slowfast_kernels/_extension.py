@@ -124,6 +124,11 @@ def extension() -> ModuleType:
     return module
 
 
+def missing_reason() -> str | None:
+    """Why there is no extension (not built, does not load, of another version) and how to get it; None: it is there."""
+    return _load()[1] or None
+
+
 @lru_cache(maxsize=1)
 def _triton_import_error() -> str:
     try:

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
+from .call_plan import CallPlan, described
 from .calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
 from .heuristics import cpu_num_splits
-from .params import copy, cross_attention_params, fill_attention, fill_gate, gated_mix_params, pool_params
-from .pool_plan import PoolPlan
+from .params import (
+    CrossAttentionParams,
+    copy,
+    cross_attention_params,
+    fill_attention,
+    fill_gate,
+    gated_mix_params,
+    pool_params,
+)
+from .pool_plan import PoolPlan, describe_pool
 
 
 def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -27,11 +36,22 @@ def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor
     return slow, cu_slow.clone(), fast, cu_fast.clone()
 
 
+def pool_plan_of(frames: Tensor, plan: PoolPlan) -> CallPlan:
+    """Of ``pool``. A unit of work is a row of an item's cells."""
+    units = (plan.num_items * plan.cells[0],)
+    return describe_pool(plan, units, 8 * frames.shape[2] * torch.get_num_threads(), **_threads())
+
+
+def _threads() -> dict[str, int | str]:
+    return {"threads": torch.get_num_threads(), "isa": extension().cpu_isa()}
+
+
 def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOptions) -> Callable:
     """A function of tensors alike: context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
     params = cross_attention_params(sample, scale_of(sample.q, options.softmax_scale), options.num_splits)
     shape = (sample.text_rows.shape[0], *sample.q.shape[1:])
 
+    @described(lambda: _attention_plan(params))
     def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
         q = tensors.q
         context = q.new_empty(shape)
@@ -52,6 +72,7 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
     params = gated_mix_params(*sample[:3], sample.gate(options))
     kernel = extension().cpu_gated_mix
 
+    @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=8 * params.rows))
     def run(tensors: MixTensors) -> Tensor:
         state, context, text_rows = tensors[:3]
         out = state.new_empty(state.shape)
@@ -72,6 +93,7 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     params = cross_attention_params(inputs, scale, options.num_splits, state, sample.gate(options))
     all_rows_are_text = inputs.text_rows.shape[0] == state.shape[0]
 
+    @described(lambda: _attention_plan(params))
     def run(tensors: FusedTensors) -> Tensor:
         state = tensors.state
         out = state.new_empty(state.shape) if all_rows_are_text else state.clone(memory_format=torch.contiguous_format)
@@ -85,10 +107,21 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     return run
 
 
-def _attend(params) -> None:
-    """Splits, if they are not fixed, depend on the threads there are now."""
-    threads = torch.get_num_threads()
-    params.num_splits = params.num_splits or cpu_num_splits(
+def _num_splits(params: CrossAttentionParams, threads: int) -> int:
+    """Those that are fixed, else what suits the threads there are now."""
+    return params.num_splits or cpu_num_splits(
         params.batch, params.num_text, params.num_slow, params.num_q_heads, params.num_kv_heads, threads
     )
+
+
+def _attend(params: CrossAttentionParams) -> None:
+    threads = torch.get_num_threads()
+    params.num_splits = _num_splits(params, threads)
     extension().cpu_cross_attention(addressof(params), threads)
+
+
+def _attention_plan(params: CrossAttentionParams) -> CallPlan:
+    """The workspace is the splits' partial results, and some scratch a thread that depends on the instruction set."""
+    splits = _num_splits(params, torch.get_num_threads())
+    floats = splits * params.num_text * params.num_q_heads * (params.head_dim + 1)
+    return CallPlan(tiles=_threads(), num_splits=splits, workspace_bytes=4 * floats)

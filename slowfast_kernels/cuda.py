@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import addressof
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from ._extension import extension
+from .call_plan import CallPlan, described, nothing_to_attend
 from .calls import (
     AttentionOptions,
     AttentionTensors,
@@ -37,7 +39,7 @@ from .params import (
     merge_params,
     pool_params,
 )
-from .pool_plan import PoolPlan
+from .pool_plan import PoolPlan, describe_pool
 
 
 def _launch(function: Callable[..., None], device: torch.device, *structs) -> None:
@@ -63,11 +65,17 @@ def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor
     return slow, cu_slow.clone(), fast, cu_fast.clone()
 
 
+def pool_plan_of(frames: Tensor, plan: PoolPlan) -> CallPlan:
+    """Of ``pool``. Its grid is what the GPU holds at once, at most a CTA a cell."""
+    return describe_pool(plan)
+
+
 def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
     """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
     params, device = gated_mix_params(*sample[:3], sample.gate(options)), sample.state.device
     kernel = extension().cuda_gated_mix
 
+    @described(CallPlan)
     def run(tensors: MixTensors) -> Tensor:
         state, context, text_rows = tensors[:3]
         out = state.new_empty(state.shape)
@@ -102,6 +110,7 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
     is_empty, has_slow = shape[0] == 0, sample.slow_kv.shape[0] > 0
     attend = None if is_empty or not has_slow else Attention(sample, options.softmax_scale, options.num_splits)
 
+    @described(nothing_to_attend if attend is None else attend.describe)
     def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
         q = tensors.q
         context = q.new_empty(shape)
@@ -123,11 +132,12 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     """
     inputs, num_text = sample.attention, sample.text_rows.shape[0]
     if num_text == 0 or sample.slow_kv.shape[0] == 0:
-        return lambda tensors: tensors.state.clone(memory_format=torch.contiguous_format)
+        return described(nothing_to_attend)(lambda x: x.state.clone(memory_format=torch.contiguous_format))
     gate = sample.gate(options)
     attend = Attention(inputs, options.softmax_scale, options.num_splits, sample.state, gate)
     copies_rows = num_text != sample.state.shape[0]  # else every row is a text row: they are distinct
 
+    @described(attend.describe)
     def run(tensors: FusedTensors) -> Tensor:
         state = tensors.state
         out = torch.empty(state.shape, dtype=state.dtype, device=state.device)
@@ -174,6 +184,16 @@ class Attention:
         )
         self.workspace = self.config.workspace(num_kv_heads, head_dim) if self.config.num_groups > 1 else None
         self.kernel = extension().cuda_cross_attention
+
+    def describe(self) -> CallPlan:
+        num_kv_heads = self.params.num_kv_heads
+        tiles = {"block_m": 64 * self.config.consumers, "block_n": self.config.block_n, **asdict(self.config)}
+        return CallPlan(
+            tiles=tiles,
+            num_splits=self.config.cluster_size * self.config.num_groups,
+            grid=self.config.grid(num_kv_heads),
+            workspace_bytes=4 * sum(self.workspace or ()),
+        )
 
     def __call__(
         self,

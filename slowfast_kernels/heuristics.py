@@ -283,6 +283,10 @@ class HopperConfig:
         """Slow tokens of a KV block."""
         return _HOPPER_BLOCK_N[self.consumers]
 
+    def grid(self, num_kv_heads: int) -> tuple[int, int, int]:
+        """CTAs of the launch; those of whole units have nothing to do in groups but the first."""
+        return self.cluster_size * self.max_tiles, num_kv_heads, self.num_groups
+
     def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
         """Floats of partial outputs, statistics and gates, and counters, for more than one group."""
         units, rows = self.max_tiles * num_kv_heads - self.whole_units, 64 * self.consumers

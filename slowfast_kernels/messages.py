@@ -8,13 +8,17 @@ from torch import Tensor
 
 def describe(x: object) -> str:
     if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+        return f"{kind_of(x)} on {x.device}"
     if isinstance(x, np.ndarray):
         return f"numpy {x.dtype}{list(x.shape)}"
     try:
         return f"{type(x).__name__} {shortened(repr(x))}"
     except Exception:  # an object without a text is still named by its type
         return type(x).__name__
+
+
+def kind_of(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
 def named(value: object) -> str:

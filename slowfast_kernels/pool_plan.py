@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .bounded_cache import BoundedCache
+from .call_plan import CallPlan
 from .constants import plain_tensors
 
 
@@ -216,6 +217,23 @@ def _fast_frame_count(num_frames: int, options: PoolOptions) -> int:
         return 1
     sampled = _sampled_count(num_frames, options.sampling_stride, options.min_fast_frames)
     return _window_count(sampled, options.temporal_stride, options.min_fast_frames)
+
+
+def describe_pool(
+    plan: PoolPlan, grid: tuple[int, ...] | None = None, workspace_bytes: int | None = 0, **tiles: int | str | bool
+) -> CallPlan:
+    """What a call is cut into by ``plan``, on any backend, and by a backend's own ``tiles``."""
+    windows = [video.windows for video in plan.videos]
+    idle = plan.num_items - sum(map(len, windows))
+    cells_h, cells_w = plan.cells
+    table = {
+        "items": plan.num_items,
+        "entries": idle + sum(len(window) for each in windows for window in each),
+        "cells": f"{cells_h} x {cells_w}",
+        "slow_tokens": plan.num_slow,
+        "fast_tokens": plan.num_fast,
+    }
+    return CallPlan(tiles=table | tiles, grid=grid, workspace_bytes=workspace_bytes)
 
 
 def make_pool_plan(frame_counts: tuple[int, ...], grid: tuple[int, int], *strides: int) -> PoolPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _extension, eager
+from .. import _extension, eager, flops
 from ..calls import AttentionOptions, AttentionTensors, scale_of
 from ..heuristics import OpCall
 from . import checks
@@ -70,14 +70,25 @@ def text_cross_attention(
         starts = torch.arange(B) * Hkv * S
         slow_pieces = torch.stack((starts, starts + lengths), 1).int()  # cu_slow = 0, 1, ..., B
     """
+    options = _by_value(softmax_scale, return_lse, num_splits, backend)
+    keys, values = keys_and_values(slow_kv)
+    tensors = AttentionTensors(q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
+    context, lse = _OP(tensors, options)
+    return (context, lse) if options.return_lse else context
+
+
+def _by_value(softmax_scale: object, return_lse: object, num_splits: object, backend: str | None) -> AttentionOptions:
     softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
     return_lse = checks.as_bool("return_lse", return_lse)
     num_splits = checks.as_int("num_splits", num_splits)
     check_backend_name(backend)
-    keys, values = keys_and_values(slow_kv)
-    tensors = AttentionTensors(q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
-    context, lse = _OP(tensors, AttentionOptions(softmax_scale, return_lse, num_splits, backend))
-    return (context, lse) if return_lse else context
+    return AttentionOptions(softmax_scale, return_lse, num_splits, backend)
+
+
+def with_keys_and_values(given: dict[str, object]) -> dict[str, object]:
+    """A public function's arguments by their names, with K and V as ``AttentionTensors`` names them."""
+    keys, values = keys_and_values(given["slow_kv"])
+    return given | {"slow_kv": keys, "slow_values": values}
 
 
 def keys_and_values(slow_kv: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -157,6 +168,13 @@ def check_attention_data(tensors: AttentionTensors) -> None:
     checks.check_rows("text_rows", tensors.text_rows, "q", q.shape[0])
 
 
+def pairs_of(shapes: AttentionTensors) -> int:
+    """(text row, slow token) pairs that attend, of shapes alone: sequences are taken for even, of all slow tokens
+    together, and their rows to see all of them. Ranges and pieces are data.
+    """
+    return flops.even_pairs(shapes.text_rows[0], shapes.slow_kv[0], shapes.cu_text[0] - 1)
+
+
 def attention_facts(op: str, tensors: AttentionTensors, softmax_scale: float | None, *vectors: Tensor) -> OpCall:
     """``vectors``: further tensors that a kernel would read 16 bytes at a time."""
     q = tensors.q
@@ -187,6 +205,10 @@ class _Attention(Op):
     returns = "(Tensor, Tensor)"
     differentiable = ("q", "slow_kv", "slow_values")
     has_gradient = (0, 1)
+    by_value = staticmethod(_by_value)
+
+    def bind(self, given: dict[str, object]) -> tuple[AttentionTensors, AttentionOptions]:
+        return super().bind(with_keys_and_values(given))
 
     def check(self, tensors: AttentionTensors, options: AttentionOptions) -> None:
         check_attention(tensors, options.softmax_scale, options.num_splits)
@@ -213,6 +235,12 @@ class _Attention(Op):
         return eager.text_cross_attention_backward(
             grad_context, grad_lse if options.return_lse else None, tensors, scale
         )
+
+    def flops(self, shapes: AttentionTensors, options: AttentionOptions) -> int:
+        return flops.attention(pairs_of(shapes), *shapes.q[1:])
+
+    def backward_flops(self, shapes: AttentionTensors, options: AttentionOptions) -> int:
+        return flops.attention_backward(pairs_of(shapes), *shapes.q[1:])
 
 
 _OP = _Attention()

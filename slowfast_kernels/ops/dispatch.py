@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from .. import _extension
-from ..heuristics import BACKENDS, OpCall, choose_backend, unsupported_reason
+from ..heuristics import BACKENDS, BackendChoice, OpCall, choose_backend, unsupported_reason
 from .checks import has_tangent, named
 
 _requested: ContextVar[str | None] = ContextVar("slowfast_backend", default=None)
@@ -93,14 +94,58 @@ def _facts(x: Tensor) -> tuple:
 
 @lru_cache(maxsize=1024)
 def _resolve(call: OpCall, device: torch.device, name: str | None) -> str:
+    backend = choice_for(call, device, name).backend
+    if backend == "eager" and name is None:
+        _warn_of_missing_extension(call)
+    return backend
+
+
+def choice_for(call: OpCall, device: torch.device, name: str | None) -> BackendChoice:
+    """The backend that ``name`` asks for (None: the fastest), with what speaks against each faster one.
+
+    Raises:
+        ValueError, NotImplementedError: as ``backend_for``.
+    """
     check_backend_name(name)
     unavailable = {b: _extension.unavailable_reason(b, device) for b in BACKENDS}
     if name is None:
-        return choose_backend(call, unavailable).backend
-    reason = unavailable[name] or unsupported_reason(name, call)
-    if reason is not None:
-        raise NotImplementedError(f"backend={name!r} cannot run {call.op}: {reason}")
-    return name
+        return choose_backend(call, unavailable)
+    limits = {b: unavailable[b] or unsupported_reason(b, call) for b in BACKENDS[: BACKENDS.index(name) + 1]}
+    limit = limits.pop(name)
+    if limit is not None:
+        raise NotImplementedError(f"backend={name!r} cannot run {call.op}: {limit}")
+    return BackendChoice(name, {b: reason or f"{name!r} was asked for" for b, reason in limits.items()})
+
+
+def why(choice: BackendChoice, backend: str | None) -> str:
+    """What made a call's ``backend`` argument, with what is around it, this choice."""
+    if requested_backend(backend) is None:
+        if choice.backend == "eager":
+            return "no kernel here runs this call"
+        return "the fastest that is here and runs this call"
+    if backend:
+        return f"asked for by backend={backend!r}"
+    if _requested.get():
+        return f"asked for by use_backend({choice.backend!r})"
+    return f"asked for by SLOWFAST_BACKEND={choice.backend}"
+
+
+_has_warned = False
+
+
+def _warn_of_missing_extension(call: OpCall) -> None:
+    """Once a process: an automatic choice is PyTorch's own ops, and would be a kernel if the extension were there."""
+    global _has_warned
+    reason, kernels = _extension.missing_reason(), "cpu" if call.device_type == "cpu" else "cuda"
+    if _has_warned or reason is None or unsupported_reason(kernels, call._replace(has_sm90_kernels=True)):
+        return
+    _has_warned = True
+    warnings.warn(
+        f"{call.op} runs on PyTorch's own ops, several times slower than backend {kernels!r}: {reason}. "
+        "SLOWFAST_BACKEND=eager asks for them, and for silence",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def backend_module(name: str) -> ModuleType:

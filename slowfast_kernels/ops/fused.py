@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import eager
-from ..calls import FusedOptions, FusedTensors, scale_of
+from .. import eager, flops
+from ..calls import AttentionOptions, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
 from ..gate import GATES, Gate
 from ..heuristics import OpCall
 from . import checks
@@ -17,11 +17,13 @@ from .attention import (
     check_attention,
     check_attention_data,
     keys_and_values,
+    pairs_of,
     text_cross_attention,
+    with_keys_and_values,
 )
 from .dispatch import check_backend_name, needs_formula
 from .gated_mix import check_gate, gated_residual_mix
-from .op import Op
+from .op import OPS, Op
 
 
 def slowfast_cross_attention(
@@ -63,30 +65,41 @@ def slowfast_cross_attention(
     Raises:
         ValueError, TypeError, NotImplementedError: as the two ops.
     """
-    softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
-    num_splits = checks.as_int("num_splits", num_splits)
-    warm_up_tanh = checks.as_bool("warm_up_tanh", warm_up_tanh)
-    checks.check_option("gate", gate, GATES)
-    check_backend_name(backend)
+    options = _by_value(softmax_scale, num_splits, gate, warm_up_tanh, backend)
     gating = (gate_weight, gate_bias, warm_up, gate_value)
     keys, values = keys_and_values(slow_kv)
     selection = {"slow_begin": slow_begin, "slow_end": slow_end, "slow_pieces": slow_pieces}
     places = (q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
     tensors = FusedTensors(state, *places, *gating)
-    differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    if not differentiated or needs_formula(*tensors):
-        return _OP(tensors, FusedOptions(softmax_scale, num_splits, gate, warm_up_tanh, backend))
-    # Keep the context for the backward pass instead of computing it twice.
-    options = {"softmax_scale": softmax_scale, "num_splits": num_splits, "backend": backend}
-    options |= selection | {"return_lse": True}
-    context, lse = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, **options)
-    mix = partial(gated_residual_mix, gate=gate, warm_up_tanh=warm_up_tanh, backend=backend)
+    if not _keeps_context(tensors):
+        return _OP(tensors, options)
+    attend = {"softmax_scale": options.softmax_scale, "num_splits": options.num_splits, "backend": backend}
+    attend |= selection | {"return_lse": True}
+    context, lse = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, **attend)
+    mix = partial(gated_residual_mix, gate=gate, warm_up_tanh=options.warm_up_tanh, backend=backend)
     if not tensors.attention.selects:
         return mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value=gate_value)
-    made = Gate.of(*gating, gate, warm_up_tanh)
+    made = Gate.of(*gating, gate, options.warm_up_tanh)
     clean = eager.without_blind_rows(state, text_rows, made, lse)
     mixed = mix(clean.state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value=clean.gate.value)
     return clean.keep(mixed, state)
+
+
+def _by_value(
+    softmax_scale: object, num_splits: object, gate: object, warm_up_tanh: object, backend: str | None
+) -> FusedOptions:
+    softmax_scale = None if softmax_scale is None else checks.as_float("softmax_scale", softmax_scale)
+    num_splits = checks.as_int("num_splits", num_splits)
+    warm_up_tanh = checks.as_bool("warm_up_tanh", warm_up_tanh)
+    checks.check_option("gate", gate, GATES)
+    check_backend_name(backend)
+    return FusedOptions(softmax_scale, num_splits, gate, warm_up_tanh, backend)
+
+
+def _keeps_context(tensors: FusedTensors) -> bool:
+    """For a backward pass, which else would compute it again: the call is then its two parts."""
+    differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return differentiated and not needs_formula(*tensors)
 
 
 class _Fused(Op):
@@ -95,6 +108,23 @@ class _Fused(Op):
     returns = "Tensor"
     differentiable = ("state", "q", "slow_kv", "slow_values", "gate_weight", "gate_bias", "warm_up", "gate_value")
     has_gradient = (0,)
+    by_value = staticmethod(_by_value)
+
+    def bind(self, given: dict[str, object]) -> tuple[FusedTensors, FusedOptions]:
+        return super().bind(with_keys_and_values(given))
+
+    def parts(self, tensors: FusedTensors, options: FusedOptions) -> list[tuple[Op, tuple, tuple]]:
+        if not _keeps_context(tensors):
+            return []
+        attention, mix = OPS["text_cross_attention"], OPS["gated_residual_mix"]
+        attend = AttentionOptions(options.softmax_scale, True, options.num_splits, options.backend)
+        attention.check(tensors.attention, attend)  # a context is made for what passes
+        context = tensors.q.new_empty(tensors.text_rows.shape[0], tensors.q.shape[1] * tensors.q.shape[2])
+        context.requires_grad_(any(x is not None and x.requires_grad for x in tensors.attention))
+        gating = (tensors.gate_weight, tensors.gate_bias, tensors.warm_up, tensors.gate_value)
+        mixed = MixTensors(tensors.state, context, tensors.text_rows, *gating)
+        mixing = MixOptions(options.gate, options.warm_up_tanh, options.backend)
+        return [(attention, tensors.attention, attend), (mix, mixed, mixing)]
 
     def check(self, tensors: FusedTensors, options: FusedOptions) -> None:
         state, q = tensors.state, tensors.q
@@ -130,6 +160,17 @@ class _Fused(Op):
         grad_context = mixed.context.reshape(context.shape)
         attended = eager.text_cross_attention_backward(grad_context, None, tensors.attention, scale)
         return mixed.state, *attended, *mixed[2:]
+
+    def flops(self, shapes: FusedTensors, options: FusedOptions) -> int:
+        weighted = shapes.gate_weight is not None
+        attended = flops.attention(pairs_of(shapes.attention), *shapes.q[1:])
+        return attended + flops.mix(shapes.text_rows[0], shapes.state[1], weighted)
+
+    def backward_flops(self, shapes: FusedTensors, options: FusedOptions) -> int:
+        """The context is computed again."""
+        pairs, heads = pairs_of(shapes.attention), shapes.q[1:]
+        attended = flops.attention(pairs, *heads) + flops.attention_backward(pairs, *heads)
+        return attended + flops.mix_backward(shapes.text_rows[0], shapes.state[1], shapes.gate_weight is not None)
 
 
 _OP = _Fused()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import eager
+from .. import eager, flops
 from ..calls import MixOptions, MixTensors
 from ..gate import GATE_CODES, GATES, WEIGHTED_GATES, Gate
 from ..heuristics import OpCall
@@ -55,11 +55,15 @@ def gated_residual_mix(
         NotImplementedError: the backend asked for cannot run this call.
     """
     context = _with_flat_heads(context)
+    options = _by_value(gate, warm_up_tanh, backend)
+    return _OP(MixTensors(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value), options)
+
+
+def _by_value(gate: object, warm_up_tanh: object, backend: str | None) -> MixOptions:
     warm_up_tanh = checks.as_bool("warm_up_tanh", warm_up_tanh)
     checks.check_option("gate", gate, GATES)
     check_backend_name(backend)
-    tensors = MixTensors(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value)
-    return _OP(tensors, MixOptions(gate, warm_up_tanh, backend))
+    return MixOptions(gate, warm_up_tanh, backend)
 
 
 def _with_flat_heads(context: Tensor) -> Tensor:
@@ -121,6 +125,10 @@ class _Mix(Op):
     returns = "Tensor"
     differentiable = ("state", "context", "gate_weight", "gate_bias", "warm_up", "gate_value")
     has_gradient = (0,)
+    by_value = staticmethod(_by_value)
+
+    def bind(self, given: dict[str, object]) -> tuple[MixTensors, MixOptions]:
+        return super().bind(given | {"context": _with_flat_heads(given["context"])})
 
     def check(self, tensors: MixTensors, options: MixOptions) -> None:
         state, context, text_rows = tensors[:3]
@@ -151,6 +159,12 @@ class _Mix(Op):
 
     def gradients(self, grads, tensors: MixTensors, options: MixOptions) -> eager.MixGradients:
         return eager.gated_residual_mix_backward(*grads, *tensors[:3], tensors.gate(options))
+
+    def flops(self, shapes: MixTensors, options: MixOptions) -> int:
+        return flops.mix(*shapes.context, weighted=shapes.gate_weight is not None)
+
+    def backward_flops(self, shapes: MixTensors, options: MixOptions) -> int:
+        return flops.mix_backward(*shapes.context, weighted=shapes.gate_weight is not None)
 
 
 _OP = _Mix()

@@ -12,17 +12,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
+from .. import observe
+from ..call_plan import CallPlan
 from ..heuristics import OpCall
 from .dispatch import (
     SignatureCache,
     backend_for,
     backend_module,
+    choice_for,
     needs_formula,
     needs_torch_op,
     refuse_tangents,
     requested_backend,
     signature,
+    why,
 )
 
 _SCHEMA_TYPES = {
@@ -43,12 +48,16 @@ def _schema(arguments: type) -> str:
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(arguments).items())
 
 
+OPS: dict[str, Op] = {}  # by the names of their public functions
+
+
 class Op:
     """What differs between ops. Arguments are the named tuples of ``calls``.
 
     ``name``: of the public function, in messages. ``torch_name``: under ``torch.ops.slowfast``, and of the backends'
     ``prepare_*``. ``returns``: the schema's result. ``differentiable``: tensors that have gradients.
-    ``has_gradient``: results that have them (default: all).
+    ``has_gradient``: results that have them (default: all). ``by_value``: of the public function's options, given by
+    their names, the named tuple of what they are now.
     """
 
     name: str
@@ -58,6 +67,7 @@ class Op:
     returns: str
     differentiable: tuple[str, ...]
     has_gradient: tuple[int, ...]
+    by_value: Callable
 
     def check(self, tensors, options) -> None:
         """Everything but data; lengths may be symbolic.
@@ -87,7 +97,21 @@ class Op:
         """For each of ``differentiable``; None where there was no tensor."""
         raise NotImplementedError
 
+    def flops(self, shapes, options) -> int:
+        """Of one call with tensors of ``shapes`` (None: not given); lengths that only data tells are taken for even."""
+        raise NotImplementedError
+
+    def backward_flops(self, shapes, options) -> int:
+        """Of ``gradients``."""
+        raise NotImplementedError
+
+    def parts(self, tensors, options) -> list[tuple[Op, tuple, tuple]]:
+        """The calls (op, tensors, options) that the public function makes instead of this one; none: it makes this."""
+        return []
+
     def __init__(self):
+        OPS[self.name] = self
+        self.qualified_name = f"slowfast::{self.torch_name}"
         arguments = f"{_schema(self.tensors)}, {_schema(self.options)}"
         grads = ", ".join(f"Tensor? grad_{i}" for i in self.has_gradient)
         gradients = ", ".join(["Tensor"] * len(self.differentiable))
@@ -100,12 +124,16 @@ class Op:
         self.prepared = SignatureCache()
 
     def _register(self, suffix: str, implementation: Callable, fake: Callable, schema: str):
-        name = f"slowfast::{self.torch_name}{suffix}"
-        op = torch.library.custom_op(name, implementation, mutates_args=(), schema=schema)
+        op = torch.library.custom_op(f"{self.qualified_name}{suffix}", implementation, mutates_args=(), schema=schema)
         op.register_fake(fake)
         return op
 
     # ------------------------------------------------------------------------------------------- the call
+
+    def bind(self, given: dict[str, object]) -> tuple[tuple, tuple]:
+        """(tensors, options) of the public function's arguments by their names, as it hands them on."""
+        options = self.by_value(**{name: given[name] for name in self.options._fields})
+        return self.tensors(*(given[name] for name in self.tensors._fields)), options
 
     def __call__(self, tensors, options):
         """The result of the public function's checked-by-value arguments; ``None`` for what was not asked for."""
@@ -114,8 +142,11 @@ class Op:
         if needs_formula(*tensors):
             self.check(tensors, options)
             self.check_data(tensors)
-            return self.formula(tensors, options)
+            return self._run_formula(tensors, options)
         if not needs_torch_op(*tensors):
+            if profiler._is_profiler_enabled:  # a registered op is in the profile by itself
+                with profiler.record_function(self.qualified_name):
+                    return self.run(tensors, options)
             return self.run(tensors, options)
         try:
             plain = (x.clone() if isinstance(x, Tensor) and x._is_zerotensor() else x for x in tensors)
@@ -130,7 +161,8 @@ class Op:
         prepared = self.prepared.get(key)
         if prepared is None:
             self.check(tensors, options)
-            prepared = self.prepared.remember(key, self.prepare(tensors, options))
+            prepared = self.observed(self.prepare(tensors, options), tensors, options)
+            self.prepared.remember(key, prepared)
         self.check_data(tensors)
         return prepared(tensors)
 
@@ -139,7 +171,43 @@ class Op:
         backend = backend_for(self.facts(tensors, options), tensors[0].device, options.backend)
         if backend == "eager":
             return lambda tensors: self.formula(tensors, options)
+        return self._prepare_on(backend, tensors, options)
+
+    def _prepare_on(self, backend: str, tensors, options) -> Callable:
         return getattr(backend_module(backend), f"prepare_{self.torch_name}")(tensors, options)
+
+    def plan(self, backend: str, tensors, options) -> CallPlan:
+        """What ``backend`` would do, of which the limits have been asked. No kernel runs."""
+        if backend == "eager":
+            return EAGER_PLAN
+        return self._prepare_on(backend, tensors, options).describe()
+
+    def observed(self, call: Callable, tensors, options) -> Callable:
+        """``call``, a function of tensors, as the environment wants it seen (``observe``)."""
+        if observe.LOG:
+            choice = choice_for(self.facts(tensors, options), tensors[0].device, requested_backend(options.backend))
+            self._log(tensors, options, choice.backend, why(choice, options.backend), choice.rejected)
+        return observe.observed(call, self.name, self.tensors._fields, self.qualified_name)
+
+    def _run_formula(self, tensors, options):
+        if observe.LOG:
+            self._log(tensors, options, "eager", "torch.func or a forward-mode tangent", {})
+        call = observe.observed(
+            lambda tensors: self.formula(tensors, options), self.name, self.tensors._fields, self.qualified_name
+        )
+        if profiler._is_profiler_enabled:
+            with profiler.record_function(self.qualified_name):
+                return call(tensors)
+        return call(tensors)
+
+    def _log(self, tensors, options, backend: str, reason: str, rejected: dict[str, str]) -> None:
+        passed_over = "".join(f"; not {name}: {limit}" for name, limit in rejected.items())
+        observe.log_once(f"{self.call_text(tensors, options)}: {backend}, {reason}{passed_over}")
+
+    def call_text(self, tensors, options) -> str:
+        """The call on one line: tensors by type and shape, options that are given by value."""
+        given = [f"{name}={value!r}" for name, value in options._asdict().items() if value is not None]
+        return f"{self.name}({', '.join((observe.listed(self.tensors._fields, tensors), *given))})"
 
     # ------------------------------------------------------------------------------- what PyTorch is told
 
@@ -161,7 +229,15 @@ class Op:
         grads, rest = arguments[: len(self.has_gradient)], arguments[len(self.has_gradient) :]
         tensors, options = self._split(rest)
         refuse_tangents(*grads, *tensors)
-        gradients = _present(tensors[0], self.gradients(grads, tensors, options))
+        names = (*(f"grad_{i}" for i in self.has_gradient), *self.tensors._fields)
+        if observe.LOG:
+            observe.log_once(f"{self.name} backward({observe.listed(names, (*grads, *tensors))}): eager, the formula")
+
+        def formula(_):
+            return self.gradients(grads, tensors, options)
+
+        backward = observe.observed(formula, f"{self.name} backward", names, f"{self.qualified_name}_backward")
+        gradients = _present(tensors[0], backward((*grads, *tensors)))
         return gradients[0] if len(gradients) == 1 else gradients
 
     def _fake_backward(self, *arguments):
@@ -182,6 +258,9 @@ class Op:
         found = dict(zip(self.differentiable, found if isinstance(found, (tuple, list)) else (found,), strict=True))
         gradients = (None if x is None else found.get(name) for name, x in zip(tensors._fields, tensors, strict=True))
         return *gradients, *[None] * len(ctx.options)
+
+
+EAGER_PLAN = CallPlan(workspace_bytes=None, notes=("PyTorch's own ops, a sequence after the other",))
 
 
 def _present(like: Tensor, results, dtype: torch.dtype | None = None):

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import eager
+from .. import eager, flops, observe
+from ..call_plan import CallPlan
 from ..calls import PoolCallOptions, PoolTensors
 from ..heuristics import OpCall
-from ..pool_plan import PoolOptions, check_pool_arguments, token_counts
+from ..pool_plan import PoolOptions, check_pool_arguments, describe_pool, token_counts
 from . import checks
 from .dispatch import backend_for, backend_module, check_backend_name, compute_capability
 from .op import Op
@@ -62,13 +63,28 @@ def slowfast_pool(
         TypeError: a wrong dtype.
         NotImplementedError: the backend asked for cannot run this call.
     """
+    strides = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
+    return PooledTokens(*_OP(PoolTensors(frames), _by_value(frame_counts, grid, *strides, norm_eps, backend)))
+
+
+def _by_value(
+    frame_counts: object,
+    grid: object,
+    pool_stride: object,
+    sampling_stride: object,
+    temporal_stride: object,
+    spatial_stride: object,
+    min_fast_frames: object,
+    norm_eps: object,
+    backend: str | None,
+) -> PoolCallOptions:
     counts = checks.as_ints("frame_counts", frame_counts, "a sequence of integers, one a video")
     sides = checks.as_ints("grid", grid, "(H, W)")
     given = (pool_stride, sampling_stride, temporal_stride, spatial_stride, min_fast_frames)
     strides = [checks.as_int(name, value) for name, value in zip(PoolOptions._fields, given, strict=True)]
     eps = None if norm_eps is None else checks.as_float("norm_eps", norm_eps)
     check_backend_name(backend)
-    return PooledTokens(*_OP(PoolTensors(frames), PoolCallOptions(counts, sides, *strides, eps, backend)))
+    return PoolCallOptions(counts, sides, *strides, eps, backend)
 
 
 class _Pool(Op):
@@ -79,6 +95,7 @@ class _Pool(Op):
     returns = "(Tensor, Tensor, Tensor, Tensor)"
     differentiable = ("frames",)
     has_gradient = (0, 2)
+    by_value = staticmethod(_by_value)
 
     def check(self, tensors: PoolTensors, options: PoolCallOptions) -> None:
         """Without a plan: lengths may be symbolic."""
@@ -99,7 +116,15 @@ class _Pool(Op):
         plan = options.plan  # made, it has checked counts and strides
         _check_fit(frames, options)
         backend = backend_for(self.facts(tensors, options), frames.device, options.backend)
-        return backend_module(backend).pool(frames, plan, options.norm_eps)
+        pool = backend_module(backend).pool
+        if not observe.IS_ON:
+            return pool(frames, plan, options.norm_eps)
+        return self.observed(lambda tensors: pool(tensors.frames, plan, options.norm_eps), tensors, options)(tensors)
+
+    def plan(self, backend: str, tensors: PoolTensors, options: PoolCallOptions) -> CallPlan:
+        if backend == "eager":
+            return describe_pool(options.plan, workspace_bytes=None)
+        return backend_module(backend).pool_plan_of(tensors.frames, options.plan)
 
     def formula(self, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return eager.pool(tensors.frames, options.plan, options.norm_eps)
@@ -113,6 +138,12 @@ class _Pool(Op):
 
     def gradients(self, grads, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor]:
         return (eager.pool_backward(*grads, tensors.frames, options.plan, options.norm_eps),)
+
+    def flops(self, shapes: PoolTensors, options: PoolCallOptions) -> int:
+        return flops.pool(options.plan, shapes.frames[2], options.norm_eps is not None)
+
+    def backward_flops(self, shapes: PoolTensors, options: PoolCallOptions) -> int:
+        return flops.pool_backward(options.plan, shapes.frames[2], options.norm_eps is not None)
 
 
 def _check_kind(frames: Tensor, options: PoolCallOptions) -> None:

@@ -5,6 +5,12 @@ Configurations are fixed by ``heuristics``, so nothing is tuned at run time and 
 
 from .attention import prepare_cross_attention, prepare_text_cross_attention
 from .gated_mix import prepare_gated_residual_mix
-from .pool import pool
+from .pool import pool, pool_plan_of
 
-__all__ = ["pool", "prepare_cross_attention", "prepare_gated_residual_mix", "prepare_text_cross_attention"]
+__all__ = [
+    "pool",
+    "pool_plan_of",
+    "prepare_cross_attention",
+    "prepare_gated_residual_mix",
+    "prepare_text_cross_attention",
+]

@@ -13,12 +13,14 @@ Roofline: a decoded token reads K and V once (Ns * Hkv * 2 * D elements at memor
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call_plan import CallPlan, described, nothing_to_attend
 from ..calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, scale_of
 from ..gate import Gate
 from ..heuristics import (
@@ -282,7 +284,8 @@ class Attention:
         self.combine = triton_combine_config(
             num_text, num_q_heads, head_dim, config.num_splits, self.device.num_sms, self.device.dependent_launch
         )
-        self.kernel = _attention[config.num_tiles(num_text, batch, heads_per_kv), num_kv_heads, config.num_splits]
+        self.grid = (config.num_tiles(num_text, batch, heads_per_kv), num_kv_heads, config.num_splits)
+        self.kernel = _attention[self.grid]
         scale = scale_of(q, softmax_scale)
         self.numbers = (
             num_text, batch, config.num_splits, q.stride(0), q.stride(1), kv_stride[1], kv_stride[2], scale,
@@ -295,6 +298,21 @@ class Attention:
             "PREFETCH": self.device.prefetch and not config.peel_tail,
             "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
         }  # fmt: skip
+
+    def describe(self) -> CallPlan:
+        """The workspace is what ``_partials`` makes."""
+        tiles, floats = asdict(self.config), 0
+        if self.config.num_splits > 1:
+            tiles |= {f"combine_{name}": value for name, value in asdict(self.combine).items()}
+            floats = self.config.num_splits * self.num_text * self.num_q_heads * (self.head_dim + 1)
+        return CallPlan(tiles=tiles, num_splits=self.config.num_splits, grid=self.grid, workspace_bytes=4 * floats)
+
+    def describe_with_mix(self, dtype: torch.dtype) -> CallPlan:
+        """Without splits the context lies in memory between the two launches."""
+        plan = self.describe()
+        if self.config.num_splits > 1:
+            return plan
+        return replace(plan, workspace_bytes=self.num_text * self.num_q_heads * self.head_dim * dtype.itemsize)
 
     def attend(self, tensors: AttentionTensors | FusedTensors, context: Tensor, lse: Tensor | None) -> None:
         """Into ``context`` [Nt, Hq, D] and ``lse`` [Nt, Hq]."""
@@ -353,6 +371,7 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
     shape = (sample.text_rows.shape[0], *sample.q.shape[1:])
     attention = Attention(sample, options.softmax_scale, options.num_splits) if shape[0] else None
 
+    @described(nothing_to_attend if attention is None else attention.describe)
     @on_device_of
     def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
         q = tensors.q
@@ -368,6 +387,12 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
 def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
     """A function of tensors alike: attention, gate and mix."""
     if sample.text_rows.shape[0] == 0:
-        return on_device_of(lambda tensors: copied_or_empty(tensors.state, 0))
-    attention = Attention(sample, options.softmax_scale, options.num_splits)
-    return on_device_of(lambda tensors: attention.attend_and_mix(tensors, tensors.gate(options)))
+        return described(nothing_to_attend)(on_device_of(lambda tensors: copied_or_empty(tensors.state, 0)))
+    attention, dtype = Attention(sample, options.softmax_scale, options.num_splits), sample.q.dtype
+
+    @described(lambda: attention.describe_with_mix(dtype))
+    @on_device_of
+    def run(tensors: FusedTensors) -> Tensor:
+        return attention.attend_and_mix(tensors, tensors.gate(options))
+
+    return run

@@ -8,12 +8,14 @@ a copy of the whole state before it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call_plan import CallPlan, described
 from ..calls import MixOptions, MixTensors
 from ..gate import Gate
 from ..heuristics import triton_row_config
@@ -58,8 +60,9 @@ def launch_mix(out: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, g
 
 def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
     """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
-    num_text = sample.text_rows.shape[0]
+    num_text, channels = sample.text_rows.shape[0], sample.state.shape[1]
 
+    @described(lambda: CallPlan(tiles=asdict(triton_row_config(channels)), grid=(num_text,)))
     @on_device_of
     def run(tensors: MixTensors) -> Tensor:
         state, context, text_rows = tensors[:3]

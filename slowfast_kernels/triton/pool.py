@@ -7,13 +7,16 @@ square, and keeps the running sum that becomes the fast token, so that no token 
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call_plan import CallPlan
 from ..heuristics import triton_row_config
-from ..pool_plan import PoolPlan
+from ..pool_plan import PoolPlan, describe_pool
 from ._common import on_device_of
 
 
@@ -66,6 +69,12 @@ def _pool(
         total /= (num_entries * spatial_stride * spatial_stride).to(tl.float32)
         row = (fast_base + cell_y * fast_w + cell_x).to(tl.int64)
         tl.store(fast + row * C + cols, total.to(fast.dtype.element_ty), mask=is_col)
+
+
+def pool_plan_of(frames: Tensor, plan: PoolPlan) -> CallPlan:
+    """Of ``pool``."""
+    cells_h, cells_w = plan.cells
+    return describe_pool(plan, (cells_h * cells_w, plan.num_items), **asdict(triton_row_config(frames.shape[2])))
 
 
 @on_device_of
