@@ -27,6 +27,16 @@ def attention_backward(pairs: int, num_q_heads: int, head_dim: int) -> int:
     return 10 * pairs * num_q_heads * head_dim
 
 
+def merge(num_text: int, num_q_heads: int, head_dim: int) -> int:
+    """Two contexts by their shares."""
+    return 3 * num_text * num_q_heads * head_dim
+
+
+def merge_backward(num_text: int, num_q_heads: int, head_dim: int) -> int:
+    """The merged context again; for each side its distance from it, a dot product with the gradient, and a share."""
+    return 11 * num_text * num_q_heads * head_dim
+
+
 def mix(num_text: int, channels: int, weighted: bool) -> int:
     """state + g * context, and where the gate has a weight its dot product with the state."""
     return (4 if weighted else 2) * num_text * channels

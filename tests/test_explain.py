@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from cases import Shape, Video, make_frames, make_inputs
 import slowfast_kernels as sk
 from slowfast_kernels import _extension, cpu, cuda
 from slowfast_kernels.heuristics import (
+    BACKENDS,
     MIX_ROWS_FOR_TRITON,
+    choose_backend,
     cpu_num_splits,
     hopper_attention_config,
     triton_attention_config,
@@ -23,18 +26,28 @@ from slowfast_kernels.ops.op import OPS
 
 SHAPE = Shape(((2, 600), (3, 500)), (4, 2), 64)
 VIDEO = Video((8, 1), (4, 4), 8, 2, 1, 2, 1)
-POOL, ATTEND, MIX, FUSED = FUNCTIONS  # by name
+POOL, ATTEND, MIX, FUSED, MERGE = FUNCTIONS  # by name
+HAS_KERNELS = (POOL, ATTEND, MIX, FUSED)
 
 
 def arguments_of(op: str, generator, shape: Shape = SHAPE, dtype=torch.float32) -> tuple[tuple, dict]:
     inputs = make_inputs(shape, dtype, "cpu", generator)
     context = torch.zeros(len(inputs.text_rows), *inputs.q.shape[1:], dtype=dtype)
+    lse = torch.zeros(context.shape[:2])
     return {
         POOL: ((make_frames(VIDEO, dtype, "cpu", generator), VIDEO.frame_counts, VIDEO.grid), VIDEO.strides),
         ATTEND: (inputs.attention, {}),
         MIX: ((inputs.state, context, inputs.text_rows, *inputs.gating), {}),
         FUSED: (inputs.fused, {}),
+        MERGE: ((context, lse, context, lse), {}),
     }[op]
+
+
+def all_arguments(op: str, arguments, **options) -> dict[str, object]:
+    """By their names, with the defaults."""
+    bound = inspect.signature(FUNCTIONS[op]).bind(*arguments, **options)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 @pytest.fixture(params=FUNCTIONS)
@@ -71,14 +84,23 @@ def hopper(monkeypatch):
 # ------------------------------------------------------------------------------------------------ which backend
 
 
+def test_every_op_can_be_explained():
+    assert set(FUNCTIONS) == set(OPS)
+    assert all(getattr(sk, name) is function for name, function in FUNCTIONS.items())
+
+
 def test_it_names_the_backend_and_why_the_faster_ones_are_passed_over(call, monkeypatch):
     monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     name, arguments, options = call
     found = sk.explain(name, *arguments, **options)
-    assert (found.op, found.backend) == (name, "cpu")
-    device = torch.device("cpu")
-    assert dict(found.rejected) == {b: _extension.unavailable_reason(b, device) for b in ("cuda", "triton")}
+    choice = choose_backend(
+        OPS[name].facts(*OPS[name].bind(all_arguments(name, arguments, **options))),
+        {backend: _extension.unavailable_reason(backend, torch.device("cpu")) for backend in BACKENDS},
+    )
+    assert (found.op, found.backend, dict(found.rejected)) == (name, *choice)
+    assert found.backend == ("cpu" if name in HAS_KERNELS else "eager")
+    assert set(found.rejected) == set(BACKENDS[: BACKENDS.index(found.backend)])
 
 
 def test_the_function_may_stand_for_its_name(call):
@@ -188,10 +210,7 @@ def test_a_prepared_call_describes_itself(op, backend, request, rng):
         request.getfixturevalue("hopper")
     arguments, _ = arguments_of(op, rng(), dtype=torch.bfloat16)
     explained = sk.explain(op, *arguments, backend=backend)
-    given = dict.fromkeys(("softmax_scale", "gate_value")) | {"num_splits": 0, "return_lse": False, "gate": "tanh"}
-    names = OPS[op].tensors._fields
-    given |= dict(zip(names, arguments, strict=False)) | {"warm_up_tanh": True, "backend": backend}
-    plan = OPS[op].prepare(*OPS[op].bind(given)).describe()
+    plan = OPS[op].prepare(*OPS[op].bind(all_arguments(op, arguments, backend=backend))).describe()
     assert {name: getattr(explained, name) for name in vars(plan)} == vars(plan)
 
 
@@ -205,7 +224,7 @@ def test_a_plain_call_goes_directly_and_has_no_backward(call):
     assert found.backward.startswith("none")
 
 
-@pytest.mark.parametrize("op", [ATTEND, MIX, POOL])
+@pytest.mark.parametrize("op", [ATTEND, MIX, POOL, MERGE])
 def test_what_autograd_follows_goes_through_the_registered_op(op, rng):
     arguments, options = arguments_of(op, rng())
     first = arguments[0].clone().requires_grad_()
@@ -283,7 +302,7 @@ def test_nothing_runs_and_nothing_is_kept(call, monkeypatch):
     monkeypatch.setattr(cpu, "extension", lambda: stand_in)
     monkeypatch.setattr(OPS[name], "formula", None)
     kept = len(OPS[name].prepared)
-    for backend in ("cpu", "eager"):
+    for backend in ("cpu", "eager") if name in HAS_KERNELS else ("eager",):
         assert sk.explain(name, *arguments, **options, backend=backend).backend == backend
     assert len(OPS[name].prepared) == kept
 

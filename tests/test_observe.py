@@ -18,6 +18,7 @@ from test_torch_integration import registered_calls
 
 import slowfast_kernels as sk
 from slowfast_kernels import _extension, flops, observe
+from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.heuristics import OpCall
 from slowfast_kernels.ops import dispatch
 from slowfast_kernels.ops.dispatch import SignatureCache
@@ -47,6 +48,7 @@ def calls(inputs, rng):
         "text_cross_attention": inputs.attention,
         "gated_residual_mix": (inputs.state, context, inputs.text_rows, *inputs.gating),
         "slowfast_cross_attention": inputs.fused,
+        "merge_attention": (context.view(-1, 4, 16), torch.zeros(len(context), 4)) * 2,
     }
 
     def call(name: str, differentiated: bool = False):
@@ -86,7 +88,10 @@ def test_a_new_signature_is_one_line_with_shapes_backend_and_reason(name, calls,
     (line,) = log()
     assert line.startswith(f"{name}(")
     assert "float32[" in line
-    assert ": cpu, the fastest that is here and runs this call; not cuda: " in line
+    if name == "merge_attention":
+        assert ": eager, no kernel here runs this call; not cuda: " in line
+    else:
+        assert ": cpu, the fastest that is here and runs this call; not cuda: " in line
 
 
 def test_another_shape_dtype_option_or_backend_is_another_line(inputs, log):
@@ -389,7 +394,11 @@ def test_every_registered_op_is_counted(rng):
     from targets import Target
 
     found = {}
-    for name, arguments in registered_calls(Target("eager", torch.float32, torch.device("cpu")), rng()).items():
+    calls = registered_calls(Target("eager", torch.float32, torch.device("cpu")), rng())
+    context, lse = torch.ones(3, 4, 16), torch.zeros(3, 4)
+    calls["merge_attention"] = (context, lse, context, lse, "eager")
+    calls["merge_attention_backward"] = (context, lse, *calls["merge_attention"])
+    for name, arguments in calls.items():
         op = getattr(torch.ops.slowfast, name)
         with torch.no_grad():
             found |= count(partial(op, *arguments))
@@ -398,12 +407,16 @@ def test_every_registered_op_is_counted(rng):
 
 
 def test_arguments_by_name_are_counted(inputs):
-    names = OPS["text_cross_attention"].tensors._fields
-    given = dict(zip(names, inputs.attention, strict=True))
+    given = AttentionTensors(*inputs.attention)._asdict()
     options = {"softmax_scale": None, "return_lse": False, "num_splits": 0, "backend": None}
     with torch.no_grad():
         found = count(lambda: torch.ops.slowfast.text_cross_attention(**given, **options))
     assert found == {"text_cross_attention": attention_cost(fused=False)}
+
+
+def test_merging_is_counted(calls):
+    with torch.no_grad():
+        assert count(lambda: calls("merge_attention")) == {"merge_attention": 3 * 4 * 4 * 16}
 
 
 def test_pooling_counts_additions_of_features_norm_and_windows():

@@ -19,10 +19,20 @@ from .attention import text_cross_attention
 from .dispatch import choice_for, needs_formula, needs_torch_op, requested_backend, signature, why
 from .fused import slowfast_cross_attention
 from .gated_mix import gated_residual_mix
+from .merge import merge_attention
 from .op import EAGER_PLAN, OPS, Op
 from .pool import slowfast_pool
 
-FUNCTIONS = {f.__name__: f for f in (slowfast_pool, text_cross_attention, gated_residual_mix, slowfast_cross_attention)}
+FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        slowfast_pool,
+        text_cross_attention,
+        gated_residual_mix,
+        slowfast_cross_attention,
+        merge_attention,
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import eager
+from .. import eager, flops
 from ..calls import MergeOptions, MergeTensors
 from ..heuristics import OpCall
 from . import checks
@@ -35,8 +35,12 @@ def merge_attention(
         TypeError: a wrong dtype.
         NotImplementedError: the backend asked for cannot run this call.
     """
+    return tuple(_OP(MergeTensors(context_a, lse_a, context_b, lse_b), _by_value(backend)))
+
+
+def _by_value(backend: str | None) -> MergeOptions:
     check_backend_name(backend)
-    return tuple(_OP(MergeTensors(context_a, lse_a, context_b, lse_b), MergeOptions(backend)))
+    return MergeOptions(backend)
 
 
 class _Merge(Op):
@@ -45,6 +49,7 @@ class _Merge(Op):
     returns = "(Tensor, Tensor)"
     differentiable = MergeTensors._fields
     has_gradient = (0, 1)
+    by_value = staticmethod(_by_value)
 
     def check(self, tensors: MergeTensors, options: MergeOptions) -> None:
         context_a = tensors.context_a
@@ -79,6 +84,12 @@ class _Merge(Op):
 
     def gradients(self, grads, tensors: MergeTensors, options: MergeOptions) -> tuple[Tensor, ...]:
         return eager.merge_attention_backward(*grads, *tensors)
+
+    def flops(self, shapes: MergeTensors, options: MergeOptions) -> int:
+        return flops.merge(*shapes.context_a)
+
+    def backward_flops(self, shapes: MergeTensors, options: MergeOptions) -> int:
+        return flops.merge_backward(*shapes.context_a)
 
 
 _OP = _Merge()
