@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import multiprocessing
 import os
 import queue
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,10 +32,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = {"cpu": ROOT / "tests" / "mutants_cpu.txt", "cuda": ROOT / "tests" / "mutants_cuda.txt"}
-LEFT_OUT = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "results", "out")
+LEFT_OUT = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "out")
 TIMEOUT_S = 300  # a mutant whose tests take longer hangs, and is noticed by that
 SEED = "1"  # of the tests' inputs: whether a mutant is noticed must not depend on the run
 
@@ -113,6 +116,35 @@ def unfit(mutants: list[Mutant]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------- a copy
 
+# Half of a small test's time is torch's import. A server imports it once and forks a process for each mutant.
+PROCESSES = multiprocessing.get_context("forkserver")
+PRELOADED = ["numpy", "torch", "torch.testing", "torch._dynamo", "triton", "hypothesis", "pytest", "transformers"]
+
+
+class Tested(NamedTuple):
+    """Of a run of pytest."""
+
+    status: int
+    said: str
+
+
+def run_pytest(folder: str, environment: dict[str, str], log: str, arguments: tuple[str, ...]) -> None:
+    """As ``python -m pytest`` in ``folder``; for a process of its own, which nothing of the package was imported in."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry not in ("", str(ROOT), str(ROOT / "tests")))]
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import pytest
+
+    status = pytest.main(list(arguments))
+    sys.stdout.flush()
+    os._exit(status)
+
 
 class Tree:
     """A copy of the checkout, with its extension, in which code may be broken."""
@@ -126,12 +158,7 @@ class Tree:
             # A change within a second that keeps a file's size would be taken for the code compiled before.
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        if not cuda:
-            self.environment["OMP_NUM_THREADS"] = "1"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
-        for cache in ("bench/results",):
-            if (ROOT / cache).is_dir():
-                shutil.copytree(ROOT / cache, folder / cache)
 
     @property
     def extension(self) -> Path:
@@ -151,16 +178,25 @@ class Tree:
             path.write_text(text)
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    def run(self, *command: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
-        return subprocess.run([sys.executable, *command], check=False, timeout=timeout, **options)
-
     def build(self) -> subprocess.CompletedProcess[str]:
-        return self.run("setup.py", "build_ext", "--inplace")
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
+        return subprocess.run(command, check=False, **options)
 
-    def test(self, arguments: tuple[str, ...], *options: str) -> subprocess.CompletedProcess[str]:
+    def test(self, arguments: tuple[str, ...], *options: str) -> Tested | None:
+        """What pytest says of these tests; None if it does not end in time."""
+        said = self.folder.parent / f"{self.folder.name}.log"
         quiet = ("-q", "-p", "no:cacheprovider", "--no-header", "-rfE")
-        return self.run("-m", "pytest", *quiet, *options, *arguments, timeout=TIMEOUT_S)
+        process = PROCESSES.Process(
+            target=run_pytest, args=(str(self.folder), self.environment, str(said), (*quiet, *options, *arguments))
+        )
+        process.start()
+        process.join(TIMEOUT_S)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            return None
+        return Tested(process.exitcode, said.read_text(errors="replace"))
 
 
 class NativeTree(Tree):
@@ -190,9 +226,13 @@ class NativeTree(Tree):
 # ------------------------------------------------------------------------------------------------- running
 
 
+FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - .*)?$", re.MULTILINE)
+NOTICED = ("killed", "hangs", "crashes")
+
+
 @dataclass
 class Outcome:
-    """What became of a mutant: "killed" by a test, "hangs", "survived", or "unclear" with the reason."""
+    """What became of a mutant: "killed" by the test in ``detail``, "hangs", "crashes"; or "survived"; or "unclear"."""
 
     mutant: Mutant
     what: str
@@ -206,17 +246,16 @@ class Outcome:
 
 def judged(mutant: Mutant, tree: Tree) -> Outcome:
     """Of a tree that is broken and built."""
-    try:
-        done = tree.test(mutant.tests, "-x")
-    except subprocess.TimeoutExpired:
+    done = tree.test(mutant.tests, "-x")
+    if done is None:
         return Outcome(mutant, "hangs")
-    if done.returncode == 0:
-        skipped = re.search(r"\d+ skipped", done.stdout) and not re.search(r"\d+ passed", done.stdout)
-        return Outcome(mutant, "unclear", "every test was skipped") if skipped else Outcome(mutant, "survived")
-    failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and failed:
-        return Outcome(mutant, "killed", failed[1])
-    return Outcome(mutant, "unclear", (done.stdout + done.stderr)[-800:])
+    if done.status == 0:
+        some = re.search(r"\d+ passed", done.said)
+        return Outcome(mutant, "survived") if some else Outcome(mutant, "unclear", "every test was skipped")
+    if done.status < 0:
+        return Outcome(mutant, "crashes")
+    failed = FAILED.search(done.said)
+    return Outcome(mutant, "killed", failed[1]) if failed else Outcome(mutant, "unclear", done.said[-800:])
 
 
 def run_one(mutant: Mutant, tree: Tree, extensions: Path | None) -> Outcome:
@@ -272,7 +311,7 @@ def not_of_the_change(outcomes: list[Outcome], tree: Tree) -> list[str]:
     if not killers:
         return []
     done = tree.test(tuple(killers))
-    return re.findall(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return FAILED.findall(done.said) if done else ["the killers together do not end in time"]
 
 
 def build_all(mutants: list[Mutant], folder: Path, target: Path) -> int:
@@ -316,6 +355,9 @@ def main() -> int:
     if options.check or not mutants:
         print(f"{len(mutants)} mutants")
         return int(not mutants)
+    if not options.cuda:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    PROCESSES.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         folder = Path(scratch)
         if options.build:
@@ -323,7 +365,7 @@ def main() -> int:
         extensions = options.run.resolve() if options.run else None
         outcomes = run_all(mutants, folder, options.workers, options.cuda, extensions)
         wrong = not_of_the_change(outcomes, Tree(folder / "unbroken", options.cuda))
-    left = [outcome for outcome in outcomes if outcome.what not in ("killed", "hangs")]
+    left = [outcome for outcome in outcomes if outcome.what not in NOTICED]
     print(f"\n{len(outcomes)} mutants, {len(left)} survived or unclear", *left, sep="\n")
     print(*(f"fails without a change too: {test}" for test in wrong), sep="\n")
     return int(bool(left or wrong))

@@ -89,6 +89,36 @@ def test_the_published_shapes_fill_the_gpu_in_one_wave():
         assert full + half <= 15, "an H100 holds 15 clusters of 8 at once"
 
 
+QWEN2_7B, QWEN2_HALF_B = (28, 4, 128), (14, 2, 64)
+# (text rows, slow tokens, batch), heads -> consumers, cluster size, groups, whole units, blocks of a long group, K and
+# V evicted first. What a sweep on an H100 (python -m bench.tune_cuda) left as the choice; another table of times is
+# another sweep, and this one then changes with it.
+SWEPT = [
+    ((1, 5184, 1), QWEN2_7B, (1, 4, 5, 0, 0, False)),
+    ((1, 98304, 1), QWEN2_7B, (1, 4, 6, 0, 0, True)),  # 201 MB of K and V pass L2 by
+    ((4, 20736, 4), QWEN2_7B, (1, 4, 1, 0, 0, False)),
+    ((8, 41472, 8), QWEN2_7B, (1, 2, 4, 0, 0, True)),
+    ((16, 165888, 16), QWEN2_7B, (1, 2, 2, 0, 0, True)),
+    ((64, 5184, 1), QWEN2_7B, (2, 8, 1, 0, 0, False)),
+    ((64, 41472, 1), QWEN2_7B, (2, 8, 1, 0, 0, False)),
+    ((64, 98304, 1), QWEN2_7B, (2, 1, 10, 0, 83, False)),  # several tiles read it, so it stays in L2
+    ((256, 5184, 1), QWEN2_7B, (2, 1, 2, 0, 0, False)),
+    ((256, 10368, 1), QWEN2_7B, (2, 1, 3, 0, 36, False)),
+    ((512, 82944, 8), QWEN2_7B, (2, 1, 2, 0, 73, False)),
+    ((1024, 98304, 1), QWEN2_7B, (2, 1, 2, 132, 578, False)),
+    ((1, 5184, 1), QWEN2_HALF_B, (1, 4, 10, 0, 0, False)),
+    ((64, 5184, 1), QWEN2_HALF_B, (2, 8, 1, 0, 0, False)),
+    ((1024, 10368, 1), QWEN2_HALF_B, (2, 1, 2, 0, 75, False)),
+]
+
+
+@pytest.mark.parametrize(("sizes", "heads", "chosen"), SWEPT)
+def test_the_choice_is_that_of_the_sweep_on_an_h100(sizes, heads, chosen):
+    config = hopper_attention_config(*sizes, *heads)
+    fields = ("consumers", "cluster_size", "num_groups", "whole_units", "long_blocks", "kv_evict_first")
+    assert tuple(getattr(config, field) for field in fields) == chosen
+
+
 def test_many_rows_over_a_long_video_leave_no_sm_idle_for_long():
     """Blocks of the busiest SM against an even share: long groups first, the short ones one after another."""
     for rows, slow in ((256, 10368), (256, 98304), (1024, 98304)):
@@ -129,8 +159,12 @@ def test_what_it_takes_goes_to_it():
     assert choose_backend(HALF._replace(head_dim=64, dtype=torch.float16), EVERYTHING_IS_HERE).backend == "cuda"
 
 
-def test_a_mix_of_many_rows_goes_to_triton_where_it_is_faster():
-    call = OpCall("gated_residual_mix", "cuda", torch.bfloat16, (9, 0), num_text=8192)
-    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "triton"
-    assert choose_backend(call._replace(num_text=1024), EVERYTHING_IS_HERE).backend == "cuda"
+@pytest.mark.parametrize(("rows", "chosen"), [(1, "cuda"), (4095, "cuda"), (4096, "triton"), (8192, "triton")])
+def test_a_mix_of_4096_rows_or_more_goes_to_triton_where_it_is_faster(rows, chosen):
+    call = OpCall("gated_residual_mix", "cuda", torch.bfloat16, (9, 0), num_text=rows)
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == chosen
     assert choose_backend(call, EVERYTHING_IS_HERE | {"triton": "not installed"}).backend == "cuda"
+
+
+def test_no_other_op_leaves_cuda_for_the_number_of_its_rows():
+    assert choose_backend(HALF._replace(num_text=8192), EVERYTHING_IS_HERE).backend == "cuda"
