@@ -118,7 +118,7 @@ def unfit(mutants: list[Mutant]) -> list[str]:
 
 # Half of a small test's time is torch's import. A server imports it once and forks a process for each mutant.
 PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = ["numpy", "torch", "torch.testing", "torch._dynamo", "triton", "hypothesis", "pytest", "transformers"]
+PRELOADED = ["numpy", "torch", "torch.testing", "torch._dynamo", "triton", "pytest", "transformers"]
 
 
 class Tested(NamedTuple):

@@ -369,6 +369,19 @@ def test_gates_may_stay_in_float32_beside_a_bfloat16_model(what, called):
     assert mixed.generate(ids, videos, mask, max_new_tokens=2).shape == (3, 2)
 
 
+@pytest.mark.parametrize("wide", ["cross_attn_gate_proj", "cross_attn_warm_up_gate"])
+def test_gate_weights_reach_the_kernel_in_the_widest_of_their_types_without_losing_a_digit(wide):
+    attention = tiny_model().to(torch.bfloat16).model.layers[0].self_attn
+    for name, parameter in attention.named_parameters():
+        if name.startswith(wide):
+            parameter.data = torch.full_like(parameter, 0.1, dtype=torch.float32)  # no number of bfloat16
+    weight, bias, warm_up, _ = attention.gating(torch.zeros(3, 32, dtype=torch.bfloat16), torch.arange(3))
+    assert weight.dtype == bias.dtype == warm_up.dtype == torch.float32
+    linear = attention.cross_attn_gate_proj[0]
+    for given, kept in ((weight, linear.weight), (bias, linear.bias), (warm_up, attention.cross_attn_warm_up_gate)):
+        assert torch.equal(given, kept.float())
+
+
 def test_an_answer_in_another_floating_type_is_taken():
     """A projection and a gate that compute in float64 in a float32 model."""
 

@@ -285,6 +285,16 @@ def test_an_output_can_be_copied_and_sent(clone):
     assert same.loss is None
 
 
+def test_the_loss_of_a_half_precision_model_is_formed_in_float32():
+    model = tiny_model().to(torch.bfloat16)
+    ids, mask = padded(PROMPTS)
+    out = model(ids, [x.bfloat16() for x in features(*PROMPT_VIDEOS)], mask, ids.masked_fill(ids == VIDEO, -100))
+    logits, targets = out.logits[:, :-1].double(), out.labels[:, 1:]
+    expected = -logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0][targets != -100].mean()
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_batch_without_a_target_has_loss_zero():
     ids = torch.tensor([[1, 2, 3]])
     loss = tiny_model()(ids, labels=torch.full_like(ids, -100)).loss

@@ -1,0 +1,243 @@
+"""What the host does around a CUDA launch: counters, workspaces, streams; with stand-ins for GPU and kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import Shape, make_inputs
+
+from slowfast_kernels import cuda
+from slowfast_kernels.calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors
+from slowfast_kernels.heuristics import HopperConfig
+from slowfast_kernels.params import CrossAttentionParams, SplitPlan
+
+CPU = torch.device("cpu")
+GPUS = [SimpleNamespace(index=i, type="cuda") for i in range(2)]  # the stand-ins' memory is the host's
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that keeps what it is told: ``stream``, ``capturing``, and the launches (function, structs, stream)."""
+    state = SimpleNamespace(stream=7, capturing=False, current=0, launches=[], entered=[])
+    zeros, empty = torch.zeros, torch.empty
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kind: zeros(*size, **kind))
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **kind: empty(*size, **kind))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    streams = {0: lambda: state.stream, 1: lambda: 100 + state.stream}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: streams[index](), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.current, raising=False)
+
+    @contextmanager
+    def on(device):
+        state.entered.append(device.index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(cuda, "_counters_of_device", {})
+    monkeypatch.setattr(cuda._Counters, "SIZE", 2000)
+    monkeypatch.setattr(cuda._Counters, "STREAM_SLICE", 100)
+    return state
+
+
+def places(counters: torch.Tensor) -> set[int]:
+    return set(range(counters.data_ptr(), counters.data_ptr() + 4 * len(counters), 4))
+
+
+# ---------------------------------------------------------------------------------------------------- counters
+
+
+def test_launches_of_a_stream_share_their_counters_which_are_zero(gpu):
+    first, second = (cuda._counters(GPUS[0], 30) for _ in range(2))
+    assert first.data_ptr() == second.data_ptr()
+    assert len(first) >= 30
+    assert not first.any()
+
+
+def test_streams_have_counters_of_their_own(gpu):
+    first = cuda._counters(GPUS[0], 30)
+    gpu.stream = 8
+    second = cuda._counters(GPUS[0], 30)
+    assert not places(first) & places(second)
+    gpu.stream = 7
+    assert cuda._counters(GPUS[0], 30).data_ptr() == first.data_ptr()
+
+
+def test_devices_have_counters_of_their_own(gpu):
+    first, second = (cuda._counters(device, 30) for device in GPUS)
+    assert not places(first) & places(second)
+    assert set(cuda._counters_of_device) == {0, 1}
+
+
+def test_counters_grow_with_the_launch_and_stay_grown(gpu):
+    small = cuda._counters(GPUS[0], 30)
+    large = cuda._counters(GPUS[0], 500)
+    assert len(large) >= 500
+    assert not places(small) & places(large)  # a launch before may still be using its own
+    assert cuda._counters(GPUS[0], 30).data_ptr() == large.data_ptr()
+
+
+def test_a_captured_launch_has_counters_that_no_other_has(gpu):
+    of_stream = cuda._counters(GPUS[0], 30)
+    gpu.capturing = True
+    captured = [cuda._counters(GPUS[0], 30) for _ in range(3)]
+    gpu.capturing = False
+    found = [places(x) for x in (of_stream, *captured, cuda._counters(GPUS[0], 500))]
+    assert all(len(x) >= 30 for x in captured)
+    assert sum(map(len, found)) == len(set.union(*found))
+
+
+def test_an_arena_that_is_full_hands_out_memory_of_its_own(gpu):
+    cuda._counters(GPUS[0], 30)
+    gpu.capturing = True
+    captured = [cuda._counters(GPUS[0], 900) for _ in range(4)]  # two fit
+    found = [places(x) for x in captured]
+    assert all(len(x) == 900 for x in captured)
+    assert sum(map(len, found)) == len(set.union(*found))
+    arena = places(cuda._counters_of_device[0].arena)
+    assert [bool(x & arena) for x in found] == [True, True, False, False]
+
+
+def test_no_arena_is_made_while_a_graph_is_captured(gpu):
+    """It would be zeroed by the graph's replay, not before a launch on another stream."""
+    gpu.capturing = True
+    assert len(cuda._counters(GPUS[0], 30)) >= 30
+    assert not cuda._counters_of_device
+
+
+# --------------------------------------------------------------------------------------------------- launches
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, []), (1, [0])])
+def test_a_kernel_starts_on_its_device_s_own_stream(gpu, current, entered):
+    """Making a device current that is so already would cost microseconds."""
+    gpu.current, gpu.stream = current, 11
+    struct = ctypes.c_int(3)
+    cuda._launch(lambda *arguments: gpu.launches.append(arguments), GPUS[0], struct)
+    assert gpu.launches == [(ctypes.addressof(struct), 11)]
+    assert gpu.entered == entered
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The structs of each launch, instead of the launch; and the tensors that torch.empty made for it."""
+    seen = []
+
+    def launch(kernel, device, *structs):
+        seen.append([type(struct).from_buffer_copy(struct) for struct in structs])
+
+    monkeypatch.setattr(cuda, "_launch", launch)
+    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(cuda_cross_attention=None, cuda_gated_mix=None))
+    monkeypatch.setattr(cuda, "_counters", lambda device, count: torch.zeros(count, dtype=torch.int32))
+    return seen
+
+
+@pytest.fixture
+def inputs(rng):
+    return make_inputs(Shape(((24, 400),), (14, 2), 64, other_rows=3), torch.bfloat16, CPU, rng())
+
+
+def attention_of(inputs, config: HopperConfig) -> tuple[cuda.Attention, AttentionTensors]:
+    tensors = AttentionTensors(*inputs.attention)
+    return cuda.Attention(tensors, config=config), tensors
+
+
+def test_the_parts_of_a_workspace_follow_one_another_and_fill_it(inputs, launched, monkeypatch):
+    config = HopperConfig(2, 1, 3, 2)
+    made, empty = [], torch.empty
+
+    def record(*size, **kind):
+        made.append(empty(*size, **kind))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", record)
+    attend, tensors = attention_of(inputs, config)
+    attend(tensors)
+    (_, plan), (workspace,) = launched[0], made
+    out, stats, gates, _ = config.workspace(2, 64)
+    assert plan.partial_out == workspace.data_ptr()
+    assert plan.partial_stats - plan.partial_out == 4 * out
+    assert plan.partial_gates - plan.partial_stats == 4 * stats
+    assert workspace.numel() == out + stats + gates
+
+
+def test_a_launch_has_a_plan_of_its_own(inputs, launched):
+    """A graph that is replayed while another launch is prepared reads its own addresses."""
+    attend, tensors = attention_of(inputs, HopperConfig(2, 1, 3, 2))
+    attend(tensors)
+    assert attend.plan.partial_out is None
+    assert attend.plan.counters is None
+
+
+def test_without_groups_there_is_no_workspace(inputs, launched):
+    attend, tensors = attention_of(inputs, HopperConfig(2, 4, 1, 2))
+    attend(tensors)
+    assert launched[0][1].partial_out is None
+
+
+def test_the_kernel_is_told_how_it_is_cut(inputs, launched):
+    config = HopperConfig(2, 1, 3, 2, whole_units=1, long_blocks=5, kv_evict_first=True)
+    attend, tensors = attention_of(inputs, config)
+    attend(tensors)
+    plan = launched[0][1]
+    given = {name: getattr(plan, name) for name in HopperConfig.__dataclass_fields__}
+    assert given == {name: getattr(config, name) for name in given}
+    clustered, tensors = attention_of(inputs, HopperConfig(2, 4, 3, 2))
+    clustered(tensors)
+    assert launched[1][0].num_splits == 12
+
+
+def test_a_launch_is_given_the_arguments_of_the_call(inputs, launched):
+    attend, tensors = attention_of(inputs, HopperConfig(2, 1, 1, 2))
+    context, lse = torch.zeros(24, 14, 64), torch.zeros(24, 14)
+    attend(tensors, context=context, lse=lse)
+    params = launched[0][0]
+    for name in ("q", "slow_kv", "cu_slow", "text_rows", "cu_text"):
+        assert getattr(params, name) == getattr(tensors, name).data_ptr()
+    assert (params.context, params.lse) == (context.data_ptr(), lse.data_ptr())
+    assert (params.state, params.out) == (None, None)
+    assert (params.num_text, params.num_slow, params.batch, params.head_dim) == (24, 400, 1, 64)
+    assert params.softmax_scale == pytest.approx(64**-0.5)
+    assert isinstance(params, CrossAttentionParams)
+    assert isinstance(launched[0][1], SplitPlan)
+
+
+# -------------------------------------------------------------------------------------- what no kernel is asked for
+
+
+FUSED = FusedOptions(None, 0, "tanh", True, "cuda")
+
+
+def test_the_fused_op_copies_rows_that_are_no_text_rows_before_the_launch(inputs, launched):
+    tensors = FusedTensors(*inputs.fused, None)
+    out = cuda.prepare_cross_attention(tensors, FUSED)(tensors)
+    rows = inputs.other_rows
+    assert torch.equal(out[rows].view(torch.int16), inputs.state[rows].view(torch.int16))
+    assert len(launched) == 1
+    assert launched[0][0].out == out.data_ptr()
+
+
+def test_the_fused_op_copies_nothing_where_every_row_is_a_text_row(rng, launched):
+    tensors = FusedTensors(*make_inputs(Shape(((9, 40),), other_rows=0), torch.bfloat16, CPU, rng()).fused, None)
+    out = cuda.prepare_cross_attention(tensors, FUSED)(tensors)
+    assert out.isnan().all()  # as torch.empty left it: the kernel writes every row
+
+
+@pytest.mark.parametrize("sequences", [((3, 0), (2, 0)), ((0, 4),)], ids=["no slow token", "no text row"])
+def test_without_anything_to_attend_the_fused_op_gives_a_copy_of_the_state(sequences, rng, launched):
+    tensors = FusedTensors(*make_inputs(Shape(sequences), torch.bfloat16, CPU, rng()).fused, None)
+    out = cuda.prepare_cross_attention(tensors, FUSED)(tensors)
+    assert torch.equal(out.view(torch.int16), tensors.state.view(torch.int16))
+    assert out.data_ptr() != tensors.state.data_ptr()
+    assert not launched
+
+
+def test_without_slow_tokens_the_context_is_zero_and_lse_minus_infinity(rng, launched):
+    tensors = AttentionTensors(*make_inputs(Shape(((3, 0), (2, 0))), torch.bfloat16, CPU, rng()).attention)
+    context, lse = cuda.prepare_text_cross_attention(tensors, AttentionOptions(None, True, 0, "cuda"))(tensors)
+    assert not context.any()
+    assert (lse == -torch.inf).all()
+    assert not launched
