@@ -42,6 +42,13 @@ def test_context_and_lse_are_accurate(target, shape, rng):
     check(target, make_inputs(shape, target.dtype, target.device, rng(target.device)))
 
 
+@pytest.mark.parametrize("target", ALL)
+def test_many_sequences_find_their_own_tokens(target, rng):
+    """More of them than a warp looks through at once, with none, a few and many rows."""
+    lengths = tuple((b % 4 if b % 11 else 70, 7 * b % 40) for b in range(70))
+    check(target, make_inputs(Shape(lengths, (4, 2), 64), target.dtype, target.device, rng(target.device)))
+
+
 FEW_DIMS = (64, 128) if DEVICE.type == "cuda" else (1, 7, 16, 64, 80, 128)  # a GPU compiles each one
 RAGGED_SHAPES = st.builds(
     Shape,

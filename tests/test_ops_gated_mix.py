@@ -40,6 +40,17 @@ def check(target, arguments, **options):
 
 
 @pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("channels", [64, 3584, 7])
+def test_a_row_is_rounded_once_to_the_nearest_number(target, channels, rng):
+    """Without gate and warm-up factor the exact sum is a float32 number, or, of two of these, rounded in one way."""
+    shape = Shape(((40, 0),), (1, 1), channels, 9)
+    _, (state, context, rows, *_) = mix_arguments(shape, target, rng(target.device))
+    out = target.run(sk.gated_residual_mix, state, context, rows, None, None, None, gate="none")
+    expected = (state[rows.long()].double() + context.double()).to(target.dtype)
+    assert reference.same_bits(out[rows.long()], expected)
+
+
+@pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_text_rows_are_accurate(target, shape, rng):
     check(target, mix_arguments(shape, target, rng(target.device))[1])
