@@ -42,6 +42,15 @@ def _variant(label, error, call=lambda: None):
     return Variant(label, lambda: ([call], lambda: error))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_answer_that_is_not_finite_is_infinitely_wrong(bad):
+    want = torch.ones(4)
+    assert runner.relative_error(want.clone(), want) == 0
+    assert runner.relative_error(torch.tensor([1, 1, 1, bad]), want) == float("inf")
+    assert runner.relative_error(torch.ones(5), want) == float("inf")
+    assert runner.relative_error(torch.tensor([1.0, 1, 1, 3]), want) == pytest.approx(1)
+
+
 def test_the_fastest_right_variant_is_reported(run):
     slow = _variant("slow", 0.0, lambda: time.sleep(0.003))
     row = _measure(run, "peer", slow, _variant("fast", 0.0), _variant("wrong", 1.0))

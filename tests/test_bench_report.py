@@ -53,6 +53,20 @@ def test_the_table_gives_our_share_of_the_ceiling_and_the_lead_over_the_best_pee
     assert cells["flex us"] == "failed"
 
 
+def test_a_row_that_is_not_ok_is_no_best_whatever_its_time(rows):
+    fast = Row("pool", "shape", "bfloat16", "flex", "peer", status="wrong: off by 0.5", median_us=0.1)
+    assert report.best_of([*rows, fast], "peer").who != "flex"
+    assert report.best_of([fast], "peer") is None
+
+
+def test_what_a_faster_slow_path_saves_has_its_sign(rows):
+    faster = {name: -x for name, x in ADDED.items() if name != "to"} | {"to": "base LLM", "pairs": 30}
+    rows = [replace(row, added=faster) if row.added else row for row in rows]
+    header, first, *_ = report.model_table(rows, "prefill")
+    cells = dict(zip(header, first, strict=True))
+    assert (cells["added ms"], cells["p20 .. p80"], cells["added"]) == ("-1.970", "-1.900 .. -2.040", "-19.7%")
+
+
 def test_the_brief_table_names_the_best_peer_and_holds_it_against_the_backend_that_is_chosen(rows):
     header, first, *_ = report.brief_table(rows, "attention")
     cells = dict(zip(header, first, strict=True))

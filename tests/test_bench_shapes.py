@@ -78,6 +78,12 @@ def test_mix_moves_state_twice_and_context_once():
     assert (cost.read, cost.written) == ((1360 + 64 + 1) * 3584 * 2, 1360 * 3584 * 2)
 
 
+def test_a_projection_reads_tokens_and_weight_and_writes_keys_and_values():
+    cost = shapes.projection_cost(10, 48, TINY_HEADS, "float32")
+    width = 2 * 2 * 16  # K and V of two heads
+    assert cost == Cost(2 * 10 * 48 * width, (10 + width) * 48 * 4, 10 * width * 4)
+
+
 def test_a_floor_is_the_larger_of_arithmetic_and_bytes_and_writing_lowers_the_bandwidth():
     ceilings = Ceilings(read_gbps=100, copy_gbps=50, gemm_tflops={"float32": 1})
     assert Cost(2e6, 0, 0).floor_us(ceilings, "float32") == pytest.approx(2)
@@ -90,6 +96,18 @@ def test_a_decoded_token_of_the_7b_model_is_bound_by_its_weights():
     cost = shapes.model_cost(shape, "bfloat16", 1360, shape.num_slow, decode=True)
     assert cost.read == pytest.approx(14.2e9, rel=0.03)  # 7.6e9 parameters less the embedding, two bytes each
     assert cost.bytes / H100.read_gbps / 1e3 > cost.flops / H100.gemm_tflops["bfloat16"] / 1e6
+
+
+@pytest.mark.parametrize(("rows", "slow"), [(7, 0), (7, 50)])
+def test_a_prefill_multiplies_by_every_weight_and_attends_earlier_rows(rows, slow):
+    shape = shapes.ModelShape(2, 64, 100, 3, TINY_HEADS, 500, every=2, text=5)
+    weights = 64 * (2 * 64 + 2 * 32 + 3 * 100)  # q and o, k and v, the MLP
+    flops = 2 * (rows * 3 * weights + 500 * 64) + 4 * (rows * (rows + 1) // 2) * 64 * 3
+    flops += 4 * 5 * slow * 64 * 2 + 2 * slow * 64 * 64 * 2  # two hybrid layers: attention of the text, K and V
+    cost = shapes.model_cost(shape, "float32", rows, slow, decode=False)
+    assert cost.flops == flops
+    assert cost.read == (3 * weights + 500 * 64 + slow * 64) * 4
+    assert cost.written == (rows * 3 + slow * 2) * 64 * 4
 
 
 def test_slow_tokens_cost_a_small_part_of_what_self_attention_over_them_costs():

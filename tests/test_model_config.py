@@ -284,6 +284,9 @@ def test_a_null_size_is_refused(key):
         ("quantization_config", {"quant_method": "awq", "bits": 4}),
         ("text_config", {"hidden_size": 64}),
         ("partial_rotary_factor", 0.5),
+        ("partial_rotary_factor", True),  # equal to 1 in Python, and nothing that JSON would call one
+        ("attention_dropout", False),
+        ("use_sliding_window", 0),
         ("mm_patch_merge_type", "spatial_unpad"),
     ],
 )

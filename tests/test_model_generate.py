@@ -437,6 +437,19 @@ def test_a_sample_that_ends_repeats_its_end_and_the_rest_go_on():
 
 
 @torch.no_grad()
+def test_of_several_ends_the_first_fills_the_rows_that_have_ended():
+    model = tiny_model()
+    ids, videos, mask = batch()
+    free = model.generate(ids, videos, mask, max_new_tokens=6)
+    first = next(i for i in range(61) if i not in free)  # an end that nothing generates
+    end = int(free[1, 1])
+    ended = model.generate(ids, videos, mask, max_new_tokens=6, eos_token_id=[first, end])[1].tolist()
+    stop = free[1].tolist().index(end)
+    assert ended == [*free[1, : stop + 1].tolist(), *[first] * (len(ended) - stop - 1)]
+    assert first in ended
+
+
+@torch.no_grad()
 def test_generation_stops_when_every_sample_has_ended():
     model = tiny_model()
     prompt = torch.tensor([[1, 2, 3]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from video_clips import av, brightness, keep_bytes, noise, patch, shades, show_part, write_clip
 
-from slowfast_model import load_video
+from slowfast_model import _container, load_video
 
 X264 = {"codec": "libx264", "codec_options": {"bf": "2"}}
 KINDS = {
@@ -336,6 +336,19 @@ def test_a_read_error_is_not_the_end_of_the_file(tmp_path, monkeypatch, suffix):
     )
     with pytest.raises(ValueError, match="Input/output error"):
         load_video(path, 4)
+
+
+def test_a_read_error_is_remembered_though_a_demuxer_may_pass_over_it():
+    failure = OSError(5, "Input/output error")
+
+    class Failing(io.BytesIO):
+        def read(self, length=-1):
+            raise failure
+
+    source = _container._Source(Failing())
+    with pytest.raises(OSError, match="Input/output"):
+        source.read(10)
+    assert source.error is failure
 
 
 def test_a_file_that_cannot_be_read_on_is_refused(tmp_path):
