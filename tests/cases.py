@@ -199,6 +199,7 @@ VIDEOS = [
     Video((3,), (9, 9), 256, 3, 1, 5, 2),  # fewer frames than the stride
     Video((13,), (2, 2), 40, 2, 3, 1, 1, 5),
     Video((6,), (7, 7), 520, 1, 1, 2, 7),
+    Video((3,), (11, 11), 12, 5, 1, 2, 2),  # a stride past those that Triton unrolls
 ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from slowfast_model import SlowFastConfig, SlowFastForCausalLM
 
 # These run in float32, which the cuda attention leaves to triton, so a whole model cannot name it here.
-MODEL_TARGETS = [param for param in FLOAT32 if not str(param.id).startswith("cuda")]
+MODEL_TARGETS = FLOAT32.without("cuda")
 VIDEO = -200  # stands for a video in a prompt
 
 

@@ -50,6 +50,7 @@ class Mutant:
 
     file: str
     tests: tuple[str, ...]  # pytest's arguments
+    environment: tuple[tuple[str, str], ...]
     breaks: str
     old: str
     new: str
@@ -61,7 +62,7 @@ class Mutant:
     @property
     def name(self) -> str:
         """As a file name."""
-        return re.sub(r"\W+", "-", f"{Path(self.file).stem}-{self.breaks}".lower())[:120]
+        return re.sub(r"\W+", "-", f"{Path(self.file).with_suffix('')}-{self.breaks}".lower())[:150]
 
     def problem(self, text: str) -> str:
         """Why this change cannot be made to ``text``, or nothing."""
@@ -77,8 +78,11 @@ def read_list(path: Path) -> list[Mutant]:
 
     def finish() -> None:
         if breaks:
-            arguments = tuple(f"tests/{word}" if word.startswith("test_") else word for word in shlex.split(tests))
-            mutants.append(Mutant(file, arguments, breaks, *("\n".join(lines[sign]) for sign in "-+")))
+            words = shlex.split(tests)
+            settings = tuple(tuple(word.split("=")) for word in words if re.match("[A-Z_]+=", word))
+            arguments = [word for word in words if not re.match("[A-Z_]+=", word)]
+            arguments = tuple(f"tests/{word}" if word.startswith("test_") else word for word in arguments)
+            mutants.append(Mutant(file, arguments, settings, breaks, *("\n".join(lines[sign]) for sign in "-+")))
 
     for line in path.read_text().splitlines():
         if line.startswith(("- ", "+ ")):
@@ -118,7 +122,7 @@ def unfit(mutants: list[Mutant]) -> list[str]:
 
 # Half of a small test's time is torch's import. A server imports it once and forks a process for each mutant.
 PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = ["numpy", "torch", "torch.testing", "torch._dynamo", "triton", "pytest", "transformers"]
+PRELOADED = ["numpy", "torch", "pytest"]  # triton reads TRITON_INTERPRET when it is imported
 
 
 class Tested(NamedTuple):
@@ -183,12 +187,13 @@ class Tree:
         options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
         return subprocess.run(command, check=False, **options)
 
-    def test(self, arguments: tuple[str, ...], *options: str) -> Tested | None:
+    def test(self, arguments: tuple[str, ...], *options: str, **environment: str) -> Tested | None:
         """What pytest says of these tests; None if it does not end in time."""
         said = self.folder.parent / f"{self.folder.name}.log"
         quiet = ("-q", "-p", "no:cacheprovider", "--no-header", "-rfE")
         process = PROCESSES.Process(
-            target=run_pytest, args=(str(self.folder), self.environment, str(said), (*quiet, *options, *arguments))
+            target=run_pytest,
+            args=(str(self.folder), self.environment | environment, str(said), (*quiet, *options, *arguments)),
         )
         process.start()
         process.join(TIMEOUT_S)
@@ -246,7 +251,7 @@ class Outcome:
 
 def judged(mutant: Mutant, tree: Tree) -> Outcome:
     """Of a tree that is broken and built."""
-    done = tree.test(mutant.tests, "-x")
+    done = tree.test(mutant.tests, "-x", **dict(mutant.environment))
     if done is None:
         return Outcome(mutant, "hangs")
     if done.status == 0:
@@ -307,11 +312,15 @@ def run_all(mutants: list[Mutant], folder: Path, workers: int, cuda: bool, exten
 
 def not_of_the_change(outcomes: list[Outcome], tree: Tree) -> list[str]:
     """Killers that fail without the change too: they have noticed nothing."""
-    killers = sorted({outcome.detail for outcome in outcomes if outcome.what == "killed"})
-    if not killers:
-        return []
-    done = tree.test(tuple(killers))
-    return FAILED.findall(done.said) if done else ["the killers together do not end in time"]
+    killers: dict[tuple, set[str]] = {}
+    for outcome in outcomes:
+        if outcome.what == "killed":
+            killers.setdefault(outcome.mutant.environment, set()).add(outcome.detail)
+    wrong = []
+    for environment, tests in killers.items():
+        done = tree.test(tuple(sorted(tests)), **dict(environment))
+        wrong += FAILED.findall(done.said) if done else ["the killers together do not end in time"]
+    return wrong
 
 
 def build_all(mutants: list[Mutant], folder: Path, target: Path) -> int:

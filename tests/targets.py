@@ -1,13 +1,16 @@
 """Backends x dtypes that this machine tests. One test body serves all of them, on a CPU and on a GPU.
 
 A backend that cannot run here is left out, and ``test_dispatch.py`` skips one test with the reason of
-``sk.backends()``. The cpu backend is never left out: without the extension its tests fail and say how to build it.
+``sk.backends()`` and the number of cases that this hides. The cpu backend is never left out: without the extension its
+tests fail and say how to build it.
 SLOWFAST_TEST_BACKENDS="triton" or "eager,cpu" narrows the list; ``child.py`` sets it.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -47,22 +50,47 @@ class Target:
             raise
 
 
-def _targets(backends: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list:
-    params = []
+class Targets(list):
+    """Parameters for ``parametrize``; ``left_out`` counts those that this machine lacks, by backend."""
+
+    def __init__(self, params: Iterable, left_out: Mapping[str, int]) -> None:
+        super().__init__(params)
+        self.left_out = Counter(left_out)
+
+    def without(self, backend: str) -> Targets:
+        kept = (param for param in self if param.values[0].backend != backend)
+        return Targets(kept, {name: count for name, count in self.left_out.items() if name != backend})
+
+
+def _targets(backends: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> Targets:
+    params, left_out = [], Counter()
     for backend in backends:
         if backend not in _WANTED:
             continue
         device = torch.device("cpu") if backend == "cpu" else DEVICE
         if backend in UNAVAILABLE and backend != "cpu":
+            left_out[backend] = len(dtypes)
             continue
         for dtype in dtypes:
             interpreted = backend == "triton" and device.type == "cpu"  # slow, and wrong in bfloat16
             if dtype == torch.float32 or not interpreted:
                 target = Target(backend, dtype, device)
                 params.append(pytest.param(target, id=str(target)))
-    return params
+            else:
+                left_out[backend] += 1
+    return Targets(params, left_out)
 
 
 ALL = _targets(BACKENDS, KERNEL_DTYPES)
 KERNELS = _targets(tuple(backend for backend in BACKENDS if backend != "eager"), KERNEL_DTYPES)
 FLOAT32 = _targets(BACKENDS, (torch.float32,))
+
+
+def on_gpu(*dtypes: torch.dtype) -> list:
+    """The GPU's backends, for modules that are skipped without one: each of their cases then counts as skipped."""
+    backends = [backend for backend in BACKENDS if backend in ("triton", "cuda") and backend in _WANTED]
+    targets = [
+        Target(backend, dtype, torch.device("cuda")) for backend in backends for dtype in dtypes or KERNEL_DTYPES
+    ]
+    marks = {backend: [pytest.mark.skip(reason=reason)] for backend, reason in UNAVAILABLE.items()}
+    return [pytest.param(target, id=str(target), marks=marks.get(target.backend, [])) for target in targets]

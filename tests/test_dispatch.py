@@ -205,9 +205,9 @@ def test_backends_says_for_each_backend_whether_it_runs_what_it_needs_and_why_no
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_suite_covers_the_backend(backend):
+def test_the_suite_covers_the_backend(backend, hidden_cases):
     if backend in UNAVAILABLE and backend != "cpu":
-        pytest.skip(UNAVAILABLE[backend])
+        pytest.skip(f"{UNAVAILABLE[backend]}; hides {hidden_cases.get(backend, 0)} cases of the tests collected here")
     assert sk.backends()[backend]
     assert any(param.values[0].backend == backend for param in ALL)
 

@@ -8,14 +8,12 @@ import pytest
 import reference
 import torch
 from cases import RAGGED, Shape, Video, make_frames, make_inputs
-from targets import HAS_GPU, KERNELS
+from targets import HAS_GPU, on_gpu
 
 import slowfast_kernels as sk
 
-if not HAS_GPU:
-    pytest.skip("torch finds no GPU", allow_module_level=True)
-pytestmark = pytest.mark.gpu
-TARGETS = [param for param in KERNELS if param.values[0].device.type == "cuda"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")]
+TARGETS = on_gpu()
 VIDEO = Video((8, 1, 5), (6, 6), 64, 2, 1, 4, 1)
 DECODE = Shape(((1, 500), (1, 320), (1, 0)), (28, 4), 128, 0)
 OPS = ["pool", "attention", "mix", "fused"]

@@ -14,11 +14,9 @@ from slowfast_kernels._extension import unavailable_reason
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics import HopperConfig
 
-if not HAS_GPU or torch.cuda.get_device_capability() != (9, 0):
-    pytest.skip("no Hopper GPU", allow_module_level=True)
-if reason := unavailable_reason("cuda", torch.device("cuda")):
-    pytest.skip(reason, allow_module_level=True)
-pytestmark = pytest.mark.gpu
+IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
+REASON = unavailable_reason("cuda", torch.device("cuda")) if IS_HOPPER else "no Hopper GPU"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 # 24 text rows x 7 heads are 168 packed rows a KV head: a full tile of 128 and one of 40, which two heads share.
 # 11 blocks of 128 slow tokens, the first of which, with 100, is cut short by the end of the sequence.

@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from targets import HAS_GPU, KERNELS
+from targets import HAS_GPU, on_gpu
 
 import slowfast_kernels as sk
 
 BF16 = torch.bfloat16
-if not HAS_GPU:
-    pytest.skip("torch finds no GPU", allow_module_level=True)
-pytestmark = pytest.mark.gpu
-TARGETS = [param for param in KERNELS if param.values[0].device.type == "cuda" and param.values[0].dtype == BF16]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")]
+TARGETS = on_gpu(BF16)
 LIMIT = 2**31
 
 

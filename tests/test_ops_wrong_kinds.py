@@ -196,6 +196,12 @@ def test_a_registered_op_refuses_a_gate_that_it_does_not_know(inputs):
         torch.ops.slowfast.gated_residual_mix(*arguments)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
+def test_a_registered_op_refuses_a_scale_that_is_not_finite(scale, inputs):
+    with pytest.raises(ValueError, match="softmax_scale: got"):
+        torch.ops.slowfast.text_cross_attention(*inputs.attention, scale, False, 0, None)
+
+
 # ------------------------------------------------------------------------------------ autocast and traces
 
 

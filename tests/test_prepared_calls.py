@@ -7,7 +7,7 @@ import torch
 from cases import Shape, make_inputs
 
 import slowfast_kernels as sk
-from slowfast_kernels import _extension
+from slowfast_kernels import _extension, cpu
 from slowfast_kernels.calls import AttentionTensors, FusedOptions, FusedTensors
 from slowfast_kernels.ops import attention, fused
 from slowfast_kernels.ops.dispatch import SignatureCache, signature
@@ -102,6 +102,21 @@ def test_a_prepared_call_reads_the_tensors_of_the_call_and_not_those_that_it_was
     expected = sk.slowfast_cross_attention(*(x.double() if x.is_floating_point() else x for x in second.fused))
     rows = second.text_rows.long()
     torch.testing.assert_close(found[rows], expected[rows].float())
+
+
+def test_a_cpu_s_splits_follow_the_threads_of_each_call(inputs, prepared, monkeypatch):
+    seen = []
+
+    def num_splits(*sizes):
+        seen.append(sizes[-1])
+        return 1
+
+    monkeypatch.setattr(cpu, "cpu_num_splits", num_splits)
+    for threads in (3, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        sk.text_cross_attention(*inputs.attention, backend="cpu")
+    assert len(prepared) == 1
+    assert seen == [3, 5]
 
 
 def test_so_many_signatures_are_kept_and_calls_beyond_them_answer_as_before(inputs, monkeypatch):

@@ -55,8 +55,11 @@ def test_a_tile_fits_the_shared_memory(shared_bytes, dtype_bytes, head_dim):
         config = heuristics.triton_attention_config(
             num_text, 10368, 1, 28, 4, head_dim, dtype_bytes, 132, shared_bytes=shared_bytes
         )
-        tile = (config.block_m, config.block_n, config.num_warps, config.num_stages)
-        assert heuristics._shared_bytes(tile, heuristics.padded_head_dim(head_dim), dtype_bytes) <= shared_bytes
+        padded = max(16, 1 << (head_dim - 1).bit_length())
+        stages = config.num_stages - (config.block_m < 64)  # a large tile's products read shared memory meanwhile
+        elements = config.block_m * (padded + config.block_n)  # Q, and the probabilities
+        elements += 2 * stages * config.block_n * padded  # K and V of the blocks under way
+        assert elements * dtype_bytes <= shared_bytes
         assert min(config.block_m, config.block_n) >= 16, "tl.dot wants 16"
 
 
@@ -71,6 +74,14 @@ def test_enough_rows_are_not_split():
 
 def test_splits_that_were_asked_for_are_kept():
     assert heuristics.triton_attention_config(1, 10368, 1, 28, 4, 128, 2, 132, num_splits=5).num_splits == 5
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_fixed_number_of_splits_fixes_the_tile_whatever_the_batch(num_splits):
+    """So that a sequence's bits do not depend on what it shares its batch with."""
+    sizes = [(1, 5184, 1), (64, 5184, 1), (900, 40_000, 9), (4096, 98304, 1)]
+    configs = {heuristics.triton_attention_config(*size, 28, 4, 128, 2, 132, num_splits) for size in sizes}
+    assert len(configs) == 1
 
 
 def test_no_more_splits_than_blocks_are_chosen():

@@ -12,19 +12,29 @@ from targets import HAS_GPU
 import slowfast_kernels as sk
 
 
-def test_it_runs_the_ops_of_every_class_of_shapes(monkeypatch):
+@pytest.mark.parametrize("op", ["slowfast_cross_attention", "gated_residual_mix"])
+def test_it_runs_the_op_for_every_class_of_shapes(op, monkeypatch):
+    """Rows of all sequences, and, where slow tokens are attended, one split and many."""
     seen = []
     module = sys.modules["slowfast_kernels.ops.warmup"]
-    real = module.slowfast_cross_attention
+    real = getattr(module, op)
 
-    def record(state, q, slow_kv, *rest, **options):
-        seen.append((q.shape[0], slow_kv.shape[0], slow_kv.shape[1], q.dtype))
-        return real(state, q, slow_kv, *rest, **options)
+    def record(state, second, third, *rest, **options):
+        slow = third.shape if op == "slowfast_cross_attention" else None
+        seen.append((state.shape[0], slow and (slow[0], slow[1]), state.dtype, options["backend"]))
+        return real(state, second, third, *rest, **options)
 
-    monkeypatch.setattr(module, "slowfast_cross_attention", record)
-    sk.warmup(4, 2, 16, dtype=torch.float32, device="cpu", text_rows=(1, 3), batch_sizes=(1, 2))
-    expected = [(b * n, b * s, 2, torch.float32) for b in (1, 2) for n in (1, 3) for s in (32, 4096)]
-    assert seen == expected
+    monkeypatch.setattr(module, op, record)
+    arguments = {"dtype": torch.float32, "device": "cpu", "text_rows": (1, 3), "batch_sizes": (1, 2)}
+    sk.warmup(4, 2, 16, **arguments, backend="eager")
+    attends = op == "slowfast_cross_attention"
+    expected = {
+        (b * n, (b * s, 2) if attends else None, torch.float32, "eager")
+        for b in (1, 2)
+        for n in (1, 3)
+        for s in (32, 4096)
+    }
+    assert set(seen) == expected
 
 
 def test_bad_shapes_raise_as_the_ops_do():
