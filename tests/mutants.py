@@ -15,30 +15,21 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import multiprocessing
+import hashlib
 import os
 import queue
 import re
 import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from mutant_trees import PRELOADED, PROCESSES, ROOT, NativeTree, Tree
+
 LISTS = {"cpu": ROOT / "tests" / "mutants_cpu.txt", "cuda": ROOT / "tests" / "mutants_cuda.txt"}
-LEFT_OUT = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "out")
-TIMEOUT_S = 300  # a mutant whose tests take longer hangs, and is noticed by that
-SEED = "1"  # of the tests' inputs: whether a mutant is noticed must not depend on the run
 
 
 # ------------------------------------------------------------------------------------------------- the list
@@ -118,116 +109,6 @@ def unfit(mutants: list[Mutant]) -> list[str]:
     return list(filter(None, lines))
 
 
-# ------------------------------------------------------------------------------------------------- a copy
-
-# Half of a small test's time is torch's import. A server imports it once and forks a process for each mutant.
-PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = ["numpy", "torch", "pytest"]  # triton reads TRITON_INTERPRET when it is imported
-
-
-class Tested(NamedTuple):
-    """Of a run of pytest."""
-
-    status: int
-    said: str
-
-
-def run_pytest(folder: str, environment: dict[str, str], log: str, arguments: tuple[str, ...]) -> None:
-    """As ``python -m pytest`` in ``folder``; for a process of its own, which nothing of the package was imported in."""
-    os.setsid()
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.dont_write_bytecode = True
-    sys.path[:] = [folder, *(entry for entry in sys.path if entry not in ("", str(ROOT), str(ROOT / "tests")))]
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    import pytest
-
-    status = pytest.main(list(arguments))
-    sys.stdout.flush()
-    os._exit(status)
-
-
-class Tree:
-    """A copy of the checkout, with its extension, in which code may be broken."""
-
-    def __init__(self, folder: Path, cuda: bool) -> None:
-        self.folder = folder
-        self.environment = os.environ | {
-            "SLOWFAST_TEST_SEED": SEED,
-            "SLOWFAST_CUDA": str(int(cuda)),
-            "PYTHONPATH": str(folder),
-            # A change within a second that keeps a file's size would be taken for the code compiled before.
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
-
-    @property
-    def extension(self) -> Path:
-        found = sorted((self.folder / "slowfast_kernels").glob("_C.*.so"))
-        if not found:
-            raise SystemExit("the extension is not built: python setup.py build_ext --inplace")
-        return found[0]
-
-    @contextmanager
-    def broken_by(self, mutant: Mutant) -> Iterator[None]:
-        path = self.folder / mutant.file
-        text, stat = path.read_text(), path.stat()
-        path.write_text(text.replace(mutant.old, mutant.new))
-        try:
-            yield
-        finally:
-            path.write_text(text)
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-    def build(self) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
-        return subprocess.run(command, check=False, **options)
-
-    def test(self, arguments: tuple[str, ...], *options: str, **environment: str) -> Tested | None:
-        """What pytest says of these tests; None if it does not end in time."""
-        said = self.folder.parent / f"{self.folder.name}.log"
-        quiet = ("-q", "-p", "no:cacheprovider", "--no-header", "-rfE")
-        process = PROCESSES.Process(
-            target=run_pytest,
-            args=(str(self.folder), self.environment | environment, str(said), (*quiet, *options, *arguments)),
-        )
-        process.start()
-        process.join(TIMEOUT_S)
-        if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            return None
-        return Tested(process.exitcode, said.read_text(errors="replace"))
-
-
-class NativeTree(Tree):
-    """A tree with a build folder of the unbroken code, to which it goes back after each mutant."""
-
-    def __init__(self, folder: Path, cuda: bool) -> None:
-        super().__init__(folder, cuda)
-        done = self.build()
-        if done.returncode:
-            raise SystemExit(f"the unbroken tree does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        self.built, self.kept = folder / "build", folder.parent / f"{folder.name}-build"
-        shutil.copytree(self.built, self.kept)
-        self.unbroken = self.extension.read_bytes()
-
-    @contextmanager
-    def broken_by(self, mutant: Mutant) -> Iterator[None]:
-        try:
-            with super().broken_by(mutant):
-                yield
-        finally:
-            if mutant.is_native:  # ninja goes by times, so sources and objects get their old ones back
-                shutil.rmtree(self.built)
-                shutil.copytree(self.kept, self.built)
-                self.extension.write_bytes(self.unbroken)
-
-
 # ------------------------------------------------------------------------------------------------- running
 
 
@@ -263,25 +144,26 @@ def judged(mutant: Mutant, tree: Tree) -> Outcome:
     return Outcome(mutant, "killed", failed[1]) if failed else Outcome(mutant, "unclear", done.said[-800:])
 
 
-def run_one(mutant: Mutant, tree: Tree, extensions: Path | None) -> Outcome:
+def run_one(mutant: Mutant, tree: Tree, extensions: Extensions | None) -> Outcome:
     start = time.monotonic()
-    with tree.broken_by(mutant):
-        if mutant.is_native and extensions is not None:
-            tree.extension.write_bytes(gzip.decompress((extensions / f"{mutant.name}.gz").read_bytes()))
-        elif mutant.is_native:
-            done = tree.build()
-            if done.returncode:
-                return Outcome(mutant, "unclear", f"does not build: {(done.stdout + done.stderr)[-800:]}")
-        outcome = judged(mutant, tree)
-    if mutant.is_native and extensions is not None:
-        tree.extension.write_bytes(gzip.decompress((extensions / "unbroken.gz").read_bytes()))
+    with tree.changed(mutant.file, mutant.old, mutant.new):
+        outcome = None
+        if mutant.is_native and extensions:
+            extensions.put_into(tree, mutant.name)
+        elif mutant.is_native and (problem := tree.build()):
+            outcome = Outcome(mutant, "unclear", f"does not build: {problem}")
+        outcome = outcome or judged(mutant, tree)
+    if mutant.is_native and extensions:
+        extensions.put_into(tree, UNBROKEN)
+    elif mutant.is_native:
+        tree.restore()
     outcome.seconds = time.monotonic() - start
     return outcome
 
 
-def run_all(mutants: list[Mutant], folder: Path, workers: int, cuda: bool, extensions: Path | None) -> list[Outcome]:
+def run_all(mutants: list[Mutant], make_tree, workers: int, extensions: Extensions | None) -> list[Outcome]:
     """Every mutant in one of ``workers`` trees; those that need a build go to the first."""
-    apart = [m for m in mutants if m.is_native and extensions is None]
+    apart = [m for m in mutants if m.is_native and not extensions]
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
         if mutant not in apart:
@@ -290,10 +172,8 @@ def run_all(mutants: list[Mutant], folder: Path, workers: int, cuda: bool, exten
     printing = threading.Lock()
 
     def work(number: int) -> None:
-        tree = (NativeTree if number == 0 and apart else Tree)(folder / f"tree{number}", cuda)
-        if extensions is not None:
-            tree.extension.write_bytes(gzip.decompress((extensions / "unbroken.gz").read_bytes()))
         mine = list(apart) if number == 0 else []
+        tree = make_tree(f"tree{number}", NativeTree if mine else Tree)
         while mine or not waiting.empty():
             try:
                 mutant = mine.pop(0) if mine else waiting.get_nowait()
@@ -323,25 +203,52 @@ def not_of_the_change(outcomes: list[Outcome], tree: Tree) -> list[str]:
     return wrong
 
 
-def build_all(mutants: list[Mutant], folder: Path, target: Path) -> int:
-    """The extension of each mutant that needs one, compressed, for a machine with a GPU."""
-    target.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("SLOWFAST_CUDA_ARCHS", "90a")
-    native = [m for m in mutants if m.is_native and not (target / f"{m.name}.gz").exists()]
-    if not native:
-        return 0
-    tree = NativeTree(folder / "tree", cuda=True)
-    (target / "unbroken.gz").write_bytes(gzip.compress(tree.unbroken))
-    failures = 0
-    for mutant in native:
-        with tree.broken_by(mutant):
-            done = tree.build()
-            if done.returncode == 0:
-                (target / f"{mutant.name}.gz").write_bytes(gzip.compress(tree.extension.read_bytes()))
-        failures += done.returncode != 0
-        said = "built" if done.returncode == 0 else f"does not build: {(done.stdout + done.stderr)[-800:]}"
-        print(f"{mutant.name}: {said}", flush=True)
-    return int(failures > 0)
+# --------------------------------------------------------------------------------- extensions for a GPU machine
+
+UNBROKEN, SOURCES = "unbroken", "sources"
+
+
+class Extensions:
+    """A folder of compressed extensions by mutant's name, built from the sources that are here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+
+    def put_into(self, tree: Tree, name: str) -> None:
+        tree.extension.write_bytes(gzip.decompress((self.folder / f"{name}.gz").read_bytes()))
+
+    def take(self, tree: Tree, name: str) -> None:
+        (self.folder / f"{name}.gz").write_bytes(gzip.compress(tree.extension.read_bytes()))
+
+    def are_of_these_sources(self) -> bool:
+        file = self.folder / SOURCES
+        return file.is_file() and file.read_text() == digest()
+
+    def build(self, mutants: list[Mutant], scratch: Path) -> int:
+        """Those that are not there; returns how many do not build."""
+        if not self.are_of_these_sources():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob("*.gz"):
+                old.unlink()
+            (self.folder / SOURCES).write_text(digest())
+        missing = [m for m in mutants if m.is_native and not (self.folder / f"{m.name}.gz").exists()]
+        os.environ.setdefault("SLOWFAST_CUDA_ARCHS", "90a")
+        tree, failures = NativeTree(scratch / "tree", cuda=True) if missing else None, 0
+        for mutant in missing:
+            self.take(tree, UNBROKEN)
+            with tree.changed(mutant.file, mutant.old, mutant.new):
+                problem = tree.build()
+                if not problem:
+                    self.take(tree, mutant.name)
+            tree.restore()
+            failures += bool(problem)
+            print(f"{mutant.name}: {f'does not build: {problem}' if problem else 'built'}", flush=True)
+        return failures
+
+
+def digest() -> str:
+    files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def main() -> int:
@@ -368,12 +275,20 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
     PROCESSES.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
-        folder = Path(scratch)
         if options.build:
-            return build_all(mutants, folder, options.build)
-        extensions = options.run.resolve() if options.run else None
-        outcomes = run_all(mutants, folder, options.workers, options.cuda, extensions)
-        wrong = not_of_the_change(outcomes, Tree(folder / "unbroken", options.cuda))
+            return int(Extensions(options.build).build(mutants, Path(scratch)) > 0)
+        extensions = Extensions(options.run) if options.run else None
+        if extensions and not extensions.are_of_these_sources():
+            parser.error(f"{options.run} was not built from these sources: --build it again")
+
+        def make_tree(name: str, kind: type[Tree] = Tree) -> Tree:
+            tree = kind(Path(scratch, name), options.cuda)
+            if extensions:
+                extensions.put_into(tree, UNBROKEN)
+            return tree
+
+        outcomes = run_all(mutants, make_tree, options.workers, extensions)
+        wrong = not_of_the_change(outcomes, make_tree("unbroken"))
     left = [outcome for outcome in outcomes if outcome.what not in NOTICED]
     print(f"\n{len(outcomes)} mutants, {len(left)} survived or unclear", *left, sep="\n")
     print(*(f"fails without a change too: {test}" for test in wrong), sep="\n")
