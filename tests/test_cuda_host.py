@@ -195,7 +195,7 @@ def test_a_launch_is_given_the_arguments_of_the_call(inputs, launched):
     context, lse = torch.zeros(24, 14, 64), torch.zeros(24, 14)
     attend(tensors, context=context, lse=lse)
     params = launched[0][0]
-    for name in ("q", "slow_kv", "cu_slow", "text_rows", "cu_text"):
+    for name in ("q", "keys", "values", "cu_slow", "text_rows", "cu_text"):
         assert getattr(params, name) == getattr(tensors, name).data_ptr()
     assert (params.context, params.lse) == (context.data_ptr(), lse.data_ptr())
     assert (params.state, params.out) == (None, None)
@@ -211,8 +211,12 @@ def test_a_launch_is_given_the_arguments_of_the_call(inputs, launched):
 FUSED = FusedOptions(None, 0, "tanh", True, "cuda")
 
 
+def fused_tensors(inputs) -> FusedTensors:
+    return FusedTensors(**{name: getattr(inputs, name, None) for name in FusedTensors._fields})
+
+
 def test_the_fused_op_copies_rows_that_are_no_text_rows_before_the_launch(inputs, launched):
-    tensors = FusedTensors(*inputs.fused, None)
+    tensors = fused_tensors(inputs)
     out = cuda.prepare_cross_attention(tensors, FUSED)(tensors)
     rows = inputs.other_rows
     assert torch.equal(out[rows].view(torch.int16), inputs.state[rows].view(torch.int16))
@@ -221,14 +225,14 @@ def test_the_fused_op_copies_rows_that_are_no_text_rows_before_the_launch(inputs
 
 
 def test_the_fused_op_copies_nothing_where_every_row_is_a_text_row(rng, launched):
-    tensors = FusedTensors(*make_inputs(Shape(((9, 40),), other_rows=0), torch.bfloat16, CPU, rng()).fused, None)
+    tensors = fused_tensors(make_inputs(Shape(((9, 40),), other_rows=0), torch.bfloat16, CPU, rng()))
     out = cuda.prepare_cross_attention(tensors, FUSED)(tensors)
     assert out.isnan().all()  # as torch.empty left it: the kernel writes every row
 
 
 @pytest.mark.parametrize("sequences", [((3, 0), (2, 0)), ((0, 4),)], ids=["no slow token", "no text row"])
 def test_without_anything_to_attend_the_fused_op_gives_a_copy_of_the_state(sequences, rng, launched):
-    tensors = FusedTensors(*make_inputs(Shape(sequences), torch.bfloat16, CPU, rng()).fused, None)
+    tensors = fused_tensors(make_inputs(Shape(sequences), torch.bfloat16, CPU, rng()))
     out = cuda.prepare_cross_attention(tensors, FUSED)(tensors)
     assert torch.equal(out.view(torch.int16), tensors.state.view(torch.int16))
     assert out.data_ptr() != tensors.state.data_ptr()

@@ -12,6 +12,7 @@ from targets import FLOAT32
 from test_ops_backward import finite
 
 import slowfast_kernels as sk
+from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.ops import checks
 
 SHAPE = Shape(((2, 5), (3, 4)), (4, 2), 8, 2)
@@ -199,7 +200,7 @@ def test_a_registered_op_refuses_a_gate_that_it_does_not_know(inputs):
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
 def test_a_registered_op_refuses_a_scale_that_is_not_finite(scale, inputs):
     with pytest.raises(ValueError, match="softmax_scale: got"):
-        torch.ops.slowfast.text_cross_attention(*inputs.attention, scale, False, 0, None)
+        torch.ops.slowfast.text_cross_attention(*AttentionTensors(*inputs.attention), scale, False, 0, None)
 
 
 # ------------------------------------------------------------------------------------ autocast and traces

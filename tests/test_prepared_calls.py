@@ -193,7 +193,7 @@ def test_a_row_that_stands_for_many_is_not_aligned(inputs):
 
 @pytest.mark.parametrize("name", ["state", "gate_weight"])
 def test_the_fused_op_looks_at_the_state_and_the_gate_s_weight_too(name, inputs):
-    tensors = FusedTensors(*inputs.fused, None)
+    tensors = FusedTensors(**{field: getattr(inputs, field, None) for field in FusedTensors._fields})
     options = FusedOptions(None, 0, "tanh", True, None)
     assert fused._OP.facts(tensors, options).aligned
     assert not fused._OP.facts(tensors._replace(**{name: moved(getattr(tensors, name), 1)}), options).aligned
