@@ -10,7 +10,7 @@ from checkpoint_cases import load, weights, write, write_shards
 from model_cases import TINY, VIDEO, features, one_thread, tiny_model  # noqa: F401
 
 import slowfast_kernels as sk
-from slowfast_model import SlowFastForCausalLM
+from slowfast_model import SlowFastConfig, SlowFastForCausalLM
 from slowfast_model.checkpoint import interleave_kv, read_safetensors
 
 save_file = pytest.importorskip("safetensors.torch").save_file
@@ -53,9 +53,12 @@ def test_loading_takes_another_dtype_if_asked(directory):
 
 
 def test_a_single_file_loads(tmp_path):
-    save_file(weights(), tmp_path / "model.safetensors")
-    assert set(read_safetensors(tmp_path)) == set(weights())
-    assert set(read_safetensors(tmp_path / "model.safetensors")) == set(weights())
+    saved = weights()
+    save_file(saved, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        found = read_safetensors(path)
+        assert set(found) == set(saved)
+        assert all(torch.equal(found[key], x) for key, x in saved.items())
 
 
 def test_missing_unexpected_and_misshapen_keys_are_named_and_nothing_is_loaded():
@@ -77,7 +80,10 @@ def test_weights_of_the_vision_tower_and_rotary_tables_have_no_place_and_are_let
         "model.vision_tower.vision_tower.stem.weight": torch.zeros(3),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
     }
-    tiny_model().load_official_state_dict(state_dict)
+    with torch.device("meta"):
+        other = SlowFastForCausalLM(SlowFastConfig.from_official(TINY), backend="eager")
+    other.to_empty(device="cpu").load_official_state_dict(state_dict)
+    assert torch.equal(logits(other), logits(tiny_model()))
 
 
 def test_tied_embeddings_need_no_head_in_the_checkpoint(tmp_path):
@@ -194,7 +200,9 @@ def test_equal_ties_may_hold_nan(tmp_path):
     state_dict = weights(tie_word_embeddings=True)
     for key in (EMBEDDING, HEAD):
         state_dict[key][3, 4] = float("nan")
-    load(write(tmp_path, state_dict, tie_word_embeddings=True))
+    model = load(write(tmp_path, state_dict, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.isnan().nonzero().tolist() == [[3, 4]]
 
 
 def test_a_missing_head_of_an_untied_model_is_named(tmp_path):

@@ -109,7 +109,8 @@ def test_a_directory_that_is_no_name_is_refused(call, name):
 
 def test_the_name_of_a_directory_may_be_bytes(tmp_path):
     tiny_model().save_pretrained(os.fsencode(tmp_path))
-    load(os.fsencode(tmp_path))
+    loaded = load(os.fsencode(tmp_path)).state_dict()
+    assert all(torch.equal(loaded[key], x) for key, x in weights().items())
 
 
 def test_a_file_in_a_directorys_place_is_named(tmp_path):
