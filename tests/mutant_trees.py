@@ -87,6 +87,7 @@ class Tree:
     def test(self, arguments: tuple[str, ...], *options: str, **environment: str) -> Tested | None:
         """What pytest says of these tests; None if it does not end in time."""
         said = self.folder.parent / f"{self.folder.name}.log"
+        said.write_text("")  # what an earlier run said is not this one's
         quiet = ("-q", "-p", "no:cacheprovider", "--no-header", "-rfE")
         process = PROCESSES.Process(
             target=run_pytest,

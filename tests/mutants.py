@@ -1,7 +1,7 @@
 """Breaks the code on purpose, one line at a time, in a copy of the tree, and says which changes no test notices.
 
     python tests/mutants.py                      the list of mutants_cpu.txt; some 15 minutes with 2 workers
-    python tests/mutants.py --only vision        those whose file, tests or description hold the text
+    python tests/mutants.py --only vision        those whose file, tests or description match the pattern
     python tests/mutants.py --check              only whether each old text is still found exactly once
     python tests/mutants.py --cuda --build DIR   builds the extensions of mutants_cuda.txt (nvcc, no GPU needed)
     python tests/mutants.py --cuda --run DIR     and runs them, on a GPU machine to which the checkout and DIR came
@@ -254,7 +254,7 @@ def digest() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuda", action="store_true", help="the list for a GPU")
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose file, tests or description hold it")
+    parser.add_argument("--only", default="", metavar="REGEX", help="mutants whose file, tests or description have it")
     parser.add_argument("--workers", type=int, default=2, help="trees at a time")
     parser.add_argument("--check", action="store_true", help="only see that the list fits the tree")
     parser.add_argument("--build", type=Path, metavar="DIR", help="with --cuda: build extensions into DIR")
@@ -267,7 +267,7 @@ def main() -> int:
     if problems := unfit(listed):
         print("\n".join(problems))
         return 1
-    mutants = [m for m in listed if options.only in f"{m.file} {' '.join(m.tests)} {m.breaks}"]
+    mutants = [m for m in listed if re.search(options.only, f"{m.file} {' '.join(m.tests)} {m.breaks}")]
     if options.check or not mutants:
         print(f"{len(mutants)} mutants")
         return int(not mutants)
