@@ -79,7 +79,7 @@ class SplitPlan(ctypes.Structure):
     """csrc/cuda/cross_attention/launch.h; the launch fills the last three."""
 
     _fields_ = [
-        *_fields(c_int32, "consumers cluster_size num_groups max_tiles whole_units long_blocks"),
+        *_fields(c_int32, "consumers cluster_size num_groups max_tiles whole_units long_blocks dealt_ctas num_sms"),
         ("kv_evict_first", c_bool),
         *_fields(c_void_p, "partial_out partial_stats partial_gates counters"),
         ("heads_per_kv", c_int32),

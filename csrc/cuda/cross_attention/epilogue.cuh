@@ -20,6 +20,7 @@ struct Tile {
 // One tile of one KV head, and the CTA's place among those that work on it: a group is a cluster, be it of one CTA.
 struct Unit {
   int64_t index;   // in the workspace: counts the units that groups share
+  int64_t first_part;  // of its groups in the workspace, if kGeneral
   int kv_head;     // the first of two if paired
   int group;       // of this CTA
   int num_groups;  // that work on the unit
@@ -43,6 +44,18 @@ template <typename Traits>
 __device__ __forceinline__ typename Traits::Element* state_cell(typename Traits::Element* base, int row, int column) {
   static_assert(Traits::kHeadDim % 64 == 0, "the exchange of chunks would reach into the next row");
   return base + row * Traits::kHeadDim + (((column / 8) ^ (row % 8)) * 8) + column % 8;
+}
+
+// Where packed row `packed` of a sequence goes, for one of the query heads of `kv_head`.
+template <typename Traits>
+__device__ __forceinline__ typename Traits::RowPlace place_of(const CrossAttentionParams& p, const SplitPlan& plan,
+                                                              const Tile& tile, int kv_head, int packed) {
+  const int text = text_of(plan, packed);
+  const int64_t text_index = tile.text_begin + text, head = kv_head * plan.heads_per_kv + packed - text * plan.heads_per_kv;
+  const int64_t row = p.text_rows[text_index], channels = static_cast<int64_t>(p.num_q_heads) * Traits::kHeadDim;
+  return {row * p.state_row_stride + head * Traits::kHeadDim, row * channels + head * Traits::kHeadDim,
+          text_index * channels + head * Traits::kHeadDim, text_index * p.num_q_heads + head,
+          text - text_of(plan, tile.row_begin)};
 }
 
 template <typename Traits>
@@ -139,13 +152,8 @@ struct Gates {
     if (forms_gates() && are_few) prefetch(warp * 32 + lane);
     if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate, p.gate.weight != nullptr));
     for (int i = warp * 32 + lane; i < num_rows; i += 32 * Traits::kGateWarps) {
-      const int row_of_head = packed(first_row + i), text = text_of(plan, row_of_head);
       const int kv_head = unit.kv_head + is_next_kv_head(first_row + i);
-      const int64_t text_index = tile.text_begin + text, head = kv_head * plan.heads_per_kv + row_of_head - text * plan.heads_per_kv;
-      const int64_t row = p.text_rows[text_index], channels = static_cast<int64_t>(p.num_q_heads) * kHeadDim;
-      shared.place[i] = {row * p.state_row_stride + head * kHeadDim, row * channels + head * kHeadDim,
-                         text_index * channels + head * kHeadDim, text_index * p.num_q_heads + head,
-                         text - tile_text()};
+      shared.place[i] = place_of<Traits>(p, plan, tile, kv_head, packed(first_row + i));
     }
     ptx::mbarrier_arrive(&shared.places_full);
     if (forms_gates()) {

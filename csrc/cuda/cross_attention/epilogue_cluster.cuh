@@ -51,8 +51,10 @@ __device__ __forceinline__ void store_result(const CrossAttentionParams& p, cons
     };
     if (p.context != nullptr) store(p.context, place.context, pack2<T>(x, y));
     if (p.state != nullptr) {
-      const float2 state = unpack2<T>(*reinterpret_cast<const uint32_t*>(state_cell<Traits>(cells, row, column)));
-      store(p.out, place.out, pack2<T>(fmaf(gate, x, state.x), fmaf(gate, y, state.y)));
+      const uint32_t bits = *reinterpret_cast<const uint32_t*>(state_cell<Traits>(cells, row, column));
+      const float2 state = unpack2<T>(bits);
+      const uint32_t mixed = pack2<T>(fmaf(gate, x, state.x), fmaf(gate, y, state.y));
+      store(p.out, place.out, sum.merged.x == -INFINITY ? bits : mixed);  // nothing seen: the state, bit for bit
     }
   }
 }

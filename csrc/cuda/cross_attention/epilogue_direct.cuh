@@ -117,6 +117,7 @@ struct DirectEpilogue {
       const float inverse = merged.x == -INFINITY ? 0.0f : 1.0f / merged.y;
       const float g = kMixed ? gate()[place[row(r)].gate] : 0.0f;
       if (lane % 4 == 0 && (kMixed || !mixes())) store_lse<Traits>(p, place[row(r)].lse, merged);
+      if (kMixed && merged.x == -INFINITY) continue;  // the cells have the result: the state, bit for bit
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
         uint32_t* cell = reinterpret_cast<uint32_t*>(state_cell<Traits>(cells(), row(r), 8 * i + 2 * (lane % 4)));
@@ -144,7 +145,9 @@ struct DirectEpilogue {
   // ---- groups: [unit][warpgroup][group] has a counter and a place for a part, which a thread fills as it holds it
 
   __device__ __forceinline__ int64_t slot(int group) const {
-    return (gates.unit.index * Traits::kConsumers + warpgroup) * gates.plan.num_groups + group;
+    const Unit& unit = gates.unit;
+    if (Traits::kGeneral) return unit.first_part * Traits::kConsumers + warpgroup * unit.num_groups + group;
+    return (unit.index * Traits::kConsumers + warpgroup) * gates.plan.num_groups + group;
   }
   __device__ __forceinline__ float4* partial_out(int group, int r) const {
     return reinterpret_cast<float4*>(gates.plan.partial_out) + (slot(group) * 2 + r) * kVectors * 128 + thread;

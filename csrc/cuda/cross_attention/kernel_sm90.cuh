@@ -7,13 +7,15 @@
 // either limit reachable, K and V being read once a tile.
 //
 // A CTA is a producer warpgroup (one thread issues TMA for the KV blocks, three warps form the gates) and one or two
-// consumer warpgroups of 64 rows. K and V tiles come straight from [Ns, Hkv, 2, D]. The slow tokens of a tile are split
+// consumer warpgroups of 64 rows. K and V tiles come straight from where they lie. The slow tokens of a tile are split
 // over groups and the CTAs of each (launch.h), added up in fixed order: groups that are clusters by epilogue_cluster.cuh, groups
 // of one CTA by epilogue_direct.cuh.
 #pragma once
 #include "../common/memory.cuh"
 #include "epilogue_cluster.cuh"
 #include "epilogue_direct.cuh"
+#include "deal.cuh"
+#include "producer.cuh"
 
 namespace slowfast::cuda {
 
@@ -23,7 +25,8 @@ __device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int hea
                                           int lane, Tile& tile) {
   int num_text = static_cast<int>(p.num_text);
   tile = {0, tile_index * Traits::kBlockM, 0, 0, static_cast<int>(p.num_slow)};
-  if (p.batch > 1) {  // one sequence owns everything: nothing to read, and the first TMA can go
+  // One sequence owns everything, but perhaps not all pieces: nothing to read, and the first TMA can go.
+  if (p.batch > 1 || (Traits::kGeneral && p.slow_pieces != nullptr)) {
     int passed = 0;
     bool found = false;
     for (int first = 0; first < p.batch && !found; first += 32) {
@@ -58,14 +61,26 @@ __device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int hea
 // Grid: x is the CTA of the cluster and the tile, y the KV head, z the group: tiles that share K and V run side by side.
 // What has no work are all CTAs of a cluster.
 template <typename Traits>
-__device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const SplitPlan& plan, int lane, Unit& unit,
-                                          Tile& tile) {
+__device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const SplitPlan& plan,
+                                          typename Traits::SharedStorage& shared, int lane, Unit& unit, Tile& tile) {
+  if constexpr (Traits::kDeals) {
+    if (plan.dealt_ctas > 0) {
+      int tile_index = 0;
+      unit.size = 1;
+      unit.rank = 0;
+      if (!Deal<Traits>::find(p, plan, reinterpret_cast<int*>(shared.slots), lane, unit, tile_index)) return false;
+      find_tile<Traits>(p, plan.heads_per_kv, tile_index, lane, tile);
+      unit.paired = tile.num_rows <= 64 && unit.kv_head + 1 < p.num_kv_heads;
+      return true;
+    }
+  }
   const int tile_index = ptx::cluster_index(), number = blockIdx.y * plan.max_tiles + tile_index;
   const bool is_whole = number < plan.whole_units;
   unit.index = number - plan.whole_units;
   unit.kv_head = blockIdx.y;
   unit.group = blockIdx.z;
   unit.num_groups = is_whole ? 1 : plan.num_groups;
+  unit.first_part = unit.index * plan.num_groups;
   unit.size = plan.cluster_size;
   unit.rank = ptx::cluster_rank();
   unit.paired = false;
@@ -78,76 +93,26 @@ __device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const S
   return true;
 }
 
-// The KV blocks of a CTA.
-struct BlockRange {
-  int begin, end;
-};
-
+// The result of a tile in which no row sees a token, by one CTA of the unit: the others have nothing to do.
 template <typename Traits>
-__device__ __forceinline__ BlockRange find_blocks(const SplitPlan& plan, const Unit& unit, int num_slow) {
-  const int total = (num_slow + Traits::kBlockN - 1) / Traits::kBlockN;
-  const int splits = unit.size * unit.num_groups, split = unit.group * unit.size + unit.rank;
-  if (splits == 1) return {0, total};
-  if (plan.long_blocks > 0) {
-    const int begin = min(total, unit.group * plan.long_blocks);
-    return {begin, unit.group + 1 == unit.num_groups ? total : min(total, begin + plan.long_blocks)};
-  }
-  int each = __umulhi(total, plan.splits_reciprocal);  // of each split's blocks, or one too many
-  if (each * splits > total) --each;
-  const int rest = total - each * splits;
-  // Counted from the end, so that the last split, whose last block may need a mask, has none of the longer ones.
-  const auto begin_of = [&](int i) {
-    return total - each * (splits - i) - static_cast<int>(__umulhi(rest * (splits - i), plan.splits_reciprocal));
-  };
-  return {begin_of(split), begin_of(split + 1)};
-}
-
-// Issues the KV blocks of a CTA, from the last to the first, so that the one block with a mask is peeled off the consumers'
-// loop.
-template <typename Traits>
-struct Producer {
+__device__ __forceinline__ void leave_empty(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile,
+                                            const Unit& unit) {
   using T = typename Traits::Element;
-  static constexpr bool kLoadsTogether = Traits::kLoadsTogether;
-  const CUtensorMap& kv_map;
-  typename Traits::SharedStorage& shared;
-  const Unit& unit;
-  const int first_token;  // of the first block
-  const int num_blocks;
-  const uint64_t policy;
-  Ring rings[2] = {make_ring<Traits>(unit.paired, 0, num_blocks),
-                   make_ring<Traits>(unit.paired, 1, num_blocks)};  // the second for paired units
-
-  __device__ __forceinline__ void load(int pair, int i, int which) {  // with kLoadsTogether, K and V
-    const Ring::Turn turn = rings[which].next();
-    ptx::mbarrier_wait(&shared.empty[turn.slot], turn.phase ^ 1);
-    if (unit.paired && turn.slot == Traits::kRingSlots) ptx::mbarrier_wait(&shared.query_read, 0);
-    uint64_t* full = &shared.full[turn.slot];
-    ptx::mbarrier_expect_tx(full, Traits::kSlotSize * sizeof(T));
-    ptx::tma_load_5d(&kv_map, full, shared.slots[turn.slot], 0, first_token + (num_blocks - 1 - i) * Traits::kBlockN, 0, pair,
-                     unit.kv_head + which, policy);
+  if (unit.group > 0 || unit.rank > 0) return;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tile.num_rows * (unit.paired ? 2 : 1) * kChunks; i += Traits::kThreads) {
+    const int row = i / kChunks, column = i % kChunks * 8, next_kv_head = row >= tile.num_rows;
+    const auto place = place_of<Traits>(p, plan, tile, unit.kv_head + next_kv_head,
+                                        tile.row_begin + row - next_kv_head * tile.num_rows);
+    const auto chunk = [&](const void* base, int64_t offset) {
+      return reinterpret_cast<uint4*>(const_cast<T*>(static_cast<const T*>(base)) + offset + column);
+    };
+    if (p.context != nullptr) *chunk(p.context, place.context) = make_uint4(0, 0, 0, 0);
+    if (p.lse != nullptr && column == 0) p.lse[place.lse] = -INFINITY;
+    if (p.state != nullptr) *chunk(p.out, place.out) = *chunk(p.state, place.state);
   }
-  __device__ __forceinline__ void load_k(int i) {
-    load(0, i, 0);
-    if (unit.paired) load(0, i, 1);
-  }
-  __device__ __forceinline__ void load_v(int i) {
-    if (kLoadsTogether) return;
-    load(1, i, 0);
-    if (unit.paired) load(1, i, 1);
-  }
-
-  // One block goes ahead of the loads of Q, which would wait for microseconds behind a full stream.
-  __device__ __forceinline__ void start() {
-    if (num_blocks > 0) load_k(0);
-  }
-  __device__ __forceinline__ void finish() {
-    for (int i = 1; i < num_blocks; ++i) {
-      load_k(i);
-      load_v(i - 1);
-    }
-    if (num_blocks > 0) load_v(num_blocks - 1);
-  }
-};
+}
 
 // Rows of Q by index, into the swizzled tile of a warpgroup: 16-byte vector v of row r of a column block lies at v ^ (r % 8).
 // A warp loads 16 rows, and with Q in registers they are those it reads. The constructor reads no memory.
@@ -185,6 +150,19 @@ struct QueryLoader {
   }
 };
 
+// Rows that see nothing went along with the others.
+template <typename Traits>
+__device__ __forceinline__ void forget_empty(RowState<Traits>& rows, const RowSight<Traits>& sight) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (!sight.is_empty(r)) continue;
+    rows.max[r] = -INFINITY;
+    rows.sum[r] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Traits::kHeadDim / 4; ++i) rows.out[i / 2 * 4 + 2 * r + i % 2] = 0.0f;
+  }
+}
+
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& shared, int cluster_size) {
   for (int i = 0; i < Traits::kNumSlots; ++i) {
@@ -202,7 +180,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
 
 // Small inputs that everything else waits for, into L2 while the previous kernel ends. What is in L2 is what a later read
 // sees, so nothing is read too early.
-template <typename T>
+template <typename Traits>
 __device__ __forceinline__ void prefetch_inputs(const CrossAttentionParams& p, int thread) {
   const auto prefetch = [&](const void* data, int64_t bytes) {
     const int end = static_cast<int>(min(bytes, int64_t{1} << 16));
@@ -212,18 +190,23 @@ __device__ __forceinline__ void prefetch_inputs(const CrossAttentionParams& p, i
     }
   };
   prefetch(p.text_rows, p.num_text * 4);
-  if (p.batch > 1) {
+  if (p.batch > 1 || Traits::kGeneral) {
     prefetch(p.cu_text, (p.batch + 1) * 4);
     prefetch(p.cu_slow, (p.batch + 1) * 4);
   }
+  if constexpr (Traits::kGeneral) {
+    if (p.slow_begin != nullptr) prefetch(p.slow_begin, p.num_text * 4);
+    if (p.slow_end != nullptr) prefetch(p.slow_end, p.num_text * 4);
+    if (p.slow_pieces != nullptr) prefetch(p.slow_pieces, p.num_pieces * 8);
+  }
   if (p.state != nullptr && p.gate.weight != nullptr) {
-    prefetch(p.gate.weight, int64_t{p.num_q_heads} * p.head_dim * (p.gate.dtype == DType::kFloat32 ? 4 : sizeof(T)));
+    prefetch(p.gate.weight, int64_t{p.num_q_heads} * p.head_dim * (p.gate.dtype == DType::kFloat32 ? 4 : 2));
   }
 }
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
-    cross_attention_kernel(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ CrossAttentionParams p,
+    cross_attention_kernel(const __grid_constant__ SlowMaps<Traits> maps, const __grid_constant__ CrossAttentionParams p,
                            const __grid_constant__ SplitPlan plan) {
   extern __shared__ char raw[];
   using T = typename Traits::Element;
@@ -236,37 +219,37 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
   // What comes before wait_for_previous_kernel is done while that kernel ends. With one sequence this is all but the loads;
   // with more of them, their lengths are read first.
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&kv_map);
+    for (const CUtensorMap& map : maps.maps) ptx::prefetch_tensor_map(&map);
     init_barriers<Traits>(shared, plan.cluster_size);
   }
-  if (warpgroup == 0 && thread >= 32) prefetch_inputs<T>(p, thread - 32);
+  if (warpgroup == 0 && thread >= 32) prefetch_inputs<Traits>(p, thread - 32);
   ptx::cluster_arrive_relaxed();
   ptx::cluster_wait();
   Tile tile;
   Unit unit;
-  if (p.batch > 1) ptx::wait_for_previous_kernel();
-  if (!find_work<Traits>(p, plan, lane, unit, tile)) return;
-  const BlockRange blocks = find_blocks<Traits>(plan, unit, tile.num_slow);
-  const int num_blocks = blocks.end - blocks.begin;
-  const int last_valid = min(Traits::kBlockN, tile.num_slow - (blocks.end - 1) * Traits::kBlockN);
-
+  const bool waits_early = Traits::kGeneral || p.batch > 1;
+  if (waits_early) ptx::wait_for_previous_kernel();
+  if (!find_work<Traits>(p, plan, shared, lane, unit, tile)) return;
+  typename Traits::template Choose<GeneralProducer, Producer>::type producer(maps, p, plan, shared, tile, unit, lane);
+  if (Traits::kGeneral && producer.is_idle) return leave_empty<Traits>(p, plan, tile, unit);
+  const int num_blocks = producer.num_blocks;
   const Gates<Traits> gates = Gates<Traits>::make(p, plan, shared, tile, unit);
-  Producer<Traits> producer = {kv_map, shared, unit, tile.slow_begin + blocks.begin * Traits::kBlockN, num_blocks,
-                               plan.kv_evict_first ? ptx::kEvictFirst : ptx::kEvictNormal};
 
   if (warpgroup == 0) {
-    if (p.batch == 1) ptx::wait_for_previous_kernel();
+    if (!waits_early) ptx::wait_for_previous_kernel();
     if constexpr (Traits::kConsumers == 2) ptx::register_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     if (warp > 0) {
       gates.prepare(warp - 1, lane);
     } else {
-      if (lane == 0) producer.start();
+      if (Traits::kGeneral || lane == 0) producer.start();
       __syncwarp();
       ptx::named_barrier_sync(kQueryBarrier, kQueryThreads);
+      if (lane == 0 && unit.size > 1) {
+        ptx::mbarrier_expect_tx(&shared.parts_full, ClusterEpilogue<Traits>::received_bytes(gates));
+      }
+      if (Traits::kGeneral || lane == 0) producer.finish();
       if (lane == 0) {
-        if (unit.size > 1) ptx::mbarrier_expect_tx(&shared.parts_full, ClusterEpilogue<Traits>::received_bytes(gates));
-        producer.finish();
         ptx::let_next_kernel_start();
         if (unit.size == 1) DirectEpilogue<Traits>::look(gates);
       }
@@ -275,15 +258,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     const int consumer = warpgroup - 1;
     const int kv_head = unit.kv_head + (unit.paired ? consumer : 0), first_row = unit.paired ? 0 : consumer * 64;
     const QueryLoader<Traits> query(p, plan, tile, kv_head, first_row, thread);
-    if (p.batch == 1) ptx::wait_for_previous_kernel();
+    if (!waits_early) ptx::wait_for_previous_kernel();
     query.load(shared.query(consumer));
     ptx::named_barrier_arrive(kQueryBarrier, kQueryThreads);  // asked for: the stream may follow
     if constexpr (Traits::kConsumers == 2) ptx::register_alloc<Traits::kConsumerRegisters>();
     const float scale_log2 = p.softmax_scale * 1.4426950408889634f;
+    const auto sight = producer.row_sight(first_row, thread);
     RowState<Traits> rows;
     // A warpgroup without rows keeps its CTA abreast of the full tiles beside it, which read the same K and V, so that L2 has
     // them. Its Q is zero; with P zero too it costs less power.
     if (!unit.paired && consumer * 64 >= tile.num_rows) rows.max[0] = rows.max[1] = 1e30f;
+    if constexpr (Traits::kGeneral) {  // likewise, in a tile where others see something
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (sight.is_empty(r)) rows.max[r] = 1e30f;
+      }
+    }
     cp_async_wait<0>();
     if constexpr (Traits::kQueryInRegisters) {
       __syncwarp();
@@ -294,13 +284,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
     const DirectEpilogue<Traits> direct = {gates, consumer, thread, num_blocks};
     typename DirectEpilogue<Traits>::Neighbour neighbour;
     const ClusterEpilogue<Traits> cluster = {gates, consumer, thread};
-    Mainloop<Traits>::run(shared, rows, unit.paired, consumer, thread, num_blocks, last_valid, scale_log2, [&] {
+    Mainloop<Traits>::run(shared, rows, sight, unit.paired, consumer, thread, num_blocks, producer.last_valid, scale_log2, [&] {
       if (unit.size == 1) {
         direct.prepare(neighbour);
       } else {
         cluster.prepare();
       }
     });
+    if constexpr (Traits::kGeneral) forget_empty(rows, sight);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       rows.max[r] *= scale_log2;

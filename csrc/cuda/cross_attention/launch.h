@@ -14,6 +14,11 @@ struct SplitPlan {
   int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
   int32_t whole_units;   // the first units (by KV head, then tile), a CTA each without a split; 0 unless cluster_size is 1
   int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
+  // A general call (see below) with two consumers and clusters of one may leave it to the device how blocks are dealt out
+  // (deal.cuh): to as many of dealt_ctas CTAs, at least max_tiles * Hkv, as it likes; 0: num_groups groups a unit. Its workspace
+  // has dealt_ctas parts in the place of [units, num_groups], gates of max_tiles * Hkv units, dealt_ctas * kConsumers counters.
+  int32_t dealt_ctas;
+  int32_t num_sms;       // of the device; where blocks are dealt out
   bool kv_evict_first;   // each KV byte is read once
   // Workspace, for more than one group. Its units are those that groups share: max_tiles * Hkv - whole_units.
   float* partial_out;    // [units, num_groups, kBlockM * D]
@@ -22,12 +27,16 @@ struct SplitPlan {
   int32_t* counters;     // [units, cluster_size == 1 ? kConsumers * num_groups : cluster_size]; zero before and after a
                          // launch
   // Set by the launch. The reciprocals are 2^32 / x, rounded up (0 for x = 1), for a division by one multiplication.
-  int32_t heads_per_kv;                 // query heads that share a KV head
-  uint32_t heads_per_kv_reciprocal;     // see text_of
-  uint32_t splits_reciprocal;           // of cluster_size * num_groups
+  int32_t heads_per_kv;              // query heads that share a KV head
+  uint32_t heads_per_kv_reciprocal;  // see text_of
+  uint32_t splits_reciprocal;        // of cluster_size * num_groups
 };
 
 void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 void cross_attention_sm90_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
+// Of these, the general calls: with ranges, with pieces, with K and V so far apart or so unlike that one tensor map cannot hold
+// both, or dealt out. Their plans have equal groups: long_blocks = whole_units = 0.
+void cross_attention_sm90_general_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
+void cross_attention_sm90_general_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 
 }  // namespace slowfast::cuda

@@ -3,6 +3,8 @@
 #pragma once
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+
 #include "../common/check.h"
 #include "kernel_sm90.cuh"
 
@@ -27,27 +29,53 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encode;
 }
 
-// [Ns, Hkv, 2, D] as dimensions (64 columns, token, column block, K or V, head): a box is kBlockN tokens of one head, and
-// lands in shared memory column block after column block, K before V.
-template <typename Traits>
-CUtensorMap make_kv_map(const CrossAttentionParams& p) {
+template <typename Traits, int kRank>
+CUtensorMap encode_map(const void* base, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
+                       const cuuint32_t (&box)[kRank]) {
   constexpr bool kIsBFloat16 = std::is_same_v<typename Traits::Element, __nv_bfloat16>;
-  const cuuint64_t sizes[5] = {Traits::kSpan, static_cast<cuuint64_t>(p.num_slow > 0 ? p.num_slow : 1), Traits::kSpans, 2,
-                               static_cast<cuuint64_t>(p.num_kv_heads)};
-  const cuuint64_t strides[4] = {static_cast<cuuint64_t>(p.k_token_stride) * 2, Traits::kSpan * 2,
-                                 static_cast<cuuint64_t>(static_cast<const char*>(p.values) - static_cast<const char*>(p.keys)),
-                                 static_cast<cuuint64_t>(p.k_head_stride) * 2};
-  const cuuint32_t box[5] = {Traits::kSpan, Traits::kBlockN, Traits::kSpans, Traits::kLoadsTogether ? 2 : 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
-      &map, kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-      const_cast<void*>(p.keys), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(base),
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled refused the slow KV cache: CUDA error " + std::to_string(result));
   }
   return map;
+}
+
+// Bytes from K to V, where they lie so that one map holds both; else 0.
+inline int64_t pair_bytes(const CrossAttentionParams& p) {
+  const int64_t bytes = static_cast<const char*>(p.values) - static_cast<const char*>(p.keys);
+  const bool alike = p.k_token_stride == p.v_token_stride && p.k_head_stride == p.v_head_stride;
+  return alike && bytes > 0 && bytes < (int64_t{1} << 40) ? bytes : 0;
+}
+
+// [Ns, Hkv, D] twice as dimensions (64 columns, token, column block, K or V, head), or, one by one, without the fourth: a box
+// is kBlockN tokens of one head, and lands in shared memory column block after column block, K before V.
+template <typename Traits>
+SlowMaps<Traits> make_slow_maps(const CrossAttentionParams& p) {
+  const cuuint64_t tokens = std::max<cuuint64_t>(p.num_slow, 1), heads = p.num_kv_heads;
+  const auto bytes = [](int64_t stride) { return static_cast<cuuint64_t>(stride) * 2; };
+  if constexpr (Traits::kGeneral) {
+    const auto encode = [&](const void* base, int64_t token_stride, int64_t head_stride) {
+      return encode_map<Traits, 4>(base, {Traits::kSpan, tokens, Traits::kSpans, heads},
+                                   {bytes(token_stride), Traits::kSpan * 2, bytes(head_stride)},
+                                   {Traits::kSpan, Traits::kBlockN, Traits::kSpans, 1});
+    };
+    return {{encode(p.keys, p.k_token_stride, p.k_head_stride), encode(p.values, p.v_token_stride, p.v_head_stride)}};
+  } else {
+    const cuuint64_t pair = pair_bytes(p);
+    return {{encode_map<Traits, 5>(p.keys, {Traits::kSpan, tokens, Traits::kSpans, 2, heads},
+                                   {bytes(p.k_token_stride), Traits::kSpan * 2, pair, bytes(p.k_head_stride)},
+                                   {Traits::kSpan, Traits::kBlockN, Traits::kSpans, Traits::kLoadsTogether ? 2 : 1, 1})}};
+  }
+}
+
+// Calls that the lean kernel does not serve.
+inline bool is_general(const CrossAttentionParams& p, const SplitPlan& plan) {
+  return plan.dealt_ctas > 0 || p.slow_begin != nullptr || p.slow_end != nullptr || p.slow_pieces != nullptr || pair_bytes(p) == 0;
 }
 
 template <typename Traits>
@@ -69,29 +97,30 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   attributes[1].val.clusterDim = {static_cast<unsigned>(plan.cluster_size), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(plan.cluster_size * plan.max_tiles, p.num_kv_heads, plan.num_groups);
+  if (Traits::kDeals && plan.dealt_ctas > 0) config.gridDim = dim3(plan.dealt_ctas);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = plan.cluster_size > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, make_kv_map<Traits>(p), p, plan), "cross_attention_sm90");
+  check(cudaLaunchKernelEx(&config, kernel, make_slow_maps<Traits>(p), p, plan), "cross_attention_sm90");
 }
 
-template <int kHeadDim, int kConsumers>
+template <int kHeadDim, int kConsumers, bool kGeneral>
 void launch_dtype(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
   switch (p.dtype) {
-    case DType::kBFloat16: return launch<Traits<__nv_bfloat16, kHeadDim, kConsumers>>(p, plan, stream);
-    case DType::kFloat16: return launch<Traits<__half, kHeadDim, kConsumers>>(p, plan, stream);
+    case DType::kBFloat16: return launch<Traits<__nv_bfloat16, kHeadDim, kConsumers, kGeneral>>(p, plan, stream);
+    case DType::kFloat16: return launch<Traits<__half, kHeadDim, kConsumers, kGeneral>>(p, plan, stream);
     case DType::kFloat32: break;
   }
   throw std::invalid_argument("cross_attention: a dtype that has no kernel");
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kGeneral>
 void launch_head_dim(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
   switch (plan.consumers) {
-    case 1: return launch_dtype<kHeadDim, 1>(p, plan, stream);
-    case 2: return launch_dtype<kHeadDim, 2>(p, plan, stream);
+    case 1: return launch_dtype<kHeadDim, 1, kGeneral>(p, plan, stream);
+    case 2: return launch_dtype<kHeadDim, 2, kGeneral>(p, plan, stream);
   }
   throw std::invalid_argument("cross_attention: a number of consumers that has no kernel");
 }

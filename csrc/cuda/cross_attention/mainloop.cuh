@@ -131,7 +131,11 @@ struct Mainloop {
   // is the operand layout of P: no shuffle.
   static __device__ __forceinline__ void exponentiate(const Scores& scores, const RowState<Traits>& rows, float scale_log2,
                                                       Probs& probs, float (&sum)[2]) {
-    const float offset[2] = {rows.max[0] * scale_log2, rows.max[1] * scale_log2};
+    const auto offset_of = [&](float max) {
+      if (Traits::kGeneral && max == -INFINITY) return 0.0f;  // a row that has seen nothing yet, and does not here
+      return max * scale_log2;
+    };
+    const float offset[2] = {offset_of(rows.max[0]), offset_of(rows.max[1])};
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; i += 2) {
       const int r = i / 2 % 2;
@@ -153,8 +157,9 @@ struct Mainloop {
       for (int i = 0; i < kBlockN / 8; ++i) peak = fmaxf(peak, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
-      const float alpha = exp2_approx((rows.max[r] - peak) * scale_log2);
-      rows.max[r] = peak;  // finite: a block has at least one token of the sequence
+      float alpha = exp2_approx((rows.max[r] - peak) * scale_log2);
+      if (Traits::kGeneral && rows.max[r] == -INFINITY) alpha = 0.0f;
+      rows.max[r] = peak;  // finite, if the row has seen a token: without ranges, each block has one
       if (is_first) continue;
       rows.sum[r] *= alpha;
 #pragma unroll
@@ -172,6 +177,52 @@ struct Mainloop {
     }
   }
 
+  // Of a block in which not all rows see all tokens.
+  static __device__ __forceinline__ void mask(Scores& scores, const int (&begin)[2], const int (&end)[2], int lane) {
+    const int shift = 2 * (lane % 4);
+    const int first[2] = {begin[0] - shift, begin[1] - shift}, limit[2] = {end[0] - shift, end[1] - shift};
+#pragma unroll
+    for (int i = 0; i < kBlockN / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = 8 * i + (j & 1);
+        if (column < first[j / 2] || column >= limit[j / 2]) scores[4 * i + j] = -INFINITY;
+      }
+    }
+  }
+
+  // Hides what rows do not see of a block in which not all rows see all. True where a row of the warp sees its first token,
+  // and needs a reference.
+  template <typename RowSight>
+  static __device__ __forceinline__ bool hide(Scores& scores, const RowState<Traits>& rows, const RowSight& sight,
+                                              int block_begin, int block_end, int lane) {
+    int begin[2], end[2];
+    bool starts = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      begin[r] = max(0, sight.rows[r].begin - block_begin);
+      end[r] = min(sight.rows[r].end, block_end) - block_begin;
+      starts |= rows.max[r] == -INFINITY && begin[r] < end[r];
+    }
+    mask(scores, begin, end, lane);
+    return __any_sync(0xffffffffu, starts);
+  }
+  static __device__ __forceinline__ bool have_all_started(const RowState<Traits>& rows) {
+    return !__any_sync(0xffffffffu, rows.max[0] == -INFINITY || rows.max[1] == -INFINITY);
+  }
+
+  // Rows of V that no row of the tile sees: as below.
+  static __device__ __forceinline__ void clear_unseen(T* v, const uint32_t (&seen)[kBlockN / 32], int thread) {
+    constexpr int kVectors = kHeadDim / 8;
+    for (int i = thread; i < kBlockN * kVectors; i += 128) {
+      const int row = i / kVectors, vector = i % kVectors;
+      if (seen[row / 32] >> row % 32 & 1) continue;
+      T* span = v + (vector / 8) * kBlockN * Traits::kSpan;
+      *reinterpret_cast<uint4*>(span + row * Traits::kSpan + (vector % 8) * 8) = make_uint4(0, 0, 0, 0);
+    }
+    ptx::fence_proxy_async();
+  }
+
   // Rows of V past the sequence belong to the next video and may hold Inf: 0 * Inf is NaN, so they become 0.
   static __device__ __forceinline__ void clear_rows(T* v, int valid, int thread) {
     constexpr int kVectors = kHeadDim / 8;
@@ -183,10 +234,11 @@ struct Mainloop {
     ptx::fence_proxy_async();
   }
 
-  // `valid` tokens of the first block are the sequence's. `under_last_pv` runs when Q is no longer read.
-  template <typename Hook>
-  static __device__ __forceinline__ void run(Shared& shared, RowState<Traits>& rows, bool own_blocks, int warpgroup,
-                                             int thread, int num_blocks, int valid, float scale_log2,
+  // `valid` tokens of the first block are the sequence's; if kGeneral, `sight` and each block's own entry tell instead.
+  // `under_last_pv` runs when Q is no longer read.
+  template <typename RowSight, typename Hook>
+  static __device__ __forceinline__ void run(Shared& shared, RowState<Traits>& rows, const RowSight& sight, bool own_blocks,
+                                             int warpgroup, int thread, int num_blocks, int valid, float scale_log2,
                                              const Hook& under_last_pv) {
     const QueryOperand<Traits> q(shared.query(warpgroup), thread);
     if (own_blocks) {
@@ -211,6 +263,20 @@ struct Mainloop {
       if (kTakeTurns) ptx::named_barrier_arrive(kTurnBarrier + 1 - warpgroup, 256);
     };
 
+    // What a warp knows of the block whose K it waited for last, if kGeneral; of V's block before `look`.
+    int block_begin = 0, block_end = 0;
+    bool is_seen = true, has_started = true;  // by all rows that see anything
+    const auto look = [&](int number) {
+      const auto& block = shared.blocks[number % Traits::kBlockEntries];
+      block_begin = block.begin;
+      block_end = block.end;
+      is_seen = block.is_seen;
+    };
+    const auto clear = [&](Ring::Turn turn, int number) {
+      clear_unseen(values(turn), shared.blocks[number % Traits::kBlockEntries].seen, thread);
+      ptx::named_barrier_sync(kWarpgroupBarrier + warpgroup, 128);
+    };
+
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) rows.out[i] = 0.0f;
     if (num_blocks == 0) return under_last_pv();
@@ -221,11 +287,16 @@ struct Mainloop {
     issue_qk(scores, q, keys(k));
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_operand(scores);
+    if constexpr (Traits::kGeneral) {
+      look(0);
+      if (!sight.all_see(block_begin, block_end)) hide(scores, rows, sight, block_begin, block_end, thread % 32);
+    }
     if (!Traits::kLoadsTogether) release(k);
-    if (valid < kBlockN) mask(scores, valid, thread % 32);
+    if (!Traits::kGeneral && valid < kBlockN) mask(scores, valid, thread % 32);
     move_references(scores, rows, scale_log2, true);
+    if constexpr (Traits::kGeneral) has_started = have_all_started(rows);
     exponentiate(scores, rows, scale_log2, probs, rows.sum);
-    if (valid < kBlockN) {
+    if (!Traits::kGeneral && valid < kBlockN) {
       if (!Traits::kLoadsTogether) {
         v.slot = ring.slot_of(num_blocks > 1 ? 2 : 1);  // K of the second block comes first
         wait(v);
@@ -240,12 +311,15 @@ struct Mainloop {
       v = k;
       k = ring.next();
       wait(k);
+      const bool v_is_seen = is_seen;
+      if constexpr (Traits::kGeneral) look(block);
       wait_turn();
       issue_qk(scores, q, keys(k));
       if (!Traits::kLoadsTogether) {
         v = ring.next();
         wait(v);
       }
+      if (Traits::kGeneral && !v_is_seen) clear(v, block - 1);
       issue_pv(rows, probs, values(v));
       // Not before the last product: the other's would go ahead of it, and then this warpgroup's softmax would wait for all of
       // them. Now and then a CTA got into that rhythm and kept to it, 24% slower.
@@ -257,9 +331,21 @@ struct Mainloop {
       ptx::wgmma_fence_operand(rows.out);
       release(v);
       float sum[2] = {0.0f, 0.0f};
-      exponentiate(scores, rows, scale_log2, probs, sum);
-      if (__any_sync(0xffffffffu, !(sum[0] + sum[1] <= kMaxSum))) {  // or not a number
+      bool moves = false;
+      if constexpr (Traits::kGeneral) {
+        if (!sight.all_see(block_begin, block_end)) {
+          moves = hide(scores, rows, sight, block_begin, block_end, thread % 32);
+        } else {
+          moves = !has_started;
+        }
+      }
+      if (!moves) {
+        exponentiate(scores, rows, scale_log2, probs, sum);
+        moves = __any_sync(0xffffffffu, !(sum[0] + sum[1] <= kMaxSum));  // or not a number
+      }
+      if (moves) {
         move_references(scores, rows, scale_log2, false);
+        if constexpr (Traits::kGeneral) has_started = have_all_started(rows);
         sum[0] = sum[1] = 0.0f;
         exponentiate(scores, rows, scale_log2, probs, sum);
       }
@@ -272,6 +358,7 @@ struct Mainloop {
       v = ring.next();
       wait(v);
     }
+    if (Traits::kGeneral && !is_seen) clear(v, num_blocks - 1);
     issue_pv(rows, probs, values(v));
     under_last_pv();
     ptx::wgmma_wait<0>();

@@ -4,7 +4,8 @@
 namespace slowfast::cuda {
 
 void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream) {
-  launch_head_dim<64>(params, plan, static_cast<cudaStream_t>(stream));
+  if (is_general(params, plan)) return cross_attention_sm90_general_d64(params, plan, stream);
+  launch_head_dim<64, false>(params, plan, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace slowfast::cuda

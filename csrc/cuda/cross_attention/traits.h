@@ -12,11 +12,15 @@ enum Barrier { kWarpgroupBarrier = 1, kConsumersBarrier = 3, kTurnBarrier = 4, k
 // kConsumers = 2: 128 packed rows, for prefill: the softmax of one warpgroup runs under the products of the other.
 // kConsumers = 1: 64 packed rows and small KV blocks, for decode, where bytes in flight and a short tail matter: two CTAs
 // share an SM, so that one streams while the other starts or ends.
-template <typename T, int kHeadDim_, int kConsumers_>
+// kGeneral: slow tokens in pieces, rows that see ranges of them, K and V apart. Its loop asks at every block what the rows
+// see; without it all of them see all tokens of one run.
+template <typename T, int kHeadDim_, int kConsumers_, bool kGeneral_ = false>
 struct Traits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kConsumers_;
+  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kDeals = kGeneral && kConsumers == 2;  // work among CTAs, if the plan says so: deal.cuh
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kConsumers == 1 ? 32 : 128;
   static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -60,6 +64,20 @@ struct Traits {
     int64_t lse;
     int gate;                     // text row in the tile
   };
+  // A KV block, if kGeneral: tokens begin .. end - 1 of the sequence, from the block's first on. Tokens of the block without
+  // a bit are seen by no row of the tile, and may hold anything.
+  struct Block {
+    int begin, end;
+    bool is_seen;  // all of it, by some row each
+    uint32_t seen[kBlockN / 32];
+  };
+  // Block i of a CTA is described in entry i % kBlockEntries, which is written anew before K of block i + kBlockEntries comes.
+  // So far ahead the producer gets only when V of block i + 1 is used up, and hence all warps have read the entry: K of block
+  // i is load 2 i - 1 of its ring, V load 2 i + 2, and load n waits for the release of load n - kRingSlots.
+  static constexpr int kBlockEntries = 16;
+  static_assert(kLoadsTogether ? kBlockEntries > kRingSlots : 2 * kBlockEntries - 1 - kRingSlots >= 4);
+  template <template <typename> class General, template <typename> class Plain>
+  using Choose = std::conditional<kGeneral, General<Traits>, Plain<Traits>>;
   struct SharedStorage {
     union {
       alignas(1024) T slots[kNumSlots][kSlotSize];
@@ -74,6 +92,7 @@ struct Traits {
     uint64_t full[kNumSlots], empty[kNumSlots];
     uint64_t query_read, places_full, gate_full, peers_ready, parts_full, looked;
     int has_arrived[kConsumers], is_neighbour_there[kConsumers];  // of the other groups
+    Block blocks[kGeneral ? kBlockEntries : 1];
 
     __device__ __forceinline__ T* query(int warpgroup) { return slots[kRingSlots] + warpgroup * 64 * kHeadDim; }
   };
