@@ -169,9 +169,10 @@ class Attention:
         num_kv_heads, head_dim = slow_kv.shape[1], q.shape[2]
         self.device = q.device
         self.config = config or hopper_attention_config(
-            text_rows.shape[0], slow_kv.shape[0], batch, q.shape[1], num_kv_heads, head_dim, num_splits
+            text_rows.shape[0], slow_kv.shape[0], batch, q.shape[1], num_kv_heads, head_dim, num_splits, sample.selects
         )
         splits = self.config.cluster_size * self.config.num_groups
+        num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.params = cross_attention_params(sample, scale_of(q, softmax_scale), splits, state, gate)
         self.plan = SplitPlan(
             consumers=self.config.consumers,
@@ -181,6 +182,8 @@ class Attention:
             whole_units=self.config.whole_units,
             long_blocks=self.config.long_blocks,
             kv_evict_first=self.config.kv_evict_first,
+            dealt_ctas=self.config.dealt_ctas,
+            num_sms=num_sms,
         )
         self.workspace = self.config.workspace(num_kv_heads, head_dim) if self.config.num_groups > 1 else None
         self.kernel = extension().cuda_cross_attention

@@ -7,7 +7,7 @@ graph captured for a shape stays right for new data.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple
@@ -54,9 +54,9 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
         return f"tensors on {call.device_type}; use backend='cpu'"
     if call.op == "merge_attention" and backend in ("cpu", "triton"):
         return "it has no kernel of its own for merge_attention; use backend='eager'"
-    if call.selects:
+    if call.selects and backend != "cuda":
         return "slow_begin, slow_end and slow_pieces; use backend='eager'"
-    if call.apart and backend in ("triton", "cuda"):
+    if call.apart and backend == "triton":
         return "K and V apart; use backend='eager'"
     attends = call.op in ("text_cross_attention", "slowfast_cross_attention")
     if backend == "triton" and attends and call.device_type == "cpu" and call.dtype == torch.bfloat16:
@@ -277,6 +277,7 @@ class HopperConfig:
     whole_units: int = 0  # the first (tile, KV head) units, which a CTA each takes without a split
     long_blocks: int = 0  # KV blocks of every group but the last, which gets the rest; 0: equal groups
     kv_evict_first: bool = False
+    dealt_ctas: int = 0  # CTAs to which the device deals out blocks, where rows see ranges (deal.cuh); 0: equal groups
 
     @property
     def block_n(self) -> int:
@@ -290,6 +291,9 @@ class HopperConfig:
     def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
         """Floats of partial outputs, statistics and gates, and counters, for more than one group."""
         units, rows = self.max_tiles * num_kv_heads - self.whole_units, 64 * self.consumers
+        if self.dealt_ctas > 0:
+            parts = self.dealt_ctas * rows
+            return parts * head_dim, parts * 2, units * rows * 3, self.dealt_ctas * self.consumers
         return (
             units * self.num_groups * rows * head_dim,
             units * self.num_groups * rows * 2,
@@ -320,13 +324,24 @@ HOPPER_HEAD_DIMS = tuple(_HOPPER_BLOCK_US)  # sm90_d*.cu
 _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 8.0, 60e3
 _HOPPER_LEVEL_US = 3.0
 _HOPPER_MAX_GROUPS = 32
+_HOPPER_DEALT_BATCH, _HOPPER_DEALT_TILES = 64, 512
 
 
 @lru_cache(maxsize=4096)
 def hopper_attention_config(
-    num_text: int, num_slow: int, batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, num_splits: int = 0
+    num_text: int,
+    num_slow: int,
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_splits: int = 0,
+    selects: bool = False,
 ) -> HopperConfig:
-    """Tile and splits of a call. A fixed ``num_splits`` fixes every choice that a row's bits depend on."""
+    """Tile and splits of a call. A fixed ``num_splits`` fixes every choice that a row's bits depend on.
+
+    ``selects``: rows see ranges, or sequences are in pieces, so that tiles differ in ways that only the device knows.
+    """
     heads_per_kv = num_q_heads // num_kv_heads
     rows = -(-num_text // batch) * heads_per_kv  # packed rows of a KV head, a sequence
     consumers = 2 if num_splits or rows > 64 else 1
@@ -349,8 +364,14 @@ def hopper_attention_config(
         *_direct_plans(units, idle, blocks, _HOPPER_BLOCK_US[head_dim]),
         *_cluster_plans(units - idle, blocks, head_dim),
     ]
+    if selects:
+        plans = [plan for plan in plans if not plan[1].get("long_blocks")]
     _, choice = min(plans, key=lambda plan: plan[0])
-    return HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, **choice)
+    config = HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, **choice)
+    # Clusters add up faster than a deal makes good; a deal looks at every sequence and tile, which takes its time.
+    if selects and config.cluster_size == 1 and batch <= _HOPPER_DEALT_BATCH and max_tiles <= _HOPPER_DEALT_TILES:
+        return replace(config, num_groups=2, dealt_ctas=max_tiles * num_kv_heads + _HOPPER_SMS)
+    return config
 
 
 def _direct_plans(units: int, idle: int, blocks: int, block_us: float) -> Iterator[tuple[float, dict]]:

@@ -168,3 +168,29 @@ def test_a_mix_of_4096_rows_or_more_goes_to_triton_where_it_is_faster(rows, chos
 
 def test_no_other_op_leaves_cuda_for_the_number_of_its_rows():
     assert choose_backend(HALF._replace(num_text=8192), EVERYTHING_IS_HERE).backend == "cuda"
+
+
+@given(num_text=st.integers(1, 4096), num_slow=st.integers(0, 200_000), batch=st.integers(1, 80))
+def test_ranges_and_pieces_get_plans_that_hold_whatever_rows_see(num_text, num_slow, batch):
+    config = hopper_attention_config(num_text, num_slow, batch, 28, 4, 128, selects=True)
+    assert not config.long_blocks
+    assert not config.whole_units
+    if config.dealt_ctas:  # every unit gets a CTA, and there is room for the parts of all
+        assert (config.consumers, config.cluster_size) == (2, 1)
+        assert config.dealt_ctas >= config.max_tiles * 4
+        assert config.num_groups > 1, "a workspace is made"
+        out, stats, gates, counters = config.workspace(4, 128)
+        assert (out, stats) == (config.dealt_ctas * 128 * 128, config.dealt_ctas * 128 * 2)
+        assert gates == config.max_tiles * 4 * 128 * 3
+        assert counters == config.dealt_ctas * 2
+
+
+def test_a_fixed_number_of_splits_leaves_nothing_to_a_deal():
+    assert hopper_attention_config(256, 10368, 1, 28, 4, 128, 4, selects=True) == hopper_attention_config(
+        256, 10368, 1, 28, 4, 128, 4
+    )
+
+
+def test_many_rows_that_see_ranges_are_dealt_out_and_few_are_left_to_clusters():
+    assert hopper_attention_config(256, 10368, 1, 28, 4, 128, selects=True).dealt_ctas > 0
+    assert hopper_attention_config(64, 10368, 1, 28, 4, 128, selects=True).cluster_size == 8
