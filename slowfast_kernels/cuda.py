@@ -172,7 +172,6 @@ class Attention:
             text_rows.shape[0], slow_kv.shape[0], batch, q.shape[1], num_kv_heads, head_dim, num_splits, sample.selects
         )
         splits = self.config.cluster_size * self.config.num_groups
-        num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.params = cross_attention_params(sample, scale_of(q, softmax_scale), splits, state, gate)
         self.plan = SplitPlan(
             consumers=self.config.consumers,
@@ -183,7 +182,7 @@ class Attention:
             long_blocks=self.config.long_blocks,
             kv_evict_first=self.config.kv_evict_first,
             dealt_ctas=self.config.dealt_ctas,
-            num_sms=num_sms,
+            num_sms=_num_sms(self.device) if self.config.dealt_ctas else 0,
         )
         self.workspace = self.config.workspace(num_kv_heads, head_dim) if self.config.num_groups > 1 else None
         self.kernel = extension().cuda_cross_attention
@@ -227,6 +226,10 @@ class Attention:
             plan.partial_gates = plan.partial_stats + 4 * stats_size
             plan.counters = _counters(self.device, num_counters).data_ptr()
         _launch(self.kernel, self.device, params, plan)
+
+
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _Counters:
