@@ -12,8 +12,8 @@ namespace slowfast::cuda {
 template <typename Traits>
 class Deal {
  public:
-  // By all threads; `scratch` has room for a word a tile and a thread, and is free again when this returns. Sets `unit` and `tile_index`;
-  // false: no work.
+  // By all threads; `scratch` has room for a word a tile and a thread, and is free again when this returns. Sets `unit` and
+  // `tile_index`; false: no work.
   static __device__ __forceinline__ bool find(const CrossAttentionParams& p, const SplitPlan& plan, int* scratch, int lane,
                                               Unit& unit, int& tile_index) {
     for (int i = threadIdx.x; i < plan.max_tiles; i += Traits::kThreads) scratch[i] = weigh(p, plan, i);
@@ -69,7 +69,8 @@ class Deal {
       const int tiles = (rows + Traits::kBlockM - 1) / Traits::kBlockM;
       if (index < tiles) {
         const int row_begin = index * Traits::kBlockM, slow_begin = __ldg(p.cu_slow + b);
-        tile = {text_begin, row_begin, min(Traits::kBlockM, rows - row_begin), slow_begin, __ldg(p.cu_slow + b + 1) - slow_begin};
+        const int num_slow = __ldg(p.cu_slow + b + 1) - slow_begin;
+        tile = {text_begin, row_begin, min(Traits::kBlockM, rows - row_begin), slow_begin, num_slow};
         break;
       }
       index -= tiles;

@@ -8,8 +8,8 @@
 //
 // A CTA is a producer warpgroup (one thread issues TMA for the KV blocks, three warps form the gates) and one or two
 // consumer warpgroups of 64 rows. K and V tiles come straight from where they lie. The slow tokens of a tile are split
-// over groups and the CTAs of each (launch.h), added up in fixed order: groups that are clusters by epilogue_cluster.cuh, groups
-// of one CTA by epilogue_direct.cuh.
+// over groups and the CTAs of each (launch.h), added up in fixed order: groups that are clusters by epilogue_cluster.cuh,
+// groups of one CTA by epilogue_direct.cuh.
 #pragma once
 #include "../common/memory.cuh"
 #include "epilogue_cluster.cuh"

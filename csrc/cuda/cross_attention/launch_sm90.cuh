@@ -75,7 +75,8 @@ SlowMaps<Traits> make_slow_maps(const CrossAttentionParams& p) {
 
 // Calls that the lean kernel does not serve.
 inline bool is_general(const CrossAttentionParams& p, const SplitPlan& plan) {
-  return plan.dealt_ctas > 0 || p.slow_begin != nullptr || p.slow_end != nullptr || p.slow_pieces != nullptr || pair_bytes(p) == 0;
+  const bool selects = p.slow_begin != nullptr || p.slow_end != nullptr || p.slow_pieces != nullptr;
+  return selects || plan.dealt_ctas > 0 || pair_bytes(p) == 0;
 }
 
 template <typename Traits>
