@@ -135,6 +135,8 @@ class HybridAttention(SelfAttention):
                 slow.text_rows,
                 slow.cu_text,
                 *gating,
+                slow_end=slow.slow_end,
+                slow_pieces=slow.pieces,
                 gate=self.gate,
                 gate_value=value,
                 warm_up_tanh=self.warm_up_tanh,

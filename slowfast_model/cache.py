@@ -29,6 +29,8 @@ class SlowContext:
     cu_text: Tensor
     tokens: Tensor | None = None
     tokens_are_normalised: bool = False  # divided by their RMS, without a layer's weight: inference
+    slow_end: Tensor | None = None  # [Nt], how many of its sequence's slow tokens each row sees; None: all
+    pieces: Tensor | None = None  # [P, 2], where a layer's K and V lie, and what ``cu_slow`` counts; None: one by one
 
 
 class DecodeStep:

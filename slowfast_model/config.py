@@ -73,6 +73,10 @@ class SlowFastConfig:
     README's table of variants has their formulas. Numbers may be Python's, numpy's or a tensor's without a dimension;
     the fields hold Python's own.
 
+    ``causal_slow_tokens``, a key of this package: a row attends the slow tokens of the videos before it alone, and a
+    video's last fast token its own too, where visual rows attend; so the logits of a prompt do not depend on what
+    follows it. False: those of all videos of its sample, as released.
+
     Raises:
         TypeError: a value of another type: nothing is rounded, and a string or a bool is no number.
         ValueError: a gating type, implementation or projector that does not exist, a number out of range, or numbers
@@ -105,6 +109,8 @@ class SlowFastConfig:
     fast_token_temporal_stride: int = 1
     fast_token_temporal_sampling_stride: int = 1
     min_fast_frames: int = 1
+    # of this package, not of the release: text does not see the slow tokens of videos after it
+    causal_slow_tokens: bool = False
 
     def __post_init__(self) -> None:
         self._take_plain_values()
@@ -131,7 +137,8 @@ class SlowFastConfig:
         for name in ("cross_attn_gating_type", "cross_attn_implementation", "mm_projector_type"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, want a string")
-        self.tie_word_embeddings = as_bool("tie_word_embeddings", self.tie_word_embeddings)
+        for name in ("tie_word_embeddings", "causal_slow_tokens"):
+            setattr(self, name, as_bool(name, getattr(self, name)))
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = as_float(name, getattr(self, name))
             if value < 0 or (value == 0 and name == "rope_theta"):
@@ -193,6 +200,7 @@ class SlowFastConfig:
         """The config.json that ``from_official`` reads back as this configuration.
 
         With hybrid layers it is that of the released models, without them a Qwen2's, which transformers reads too.
+        ``causal_slow_tokens``, which the release does not know, is written where it is True.
 
         >>> SlowFastConfig.from_official(config.to_official()) == config
         True

@@ -155,6 +155,7 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         labels: Tensor | None,
         *,
         run_every_module: bool = False,
+        held: Sequence[int] | None = None,
     ) -> tuple[Tensor, Layout, SlowContext | None]:
         """Embeddings [B, L', C] with fast tokens spliced in, the layout, and the slow tokens (None: none attended).
 
@@ -163,6 +164,9 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         ``run_every_module``: text alone has no slow and fast tokens instead of no video, so that every module still
         runs, in the order of a batch with videos. So every parameter gets a gradient (zeros), and the ranks of a
         data-parallel job, which gather weights as modules run, agree.
+
+        ``held``: the prompts go on from ones with so many slow tokens a sample; the layout's ``slow_end`` counts from
+        there. The context has what is new alone.
         """
         normalise = not torch.is_grad_enabled() and self._folds_norms()
         videos = [] if frame_features is None else frame_features
@@ -180,6 +184,8 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
             vocab_size=self.config.vocab_size,
             every_row=self.config.updates_every_row,
             mask_system=self.config.masks_system_text,
+            causal=self.config.causal_slow_tokens,
+            held=held,
         )
         text = self.model.embed_tokens(layout.text_ids)
         zero = text.new_zeros(1, text.shape[1])
@@ -187,7 +193,12 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         context = None
         if self.config.hybrid_layers and slow is not None:
             context = SlowContext(
-                layout.cu_slow, layout.text_rows, layout.cu_text, tokens=slow, tokens_are_normalised=normalise
+                layout.cu_slow,
+                layout.text_rows,
+                layout.cu_text,
+                tokens=slow,
+                tokens_are_normalised=normalise,
+                slow_end=layout.slow_end,
             )
         return F.embedding(layout.source, rows), layout, context
 

@@ -36,6 +36,7 @@ WANTED = {
 }
 # Every model has these: null means nothing in them, and the default would be some other model's.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OWN_FIELDS = ("causal_slow_tokens",)  # the release computes, and reads, the default
 QWEN2_FIELDS = (
     *SIZES,
     "num_key_value_heads",
@@ -118,6 +119,8 @@ def write_official(config: Any) -> dict:
         value = getattr(config, field.name)
         if field.name == "head_dim":
             needed = value * config.num_attention_heads != config.hidden_size
+        elif field.name in OWN_FIELDS:
+            needed = value != field.default
         else:
             needed = kind == RELEASED or field.name in QWEN2_FIELDS or value != field.default
         if needed:

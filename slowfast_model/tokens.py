@@ -36,6 +36,7 @@ class Layout:
     cu_slow: Tensor  # [B + 1] int32
     text_rows: Tensor  # [Nt] int32: rows of the flattened layout that attend slow tokens
     cu_text: Tensor  # [B + 1] int32
+    slow_end: Tensor | None  # [Nt] int32: each sees so many slow tokens of its sample. None: each sees all
 
     @property
     def attention_mask(self) -> Tensor:
@@ -111,16 +112,21 @@ def _prefix_sums(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int().to(device)
 
 
-def attending_rows(token_types: Tensor, *, every_row: bool = False, mask_system: bool = False) -> Tensor:
-    """Rows of one sample, token types [n], that attend its slow tokens; none if it has no visual token."""
+def attending_rows(
+    token_types: Tensor, *, every_row: bool = False, mask_system: bool = False, slow_end: Tensor | None = None
+) -> Tensor:
+    """Rows of one sample, token types [n], that attend its slow tokens; none if it has no visual token.
+
+    ``slow_end`` [n]: how many slow tokens are there for each row; rows without any attend none. It says more than
+    ``mask_system``, which then does not matter.
+    """
     visual = token_types == VISUAL
-    if not visual.any():
-        return torch.empty(0, dtype=torch.int64)
     attends = token_types != PADDING
+    attends &= visual.any() if slow_end is None else slow_end > 0
     if not every_row:
-        attends = attends & ~visual
-        if mask_system:
-            attends = attends & (visual.cumsum(0) > 0)
+        attends &= ~visual
+        if mask_system and slow_end is None:
+            attends &= visual.cumsum(0) > 0
     return attends.nonzero().flatten()
 
 
@@ -133,8 +139,10 @@ def splice(
     vocab_size: int,
     every_row: bool = False,
     mask_system: bool = False,
+    causal: bool = False,
+    held: Sequence[int] | None = None,
 ) -> Layout:
-    """Lay out a batch.
+    """Lay out a batch, or what goes on from one.
 
     Args:
         input_ids: [B, L] int64 or int32; -200 stands for a video or an image. Any number of them a sample, or none.
@@ -144,6 +152,9 @@ def splice(
         videos: (fast tokens, slow tokens) of each video, in reading order over the batch.
         every_row: all-to-media; visual rows attend slow tokens too.
         mask_system: text before a sample's first visual token attends nothing.
+        causal: text sees the slow tokens of videos before it, as visual rows do (where these attend at all); a video's
+            last fast token sees its own too. False: every row sees those of all videos.
+        held: slow tokens that each sample has from before these prompts, which go on from there. None: a beginning.
 
     Raises:
         ValueError: shapes that differ, a sample with no token, an id or a label outside the vocabulary, a mask of
@@ -156,29 +167,38 @@ def splice(
 
     num_text = sum(int((ids != IMAGE_TOKEN_INDEX).sum()) for ids in samples)
     next_text, next_fast, next_video = 0, num_text, 0
-    sources, types, new_labels, slow_lengths, attending = [], [], [], [], []
-    for ids, target in zip(samples, targets, strict=True):
+    sources, types, new_labels, slow_lengths, attending, ends = [], [], [], [], [], []
+    whole = True  # every row that attends sees all slow tokens of its sample
+    for ids, target, before in zip(samples, targets, held or [0] * len(samples), strict=True):
         markers = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        source, kind, label = [], [], []
-        slow, start = 0, 0
+        source, kind, label, seen = [], [], [], []
+        slow, start = before, 0
         for end in [*markers, len(ids)]:
             text = target[start:end]
             source.append(torch.arange(next_text, next_text + len(text)))
             kind.append(torch.where(text == IGNORE_INDEX, PROMPT, RESPONSE))
             label.append(text)
+            seen.append(torch.full((len(text),), slow))
             next_text, start = next_text + len(text), end + 1
             if end < len(ids):
                 num_fast, num_slow = videos[next_video]
                 source.append(torch.arange(next_fast, next_fast + num_fast))
                 kind.append(torch.full((num_fast,), VISUAL))
                 label.append(torch.full((num_fast,), IGNORE_INDEX))
+                seen.append(torch.full((num_fast,), slow))
+                seen[-1][-1:] += num_slow
                 next_fast, next_video, slow = next_fast + num_fast, next_video + 1, slow + num_slow
         kind = torch.cat(kind)
+        slow_end = torch.cat(seen) if causal else torch.full_like(kind, slow)
+        limit = slow_end if causal or held is not None else None
+        rows = attending_rows(kind, every_row=every_row, mask_system=mask_system, slow_end=limit)
         sources.append(torch.cat(source))
         types.append(kind)
         new_labels.append(torch.cat(label))
-        slow_lengths.append(slow)
-        attending.append(attending_rows(kind, every_row=every_row, mask_system=mask_system))
+        slow_lengths.append(slow - before)
+        attending.append(rows)
+        ends.append(slow_end[rows])
+        whole &= bool((ends[-1] == slow).all())
 
     width = max(map(len, types))
     padded_labels = pad_sequence(new_labels, batch_first=True, padding_value=IGNORE_INDEX)
@@ -194,6 +214,7 @@ def splice(
         cu_slow=_prefix_sums(slow_lengths, device),
         text_rows=rows.int().to(device),
         cu_text=_prefix_sums([len(rows) for rows in attending], device),
+        slow_end=None if whole else torch.cat(ends).int().to(device),
     )
 
 

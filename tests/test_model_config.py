@@ -195,15 +195,20 @@ def test_what_is_no_finite_number_is_refused_by_its_field(name, value):
         SlowFastConfig(**{name: value})
 
 
-@pytest.mark.parametrize(("value", "tied"), [(True, True), (0, False), (np.bool_(True), True), (np.int64(0), False)])
-def test_the_tie_is_a_bool(value, tied):
-    assert SlowFastConfig(tie_word_embeddings=value).tie_word_embeddings is tied
+FLAGS = pytest.mark.parametrize("name", ["tie_word_embeddings", "causal_slow_tokens"])
 
 
+@FLAGS
+@pytest.mark.parametrize(("value", "flag"), [(True, True), (0, False), (np.bool_(True), True), (np.int64(0), False)])
+def test_a_flag_is_a_bool(name, value, flag):
+    assert getattr(SlowFastConfig(**{name: value}), name) is flag
+
+
+@FLAGS
 @pytest.mark.parametrize("value", ["false", "", None, 2, 1.0, [True]])
-def test_a_tie_that_would_only_be_true_by_its_truth_is_refused(value):
-    with pytest.raises(TypeError, match=r"^tie_word_embeddings: got "):
-        SlowFastConfig(tie_word_embeddings=value)
+def test_a_flag_that_would_only_be_true_by_its_truth_is_refused(name, value):
+    with pytest.raises(TypeError, match=rf"^{name}: got "):
+        SlowFastConfig(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["cross_attn_gating_type", "cross_attn_implementation", "mm_projector_type"])
@@ -388,6 +393,8 @@ CONFIGS = [
     QWEN2 | {"tie_word_embeddings": True, "rope_theta": 5e5, "rms_norm_eps": 1e-5, "head_dim": 32},
     QWEN2 | {"mm_hidden_size": 12, "mm_projector_type": "mlp3x_gelu", "fast_token_temporal_stride": 4},
     QWEN2 | {"cross_attn_every_n_layers": 2, "cross_attn_max_layer_depth": 0},
+    RELEASED | {"causal_slow_tokens": True},
+    QWEN2 | {"causal_slow_tokens": True},
 ]
 
 
@@ -397,6 +404,12 @@ def test_the_official_keys_read_back_as_the_configuration(keys):
     written = json.loads(json.dumps(config.to_official()))
     assert SlowFastConfig.from_official(written) == config
     assert SlowFastConfig.from_official(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize("keys", [RELEASED, QWEN2])
+def test_a_key_that_the_release_does_not_know_is_written_where_it_changes_what_is_computed(keys):
+    assert "causal_slow_tokens" not in SlowFastConfig.from_official(keys | {"causal_slow_tokens": False}).to_official()
+    assert SlowFastConfig.from_official(keys | {"causal_slow_tokens": True}).to_official()["causal_slow_tokens"] is True
 
 
 def test_a_hybrid_model_is_written_as_a_released_one_and_another_as_a_qwen2():

@@ -52,6 +52,54 @@ def test_masked_system_text_before_the_first_video_attends_nothing():
     assert layout.text_rows.tolist() == [3, 5]
 
 
+CONVERSATION, CLIPS = [1, 2, VIDEO, 3, VIDEO, 4, 5], [(3, 10), (2, 7)]  # rows: 2 texts, 3 fast, 1 text, 2 fast, 2 texts
+
+
+@pytest.mark.parametrize("mask_system", [False, True])
+def test_causal_text_sees_the_videos_before_it(mask_system):
+    layout = lay_out([CONVERSATION], CLIPS, causal=True, mask_system=mask_system)
+    assert layout.text_rows.tolist() == [5, 8, 9]
+    assert layout.slow_end.tolist() == [10, 17, 17]
+    assert layout.slow_end.dtype == torch.int32
+
+
+def test_a_causal_visual_row_sees_the_videos_before_its_own_and_the_last_one_its_own_too():
+    layout = lay_out([CONVERSATION], CLIPS, causal=True, every_row=True)
+    assert layout.text_rows.tolist() == [4, 5, 6, 7, 8, 9]
+    assert layout.slow_end.tolist() == [10, 10, 10, 17, 17, 17]
+
+
+def test_causal_rows_count_the_slow_tokens_of_their_own_sample():
+    layout = lay_out([[VIDEO, 1], CONVERSATION, [2]], [(1, 5), *CLIPS], causal=True)
+    assert layout.cu_text.tolist() == [0, 1, 4, 4]
+    assert layout.slow_end.tolist() == [5, 10, 17, 17]
+    assert layout.cu_slow.tolist() == [0, 5, 22, 22]
+
+
+def test_causal_rows_that_see_all_there_is_have_no_ranges():
+    """One video a sample: kernels need not look."""
+    assert lay_out([[1, VIDEO, 2], [VIDEO, 3]], CLIPS, causal=True).slow_end is None
+
+
+@pytest.mark.parametrize("options", [{}, {"every_row": True}, {"mask_system": True}])
+def test_without_causal_every_row_sees_all_slow_tokens_of_its_sample(options):
+    assert lay_out([CONVERSATION, [VIDEO, 1]], [*CLIPS, (1, 5)], **options).slow_end is None
+
+
+def test_prompts_that_go_on_see_what_is_held():
+    layout = lay_out([[1, VIDEO, 2], [3, 4], [5]], [(2, 7)], causal=True, held=[10, 0, 6])
+    assert layout.text_rows.tolist() == [0, 3, 8]
+    assert layout.slow_end.tolist() == [10, 17, 6]
+    assert layout.slow_lengths == [7, 0, 0]  # what is new
+
+
+@pytest.mark.parametrize("options", [{}, {"every_row": True}, {"mask_system": True}])
+def test_text_that_goes_on_sees_what_is_held_by_its_sample_in_every_variant(options):
+    layout = lay_out([[1, 2], [3, 4]], held=[10, 0], **options)
+    assert layout.text_rows.tolist() == [0, 1]
+    assert layout.slow_end is None
+
+
 def test_padding_on_either_side_gives_one_right_padded_layout():
     prompts, videos = [[1, VIDEO, 2], [3]], [(2, 8)]
     right, left = lay_out(prompts, videos), lay_out(prompts, videos, side="left")
