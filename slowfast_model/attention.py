@@ -116,15 +116,15 @@ class HybridAttention(SelfAttention):
         norm_weight: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``cache`` has this layer's K and V."""
+        """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``cache`` has all of K and V."""
         a, q = self.attend(x, rope, cache)
         if slow is not None:
             if slow_tokens is None:
                 slow_kv = cache.slow_kv
             else:
                 slow_kv = self.project_slow(slow_tokens, norm_weight).to(q.dtype)
-            if cache is not None:
-                cache.slow_kv = slow_kv
+                if cache is not None:
+                    slow_kv = cache.add_slow(slow_kv, slow.slots)
             state = a.flatten(0, 1)
             *gating, value = self.gating(state, slow.text_rows)
             a = sk.slowfast_cross_attention(
@@ -171,14 +171,13 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or read while decoding."""
+        """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or added to and read."""
         hybrid_inputs = ()
         if self.is_hybrid and slow is not None:
             tokens = norm_weight = None
-            is_projected = slow.tokens is None or (cache is not None and cache.slow_kv is not None)
-            if not is_projected and slow.tokens_are_normalised and self.folds_norm:
+            if slow.tokens is not None and slow.tokens_are_normalised and self.folds_norm:
                 tokens, norm_weight = slow.tokens, self.input_layernorm.weight
-            elif not is_projected:
+            elif slow.tokens is not None:
                 tokens = self.input_layernorm(slow.tokens)
             hybrid_inputs = (slow, tokens, norm_weight, backend)
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, *hybrid_inputs)

@@ -7,7 +7,9 @@ A decode step reads the live part once: 2 * tokens * Hkv * D elements a layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ import slowfast_kernels as sk
 class SlowContext:
     """What the hybrid layers attend, for the rows of one call.
 
-    ``tokens`` [Ns, C] make K and V in the first call; decoding reads the layers' caches and has none.
+    ``tokens`` [Ns, C] make K and V in the call that brings them; decoding reads the layers' caches and has none.
     ``text_rows`` [Nt] are rows of the flattened [B * L, C] state, sequence by sequence as ``cu_text`` [B + 1] counts.
     """
 
@@ -30,46 +32,115 @@ class SlowContext:
     tokens: Tensor | None = None
     tokens_are_normalised: bool = False  # divided by their RMS, without a layer's weight: inference
     slow_end: Tensor | None = None  # [Nt], how many of its sequence's slow tokens each row sees; None: all
-    pieces: Tensor | None = None  # [P, 2], where a layer's K and V lie, and what ``cu_slow`` counts; None: one by one
+    pieces: Tensor | None = None  # [P, 2], where a layer's K and V lie, and what ``cu_slow`` counts; None: in a row
+    slots: Tensor | None = None  # [Ns] int64, where a layer's cache takes K and V of ``tokens``; None: they become it
 
 
-class DecodeStep:
-    """Where the tokens of a decode step go, and what they attend: the same in every layer."""
+@dataclass(frozen=True)
+class SlowSlots:
+    """Where the slow tokens of each sample lie in a hybrid layer's cache: in one run a sample, in every layer alike.
+
+    ``held``: slow tokens of each sample. ``room``: slots of each sample, so that shapes and addresses stay as tokens
+    come; None: as many as it holds, and a cache that grows is laid out anew.
+    """
+
+    held: Sequence[int]
+    room: int | None = None
+
+    def grown(self, counts: Sequence[int]) -> SlowSlots:
+        """With so many more tokens of each sample."""
+        return SlowSlots([a + b for a, b in zip(self.held, counts, strict=True)], self.room)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Slots of each sample, used or not."""
+        return list(self.held) if self.room is None else [self.room] * len(self.held)
+
+    def numbers(self, first: Sequence[int], last: Sequence[int]) -> Tensor:
+        """Slots int64 of the tokens first[b] <= j < last[b] of each sample b, sample by sample."""
+        runs = zip(accumulate(self.sizes, initial=0), first, last, strict=False)
+        return torch.cat([torch.arange(begin + i, begin + j) for begin, i, j in runs])
+
+    def sequences(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """``cu_slow`` and ``pieces`` of a SlowContext."""
+        bounds = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32)
+        if self.room is None:
+            return bounds.to(device), None
+        every = torch.arange(len(bounds), dtype=torch.int32, device=device)
+        return every, torch.stack([bounds[:-1], bounds[1:]], 1).to(device)
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of a call that are tokens and no padding: ``rows`` int32 of [B * width], ``cu_rows`` [B + 1] a sample."""
+
+    rows: Tensor
+    cu_rows: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int, device: torch.device) -> NewRows:
+        """The first ``lengths`` rows of each sample."""
+        rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(lengths)])
+        cu_rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(rows.int().to(device), cu_rows.to(device), width)
+
+    @property
+    def last(self) -> Tensor:
+        """The last row of each sample."""
+        return self.rows[self.cu_rows[1:].long() - 1]
+
+
+class Appending:
+    """Where new tokens go in the LM's cache, and what they attend: the same in every layer."""
 
     def __init__(self, batch: int, capacity: int, device: torch.device, backend: str | None) -> None:
         self.capacity, self.backend = capacity, backend
         self._starts = torch.arange(batch, device=device) * capacity
-        self._slots = torch.arange(capacity, device=device)
-        # A kernel's sequence is a contiguous range. So every sequence is two: its live part, which its query attends,
+        self._positions = torch.arange(capacity, device=device)
+        self._one_each = NewRows.of([1] * batch, 1, device)
+        # Of several new tokens, each sees a range of its sequence, whose slots are a piece of the cache.
+        self._cu_pieces = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self._pieces = torch.stack([self._starts, self._starts + capacity], 1).int()
+        # One new token a sequence does without ranges: every sequence is two, its live part, which its query attends,
         # and the unused rest, which has no query.
-        self.queries = torch.arange(batch, dtype=torch.int32, device=device)
-        self.cu_queries = torch.arange(2 * batch + 1, dtype=torch.int32, device=device).add(1) // 2
-        self.rows = self.cu_slots = self.mask = None  # None: prefill
+        self._cu_one_in_two = torch.arange(2 * batch + 1, dtype=torch.int32, device=device).add(1) // 2
+        self.new: NewRows | None = None  # None: prefill
+        self.slots = self.sequences = self.mask = None
+        self.ranges: dict[str, Tensor] = {}
 
-    def begin(self, position: Tensor) -> None:
-        """Append one token a sequence at ``position`` [B] int64."""
-        self.rows = self._starts + position
+    def begin(self, position: Tensor, new: NewRows | None = None) -> None:
+        """Append tokens from ``position`` [B] int64 on: one a sequence, or those of ``new``."""
+        self.new = self._one_each if new is None else new
+        rows = self.new.rows.long()
+        sample = rows // self.new.width
+        place = position[sample] + rows % self.new.width
+        self.slots = self._starts[sample] + place
         if self.backend == "eager":
-            self.mask = (self._slots <= position[:, None])[:, None, None]
+            last = position[:, None] + torch.arange(self.new.width, device=position.device)
+            self.mask = (self._positions <= last[..., None])[:, None]
+        elif new is None:
+            ends = torch.stack([self.slots + 1, self._starts + self.capacity], 1).flatten()
+            self.sequences, self.ranges = (F.pad(ends, (1, 0)).int(), self.new.rows, self._cu_one_in_two), {}
         else:
-            ends = torch.stack([self.rows + 1, self._starts + self.capacity], 1).flatten()
-            self.cu_slots = F.pad(ends, (1, 0)).int()
+            self.sequences = (self._cu_pieces, new.rows, new.cu_rows)
+            self.ranges = {"slow_end": (place + 1).int(), "slow_pieces": self._pieces}
 
 
 @dataclass
 class LayerCache:
     """One layer's keys and values. A layer gets its own and looks nothing up by its number: compiled, layers share.
 
-    ``kv`` [B, capacity, Hkv, 2, D] are the LM's; ``slow_kv`` [Ns, Hkv, 2, D] a hybrid layer's, from its prefill on.
+    ``kv`` [B, capacity, Hkv, 2, D] are the LM's; ``slow_kv`` [slots, Hkv, 2, D] a hybrid layer's, from its first video.
     """
 
     kv: Tensor
-    step: DecodeStep
+    step: Appending
     slow_kv: Tensor | None = None
 
     @property
     def is_decoding(self) -> bool:
-        return self.step.rows is not None
+        return self.step.new is not None
 
     def fill(self, k: Tensor, v: Tensor) -> None:
         """Prefill: k, v [B, L, Hkv, D] become positions 0..L-1. Padding at the end is overwritten by later tokens."""
@@ -77,16 +148,36 @@ class LayerCache:
         self.kv[:, : v.shape[1], :, 1] = v
 
     def append_and_attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, 1, Hq, D], k, v [B, 1, Hkv, D] of the step -> attention output [B, 1, Hq, D]."""
-        step = self.step
+        """q [B, L, Hq, D], k, v [B, L, Hkv, D] of new tokens -> attention output [B, L, Hq, D], on padding anything."""
+        step, rows = self.step, self.step.new.rows
+        is_padded = rows.shape[0] < q.shape[0] * q.shape[1]
         slots = self.kv.view(-1, *self.kv.shape[2:])
-        slots.index_copy_(0, step.rows, torch.stack([k[:, 0], v[:, 0]], 2))
+        kv = torch.stack([k, v], 3).flatten(0, 1)
+        # padding is not written: it could lie past the capacity
+        slots.index_copy_(0, step.slots, kv.index_select(0, rows) if is_padded else kv)
         if step.backend == "eager":
             keys, values = self.kv.transpose(1, 2).unbind(3)
             out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, step.mask, enable_gqa=True)
             return out.transpose(1, 2)
-        cu = (step.cu_slots, step.queries, step.cu_queries)
-        return sk.text_cross_attention(q[:, 0], slots, *cu, backend=step.backend)[:, None]
+        queries = q.flatten(0, 1)
+        context = sk.text_cross_attention(queries, slots, *step.sequences, **step.ranges, backend=step.backend)
+        if is_padded:
+            context = torch.zeros_like(queries).index_copy(0, rows.long(), context)
+        return context.view(q.shape)
+
+    def add_slow(self, kv: Tensor, slots: Tensor | None) -> Tensor:
+        """``kv`` [Ns, Hkv, 2, D] of new slow tokens go to ``slots``, or become the cache; returns the cache."""
+        if slots is None:
+            self.slow_kv = kv
+        else:
+            self.slow_kv.index_copy_(0, slots, kv)
+        return self.slow_kv
+
+    def lay_out_slow(self, size: int, where: Tensor) -> None:
+        """A cache of ``size`` slots; the tokens of the present one, if there is one, go to ``where``."""
+        before, self.slow_kv = self.slow_kv, self.kv.new_zeros(size, *self.kv.shape[2:])
+        if before is not None:
+            self.slow_kv.index_copy_(0, where, before)
 
 
 class KVCache:
@@ -104,7 +195,7 @@ class KVCache:
         device: torch.device,
         backend: str | None = None,
     ) -> None:
-        self.step = DecodeStep(batch, capacity, device, backend)
+        self.step = Appending(batch, capacity, device, backend)
         # zeros, not empty: a masked position must not hold a NaN, which SDPA would multiply by 0
         shape = (batch, capacity, num_kv_heads, 2, head_dim)
         kv = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))

@@ -1,4 +1,4 @@
-"""A batch of prompts between its prefill and its last token: static caches, and the decode step over them.
+"""A batch of conversations from its prefill on: static caches, the decode step over them, and turns that follow.
 
 A step is bound by reading the weights once, so a 7B model's floor on 3 TB/s is 5 ms; launched kernel by kernel it takes
 ten times that on the host. The step therefore has fixed shapes and keeps every position in tensors, so that a CUDA
@@ -19,7 +19,7 @@ from slowfast_kernels.ops.attention import attention_facts
 from slowfast_kernels.ops.checks import check_dense, reads_device_data
 from slowfast_kernels.ops.dispatch import backend_for, requested_backend
 
-from .cache import KVCache, SlowContext
+from .cache import KVCache, NewRows, SlowContext, SlowSlots
 from .config import SlowFastConfig
 from .layers import Rope, compute_dtype
 from .tokens import Layout, decode_rows
@@ -36,7 +36,7 @@ class Decodes(Protocol):
     lm_head: nn.Module
 
     def prepare(
-        self, input_ids, frame_features, attention_mask, labels
+        self, input_ids, frame_features, attention_mask, labels, *, held: Sequence[int] | None = None
     ) -> tuple[Tensor, Layout, SlowContext | None]: ...
 
     def rope(self, positions: Tensor, dtype: torch.dtype | None = None) -> Rope: ...
@@ -45,7 +45,8 @@ class Decodes(Protocol):
 class DecodeSession:
     """A batch of prompts after its prefill, with the caches, ready to take one token a sample at a time.
 
-    ``logits`` [B, V] are those of the newest token. ``capture`` turns ``step`` into one graph launch.
+    ``logits`` [B, V] are those of the newest token. ``capture`` turns ``step`` into one graph launch. ``extend`` takes
+    the next turn of a conversation.
 
     >>> from slowfast_model import DecodeSession
     >>> session = DecodeSession(model, input_ids, [features], max_new_tokens=5)
@@ -58,11 +59,17 @@ class DecodeSession:
     Args:
         model: a SlowFastForCausalLM, on the device of ``input_ids``. Its weights are read at every step.
         input_ids, frame_features, attention_mask: as in its ``forward``.
-        max_new_tokens: most steps to come; the caches are sized for them.
+        max_new_tokens: most steps to come; the caches are sized for them. What ``extend`` brings counts too, a fast
+            token of a video as any other.
         slow_tokens_in_decode: as in its ``generate``.
+        max_slow_tokens: most slow tokens of a sample, those of the prompt included. The hybrid layers' caches then have
+            room for as many of every sample, and stay where they are, as a captured step needs it. None: room for what
+            there is; a video that comes by ``extend`` moves them.
 
     Raises:
-        ValueError, TypeError: as ``SlowFastForCausalLM.forward``; ``max_new_tokens`` that is no integer, or negative.
+        ValueError, TypeError: as ``SlowFastForCausalLM.forward``; ``max_new_tokens`` or ``max_slow_tokens`` that is no
+            integer, or negative; fewer ``max_slow_tokens`` than the prompts have, or any without
+            ``slow_tokens_in_decode``.
     """
 
     @torch.inference_mode(False)  # what is made in that mode could not be written to in a step outside it
@@ -76,13 +83,21 @@ class DecodeSession:
         *,
         max_new_tokens: int,
         slow_tokens_in_decode: bool = True,
+        max_slow_tokens: int | None = None,
     ) -> None:
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         slow_tokens_in_decode = as_bool("slow_tokens_in_decode", slow_tokens_in_decode)
+        if max_slow_tokens is not None:
+            max_slow_tokens = as_int("max_slow_tokens", max_slow_tokens, 0)
+            if not slow_tokens_in_decode:
+                raise ValueError(f"max_slow_tokens: got {max_slow_tokens}, want None without slow_tokens_in_decode")
         self.model = model
         x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None)
         config, device = model.config, x.device
         batch, capacity = len(layout.lengths), x.shape[1] + max_new_tokens
+        if max_slow_tokens is not None and max(layout.slow_lengths) > max_slow_tokens:
+            most = max(layout.slow_lengths)
+            raise ValueError(f"max_slow_tokens: got {max_slow_tokens}, want at least {most} (of the prompts' videos)")
         dtype = compute_dtype(x.dtype, x.device)
         heads = (config.num_key_value_heads, config.head_dim)
         self.cache = KVCache(
@@ -96,26 +111,63 @@ class DecodeSession:
         last = hidden[torch.arange(batch, device=device), self.position - 1]
         self.logits = model.lm_head(last)
 
-        self.slow = None
-        if slow is not None and slow_tokens_in_decode:
-            rows, cu_text = decode_rows(layout.slow_lengths, device)
-            self.slow = SlowContext(slow.cu_slow, rows, cu_text)
+        self._token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._replay: Callable[[], Tensor] | None = None
+        self._lengths, self._capacity = layout.lengths, capacity
+        self.steps_left = max_new_tokens
+
+        self.slow: SlowContext | None = None
+        self._slots: SlowSlots | None = None  # None: no slow token is held, and none will be
+        if config.hybrid_layers and slow_tokens_in_decode:
+            self._slots = SlowSlots(layout.slow_lengths)
+            if max_slow_tokens is not None:
+                self._lay_out(SlowSlots(layout.slow_lengths, max_slow_tokens))
+            self._attend_in_decode()
         else:
             for layer_cache in self.cache.layers:
                 layer_cache.slow_kv = None
-        self._token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._replay: Callable[[], Tensor] | None = None
-        self.steps_left = max_new_tokens
 
-    def _compute(self) -> Tensor:
-        model = self.model
-        x = model.model.embed_tokens(self._token)[:, None]
+    # -------------------------------------------------------------------------------------- slow tokens
+
+    def _lay_out(self, slots: SlowSlots) -> None:
+        """Caches of the hybrid layers for ``slots``, with what is held now."""
+        held = self._slots.held
+        where = slots.numbers([0] * len(held), held).to(self.position.device)
+        for i in self.model.config.hybrid_layers:
+            self.cache.layers[i].lay_out_slow(sum(slots.sizes), where)
+        self._slots = slots
+
+    def _attend_in_decode(self) -> None:
+        """What a decode step attends of the slow tokens held: the same tensors each time where their room is fixed."""
+        device, held = self.position.device, self._slots.held
+        if self._slots.room is None:
+            self.slow = None
+            if any(held):
+                rows, cu_text = decode_rows(held, device)
+                self.slow = SlowContext(self._slots.sequences(device)[0], rows, cu_text)
+            return
+        ends = torch.tensor(held, dtype=torch.int32, device=device)
+        if self.slow is None:
+            cu_slow, pieces = self._slots.sequences(device)
+            every = torch.arange(len(held) + 1, dtype=torch.int32, device=device)
+            self.slow = SlowContext(cu_slow, every[:-1], every, slow_end=ends, pieces=pieces)
+        else:
+            self.slow.slow_end.copy_(ends)
+
+    # -------------------------------------------------------------------------------------- one token
+
+    def _check_dtype(self, x: Tensor) -> None:
         dtype, cached = compute_dtype(x.dtype, x.device), self._cos.dtype
         if dtype != cached:
             raise ValueError(
                 f"model: got one that computes in {dtype} now, want {cached}, which the session's caches are in "
                 "(was the model cast, or autocast switched, since the session was made?)"
             )
+
+    def _compute(self) -> Tensor:
+        model = self.model
+        x = model.model.embed_tokens(self._token)[:, None]
+        self._check_dtype(x)
         rope = (self._cos[self.position, None], self._sin[self.position, None])
         self.cache.step.begin(self.position)
         return model.lm_head(model.model(x, rope, self.slow, self.cache, model.backend)[:, 0])
@@ -138,6 +190,7 @@ class DecodeSession:
         self.logits = self._replay() if self._replay else self._compute()
         self.steps_left -= 1
         self.position += 1
+        self._lengths = [length + 1 for length in self._lengths]
         return self.logits
 
     def _check_ids(self, token: Tensor) -> None:
@@ -153,6 +206,132 @@ class DecodeSession:
             wrong = token[(token < 0) | (token >= vocab_size)]
             if len(wrong):
                 raise ValueError(f"token: got id {int(wrong[0])}, want 0..{vocab_size - 1}")
+
+    # -------------------------------------------------------------------------------------- a turn
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def extend(
+        self,
+        input_ids: Tensor,
+        frame_features: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Append the next turn of every sample, text and videos; returns the logits [B, V] of its last token.
+
+        They are those of the whole conversation in one prompt, while no token of it is computed again. That needs a
+        model whose text does not see the videos after it: ``config.causal_slow_tokens``, unless text comes alone. (A
+        session without ``slow_tokens_in_decode`` takes text alone, which attends no slow token, as its steps do.)
+
+        With ``max_slow_tokens`` a captured step goes on after it. Without, a video moves the slow caches, and the step
+        runs uncaptured until ``capture`` is called again.
+
+        >>> from slowfast_model import DecodeSession
+        >>> causal = SlowFastConfig(**sizes, **heads, **video, causal_slow_tokens=True)
+        >>> session = DecodeSession(SlowFastForCausalLM(causal), input_ids, [features], max_new_tokens=20)
+        >>> session.extend(torch.tensor([[5, IMAGE_TOKEN_INDEX, 6]]), [features]).shape
+        torch.Size([1, 100])
+        >>> session.steps_left  # 2 text rows and 2 fast frames of 2 x 2 tokens came
+        10
+
+        Args:
+            input_ids, frame_features, attention_mask: as in ``SlowFastForCausalLM.forward``, of as many samples as the
+                session has, at least one token each. What a sample generated is in its cache already.
+
+        Raises:
+            ValueError, TypeError: as ``forward``; another number of samples; more rows than the caches have room for
+                (``max_new_tokens``), or more slow tokens (``max_slow_tokens``); a video where the config or
+                ``slow_tokens_in_decode`` allows none; a model that was cast since. The session is as before then.
+        """
+        batch = len(self._lengths)
+        check_dense("input_ids", input_ids, "[B, L]")
+        if input_ids.dim() == 2 and len(input_ids) != batch:
+            raise ValueError(f"input_ids: got {len(input_ids)} samples, want {batch} (those of the session)")
+        if input_ids.device != self.position.device:
+            raise ValueError(
+                f"input_ids: got a tensor on {input_ids.device}, want {self.position.device} (the session's device)"
+            )
+        held = [0] * batch if self._slots is None else self._slots.held
+        x, layout, context = self.model.prepare(input_ids, frame_features, attention_mask, None, held=held)
+        self._check_dtype(x)
+        self._check_turn(layout)
+
+        new = NewRows.of(layout.lengths, x.shape[1], x.device)
+        caches = [cache.slow_kv for cache in self.cache.layers]
+        slots = self._slots
+        try:
+            slow = self._slow_of_turn(layout, context)
+            logits = self._compute_turn(x, new, slow)
+        except BaseException:
+            self._slots = slots
+            for cache, slow_kv in zip(self.cache.layers, caches, strict=True):
+                cache.slow_kv = slow_kv
+            raise
+        self.logits = logits
+        self.position += torch.tensor(layout.lengths, device=x.device)
+        self._lengths = [a + b for a, b in zip(self._lengths, layout.lengths, strict=True)]
+        self.steps_left = self._capacity - max(self._lengths)
+        if context is not None:
+            if self._slots.room is None:
+                self._replay = None
+            self._attend_in_decode()
+        return self.logits
+
+    def _check_turn(self, layout: Layout) -> None:
+        if any(layout.slow_lengths):
+            if not self.model.config.causal_slow_tokens:
+                raise ValueError(
+                    "frame_features: got a video, want text alone: what came before would have to attend it too "
+                    "(but for a model with causal_slow_tokens=True in its config)"
+                )
+            if self._slots is None and self.model.config.hybrid_layers:
+                raise ValueError(
+                    "frame_features: got a video, want text alone in a session without slow_tokens_in_decode"
+                )
+        for b, (rows, length) in enumerate(zip(layout.lengths, self._lengths, strict=True)):
+            if length + rows > self._capacity:
+                raise ValueError(
+                    f"input_ids: got {rows} rows of sample {b} (with its fast tokens), want at most "
+                    f"{self._capacity - length}: max_new_tokens sized the caches"
+                )
+        if self._slots is not None and self._slots.room is not None:
+            for b, (count, held) in enumerate(zip(layout.slow_lengths, self._slots.held, strict=True)):
+                if count > self._slots.room - held:
+                    raise ValueError(
+                        f"frame_features: got {count} slow tokens of sample {b}, want at most "
+                        f"{self._slots.room - held}: max_slow_tokens sized the caches"
+                    )
+
+    def _slow_of_turn(self, layout: Layout, context: SlowContext | None) -> SlowContext | None:
+        """What the rows of a turn attend. Makes room for its slow tokens, which ``context`` has."""
+        if self._slots is None:
+            return None
+        device, held = self.position.device, self._slots.held
+        slots = self._slots.grown(layout.slow_lengths)
+        if slots.room is None and context is not None:
+            self._lay_out(slots)
+        self._slots = slots
+        if not any(slots.held):
+            return None
+        slow_end = layout.slow_end
+        if slots.room is not None and slow_end is None:
+            width = layout.source.shape[1]
+            slow_end = torch.tensor(slots.held, dtype=torch.int32, device=device)[layout.text_rows.long() // width]
+        cu_slow, pieces = slots.sequences(device)
+        slow = SlowContext(cu_slow, layout.text_rows, layout.cu_text, slow_end=slow_end, pieces=pieces)
+        if context is not None:
+            slow.tokens, slow.tokens_are_normalised = context.tokens, context.tokens_are_normalised
+            slow.slots = slots.numbers(held, slots.held).to(device)
+        return slow
+
+    def _compute_turn(self, x: Tensor, new: NewRows, slow: SlowContext | None) -> Tensor:
+        places = self.position[:, None] + torch.arange(new.width, device=x.device)
+        places = places.clamp(max=self._capacity - 1)  # of padding
+        self.cache.step.begin(self.position, new)
+        hidden = self.model.model(x, (self._cos[places], self._sin[places]), slow, self.cache, self.model.backend)
+        return self.model.lm_head(hidden.flatten(0, 1)[new.last.long()])
+
+    # -------------------------------------------------------------------------------------- as a graph
 
     @property
     def is_on_gpu(self) -> bool:
@@ -192,7 +371,10 @@ class DecodeSession:
         """What runs an attention op of the step, whose query is a row a sample of the computed type."""
         keys, batch = self.cache.layers[0].kv.flatten(0, 1), len(self._token)
         q = keys.new_empty(batch, self.model.config.num_attention_heads, keys.shape[-1])
-        facts = attention_facts(op, AttentionTensors(q, keys, *[self._token] * 3), None)
+        ends = None
+        if op == "slowfast_cross_attention":
+            ends = self.slow.slow_end
+        facts = attention_facts(op, AttentionTensors(q, keys, *[self._token] * 3, slow_end=ends), None)
         return backend_for(facts, q.device, backend)
 
     @torch.no_grad()
