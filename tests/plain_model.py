@@ -83,15 +83,14 @@ class PlainModel:
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        """q [L, Hq, D], k, v [N, Hkv, D] -> [L, Hq * D]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+        """q [L, Hq, D], k, v [N, Hkv, D] -> [L, Hq * D]; row i sees the first sees[i] of the N."""
         k, v = (x.repeat_interleave(self.heads // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * self.head_dim**-0.5
-        if causal:
-            scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+        scores = scores.masked_fill(torch.arange(len(k)) >= sees[:, None], -torch.inf)
         return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
 
-    def slow_path(self, at: str, a: Tensor, q: Tensor, slow: Tensor, rows: Tensor) -> Tensor:
+    def slow_path(self, at: str, a: Tensor, q: Tensor, slow: Tensor, rows: Tensor, sees: Tensor) -> Tensor:
         """What a hybrid layer makes of its attention output ``a`` [L, C]."""
         activate, has_warm_up = GATINGS[self.config["cross_attn_gating_type"]]
         kv = self.linear(f"{at}.self_attn.cross_attn_kv_proj", self.norm(f"{at}.input_layernorm", slow))
@@ -100,7 +99,7 @@ class PlainModel:
         if has_warm_up:
             factor = IMPLEMENTATIONS[self.config["cross_attn_implementation"]][1]
             gate = gate * factor(self.weights[f"{at}.self_attn.cross_attn_warm_up_gate"])
-        return torch.where(rows[:, None], a + gate * self.attend(q, k, v, causal=False), a)
+        return torch.where((rows & (sees > 0))[:, None], a + gate * self.attend(q, k, v, sees), a)
 
     def attending(self, is_visual: Tensor) -> Tensor:
         """[L] bool."""
@@ -114,7 +113,7 @@ class PlainModel:
 
     def logits(self, prompt: list[int], features: list[Tensor]) -> Tensor:
         """[L', V] of one prompt, in which -200 stands for a video."""
-        videos, x, is_visual, slow = iter(features), [], [], []
+        videos, x, is_visual, slow, sees, count = iter(features), [], [], [], [], 0
         for token in prompt:
             if token == VIDEO:
                 tokens, fast = self.pooled(next(videos))
@@ -123,7 +122,13 @@ class PlainModel:
             else:
                 x.append(self.weights["model.embed_tokens.weight"][token][None])
             is_visual += [token == VIDEO] * len(x[-1])
-        x, rows = torch.cat(x), self.attending(torch.tensor(is_visual))
+            sees += [count] * len(x[-1])  # slow tokens of the videos before it
+            if token == VIDEO:
+                count += len(slow[-1])
+                sees[-1] = count  # the last fast token: its own video's too
+        x, rows, sees = torch.cat(x), self.attending(torch.tensor(is_visual)), torch.tensor(sees)
+        if not self.config["causal_slow_tokens"]:
+            sees = torch.full_like(sees, count)
         every, first = self.config["cross_attn_every_n_layers"], self.config["cross_attn_min_layer_depth"] or 0
         stop = self.config["cross_attn_max_layer_depth"] or self.config["num_hidden_layers"]
         for i in range(self.config["num_hidden_layers"]):
@@ -133,9 +138,9 @@ class PlainModel:
                 self.linear(f"{at}.self_attn.{name}_proj", h).unflatten(1, (-1, self.head_dim)) for name in "qkv"
             )
             q, k = self.rotated(q), self.rotated(k)
-            a = self.attend(q, k, v, causal=True)
+            a = self.attend(q, k, v, torch.arange(len(x)) + 1)
             if slow and every and first <= i < stop and (i - first) % every == 0:
-                a = self.slow_path(at, a, q, torch.cat(slow), rows)
+                a = self.slow_path(at, a, q, torch.cat(slow), rows, sees)
             x = x + self.linear(f"{at}.self_attn.o_proj", a)
             h = self.norm(f"{at}.post_attention_layernorm", x)
             h = F.silu(self.linear(f"{at}.mlp.gate_proj", h)) * self.linear(f"{at}.mlp.up_proj", h)

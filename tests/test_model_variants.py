@@ -18,6 +18,7 @@ MATTERS = 1e-2  # how far a setting must move the logits for a test of it to mea
 DEFAULT = TINY | {"cross_attn_min_layer_depth": None, "cross_attn_max_layer_depth": None, "rms_norm_eps": 1e-6}
 DEFAULT |= {"fast_token_spatial_stride": 1, "fast_token_temporal_sampling_stride": 1, "min_fast_frames": 1}
 DEFAULT |= {"cross_attn_gating_type": "whole-dynamic-tanh-warmup", "cross_attn_implementation": "text-only-vanilla"}
+DEFAULT |= {"causal_slow_tokens": False}
 
 every_target = pytest.mark.parametrize("target", MODEL_TARGETS)
 on_eager = pytest.mark.parametrize("target", [param for param in MODEL_TARGETS if "eager" in str(param.id)])
@@ -64,6 +65,16 @@ def test_every_variant_has_a_plain_statement():
 def test_every_gating_of_every_implementation_is_computed_as_stated(gating, implementation, target):
     changes = {"cross_attn_gating_type": gating, "cross_attn_implementation": implementation}
     check(target, changes)
+
+
+@every_target
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_causal_slow_tokens_of_every_implementation_are_computed_as_stated(implementation, target):
+    changes = {"cross_attn_implementation": implementation, "causal_slow_tokens": True}
+    check(target, changes)
+    model = tiny_model()
+    released = {"cross_attn_implementation": implementation}
+    assert differ(plain_logits(model, changes), plain_logits(model, released)), "these prompts do not show the setting"
 
 
 def test_these_prompts_tell_every_variant_from_the_others():
