@@ -111,13 +111,15 @@ class Appending:
 
     def begin(self, position: Tensor, new: NewRows | None = None) -> None:
         """Append tokens from ``position`` [B] int64 on: one a sequence, or those of ``new``."""
-        self.new = self._one_each if new is None else new
-        rows = self.new.rows.long()
-        sample = rows // self.new.width
-        place = position[sample] + rows % self.new.width
-        self.slots = self._starts[sample] + place
+        if new is None:
+            self.new, starts, place, last = self._one_each, self._starts, position, position[:, None]
+        else:
+            rows = new.rows.long()
+            sample = rows // new.width
+            self.new, starts, place = new, self._starts[sample], position[sample] + rows % new.width
+            last = position[:, None] + torch.arange(new.width, device=position.device)
+        self.slots = starts + place
         if self.backend == "eager":
-            last = position[:, None] + torch.arange(self.new.width, device=position.device)
             self.mask = (self._positions <= last[..., None])[:, None]
         elif new is None:
             ends = torch.stack([self.slots + 1, self._starts + self.capacity], 1).flatten()
