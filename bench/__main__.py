@@ -187,10 +187,10 @@ def supervise(argv: list[str], journal: Path) -> int:
 
 def _draw(directory: Path, meta: dict, rows: list) -> bool:
     """Plots, where matplotlib is there; what was measured is written already."""
-    from . import report
+    from . import plots
 
     try:
-        written = report.plot(directory, meta, rows)
+        written = plots.plot(directory, meta, rows)
     except ImportError as problem:
         print(f"no plots: {problem} (pip install matplotlib, then python -m bench report FILE.json --plot DIRECTORY)")
         return False

@@ -1,13 +1,12 @@
-"""What a run leaves behind: the table in the terminal, the JSON file, PNG plots, and the README's markdown table.
+"""What a run leaves behind: the table in the terminal, the JSON file, and the README's markdown table.
 
 ``python -m bench report FILE.json`` prints the markdown, ``--brief`` a shorter one (the README's: the best peer only);
-``--plot DIR`` beside it draws the plots again.
+``--plot DIR`` beside it draws the plots (``plots``) again.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -86,7 +85,7 @@ def best_of(rows: list[Row], kind: str, figure: str = "median_us") -> Row | None
     return min(timed, key=lambda row: getattr(row, figure), default=None)
 
 
-def _by_shape(rows: list[Row], op: str) -> dict[tuple[str, str], list[Row]]:
+def by_shape(rows: list[Row], op: str) -> dict[tuple[str, str], list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.op == op and row.shape != "all":
@@ -106,7 +105,7 @@ def _status_word(row: Row) -> str:
 
 def table(rows: list[Row], op: str) -> list[list[str]]:
     """Header and cells of one op: microseconds for each competitor, our share of the ceiling, best peer over ours."""
-    groups = _by_shape(rows, op)
+    groups = by_shape(rows, op)
     names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
     compared = any(best_of(members, "peer") and best_of(members, "ours") for members in groups.values())
     floors = any(row.percent is not None for members in groups.values() for row in members)
@@ -136,7 +135,7 @@ def _our_kernels(rows: list[Row], op: str) -> list[str]:
 
 def brief_table(rows: list[Row], op: str) -> list[list[str]]:
     """Our kernels, the best peer of each shape by name, and both held against the one of ours that is chosen."""
-    groups = _by_shape(rows, op)
+    groups = by_shape(rows, op)
     names = _our_kernels(rows, op)
     several = len({dtype for _, dtype in groups}) > 1
     cells = [["shape", "dtype"] if several else ["shape"]]
@@ -161,7 +160,7 @@ def sustained_table(rows: list[Row], op: str) -> list[list[str]] | None:
 
     None if there is none: no figures, or none that differs from the time of short bursts.
     """
-    groups, names = _by_shape(rows, op), _our_kernels(rows, op)[:1]
+    groups, names = by_shape(rows, op), _our_kernels(rows, op)[:1]
     several = len({dtype for _, dtype in groups}) > 1
     cells = []
     for (shape, dtype), members in groups.items():
@@ -186,7 +185,7 @@ def _cell(row: Row | None, figure: str = "median_us") -> str:
 
 def model_table(rows: list[Row], op: str) -> list[list[str]]:
     """Milliseconds against frames; what slow-fast adds to the base LLM only where it was measured in pairs."""
-    groups = _by_shape(rows, op)
+    groups = by_shape(rows, op)
     kinds = {row.who: row.kind for members in groups.values() for row in members}
     pair, alone = ([who for who, kind in kinds.items() if (kind == "peer") == peer] for peer in (False, True))
     several = len({dtype for _, dtype in groups}) > 1
@@ -281,7 +280,7 @@ def _render(
 ) -> str:
     parts = ["\n".join(_headline(meta))]
     for op, title in OP_TITLES.items():
-        if _by_shape(rows, op):
+        if by_shape(rows, op):
             if op in MODEL_OPS:
                 cells = model_table(rows, op)
             elif brief and op in BRIEF_OPS:
@@ -305,159 +304,3 @@ def terminal(meta: dict, rows: list[Row]) -> str:
 
 def markdown(meta: dict, rows: list[Row], brief: bool = False) -> str:
     return _render(meta, rows, "### ", _markdown, "- ", brief)
-
-
-# ----------------------------------------------------------------------------------------------- plots
-
-
-def plot(directory: Path, meta: dict, rows: list[Row]) -> list[Path]:
-    """Draw what the rows allow; returns the files written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, draw in (("attention", _plot_attention), ("pool_mix", _plot_share), ("model", _plot_model)):
-        figure = draw(plt, rows)
-        if figure is None:
-            continue
-        figure.suptitle(
-            f"{meta['device']}   torch {meta['torch']}   {meta['commit']}   {meta['date']}", fontsize=8, color="0.4"
-        )
-        path = directory / f"{name}.png"
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-        plt.close(figure)
-        written.append(path)
-    return written
-
-
-_COLOURS = {"cuda": "#2a7f2a", "triton": "#1f5fb4", "cpu": "#c03a2b", "eager": "#8a8a8a", "slow-fast": "#2a7f2a"}
-_COLOURS |= {"torch": "#e08214", "torch-compile": "#8073ac", "base LLM": "#1f77b4", "all tokens": "#ff7f0e"}
-_COLOURS |= {"sdpa-flash": "#17becf", "sdpa-cudnn": "#ff7f0e", "sdpa-efficient": "#bcbd22", "sdpa-math": "#d62728"}
-_COLOURS |= {"fa4": "#9467bd", "fa3": "#e377c2", "fa2": "#7f7f7f", "flex": "#8c564b"}
-
-
-def _style(row: Row) -> dict:
-    """Ours thick, peers thin and dashed; a colour for each name, so that panels agree."""
-    if row.kind == "ours":
-        return {"linewidth": 2.2, "marker": "o", "markersize": 4, "color": _COLOURS.get(row.who)}
-    return {"linewidth": 1.1, "marker": ".", "linestyle": "--", "color": _COLOURS.get(row.who)}
-
-
-def _value_ticks(low: float, high: float) -> list[float]:
-    """Round numbers on a log axis from ``low`` to ``high``, enough of them to read a value off by."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
-    if high < 8 * low:  # too few powers of ten, and their multiples, fall in between
-        locator = MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10])
-    else:
-        locator = LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,), numticks=100)
-    return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
-
-
-def _finish_axis(axis, xlabel: str, ylabel: str, title: str) -> None:
-    """Log-log with plain numbers, a tick at each measured x and round ones to read values off."""
-    xs = sorted({float(x) for line in axis.get_lines() for x in line.get_xdata()})
-    axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-    axis.set_xticks(xs, [f"{x:g}" for x in xs], rotation=45, fontsize=7)
-    ticks = _value_ticks(*axis.get_ylim())
-    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-    axis.minorticks_off()
-    axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.3, linewidth=0.5)
-
-
-def _legend_below(figure, axes) -> None:
-    """One legend for all panels, where it covers no curve."""
-    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(10, len(lines)), fontsize=7)
-
-
-def _first_dtype(rows: list[Row], op: str) -> str | None:
-    return next((row.dtype for row in rows if row.op == op and row.ok), None)
-
-
-def _plot_attention(plt, rows: list[Row]):
-    """Time against slow tokens, one panel for each number of text rows; the measured roofline below the curves."""
-    dtype = _first_dtype(rows, "attention")
-    points: dict[tuple[int, str], dict[str, list]] = {}
-    for row in rows:
-        match = re.fullmatch(r"1x(\d+)x(\d+)@(\d+/\d+/\d+)", row.shape)
-        if row.op == "attention" and row.ok and row.dtype == dtype and match:
-            panel = points.setdefault((int(match[1]), match[3]), {})
-            panel.setdefault(row.who, []).append((int(match[2]), row))
-    panels = sorted(key for key, who in points.items() if max(map(len, who.values())) > 1)
-    if not panels:
-        return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained")
-    for axis, key in zip(axes[0], panels, strict=True):
-        floors = {}
-        for who, values in points[key].items():
-            values.sort(key=lambda value: value[0])
-            axis.plot([n for n, _ in values], [row.median_us for _, row in values], label=who, **_style(values[0][1]))
-            floors |= {n: row.floor_us for n, row in values if row.kind == "ours"}
-        if floors:
-            axis.plot(
-                *zip(*sorted(floors.items()), strict=True), color="black", linewidth=1.2, label="measured roofline"
-            )
-            axis.fill_between(*zip(*sorted(floors.items()), strict=True), color="0.9")
-        title = f"{key[0]} text row{'s' * (key[0] > 1)}, {key[1]} heads, {dtype}"
-        _finish_axis(axis, "slow tokens", "microseconds", title)
-    _legend_below(figure, axes[0])
-    return figure
-
-
-def _plot_share(plt, rows: list[Row]):
-    """Pooling and mix: share of the measured ceiling that each competitor reaches."""
-    panels = [op for op in ("pool", "mix") if any(row.op == op and row.percent for row in rows)]
-    if not panels:
-        return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False, layout="constrained")
-    for axis, op in zip(axes[0], panels, strict=True):
-        groups = _by_shape(rows, op)
-        names = sorted({row.who for row in rows if row.op == op and row.percent}, key=list(_COLOURS).index)
-        height = 0.8 / len(names)
-        for i, name in enumerate(names):
-            shares = [next((r.percent or 0 for r in members if r.who == name), 0) for members in groups.values()]
-            axis.barh(
-                [y + i * height for y in range(len(groups))], shares, height, label=name, color=_COLOURS.get(name)
-            )
-        axis.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], [f"{s} {d}" for s, d in groups], fontsize=7)
-        axis.invert_yaxis()
-        axis.axvline(100, color="black", linewidth=1)
-        axis.set(xlabel="% of the ceiling measured in this run")
-        axis.set_title(op, fontsize=10)
-        axis.legend(fontsize=7)
-    return figure
-
-
-def _plot_model(plt, rows: list[Row]):
-    """Prefill and decode against frames: slow-fast, all tokens in self-attention, the base LLM without a slow path."""
-    panels = [op for op in ("prefill", "decode") if any(row.op == op and row.ok for row in rows)]
-    if not panels:
-        return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained")
-    for axis, op in zip(axes[0], panels, strict=True):
-        lines: dict[str, list] = {}
-        for row in rows:
-            if row.op in (op, f"{op}-compiled") and row.ok:
-                name = row.who if row.op == op else f"{row.who}, compiled"
-                lines.setdefault(name, []).append((int(row.shape.split()[0]), row))
-        for who, values in lines.items():
-            values.sort(key=lambda value: value[0])
-            style = _style(values[0][1])
-            if who.endswith("compiled"):
-                style |= {"linestyle": ":", "marker": "s"}
-            axis.plot([n for n, _ in values], [r.median_us / 1e3 for _, r in values], label=who, **style)
-        floors = sorted(
-            (int(r.shape.split()[0]), r.floor_us / 1e3)
-            for r in rows
-            if r.op == op and r.ok and r.kind == "ours" and r.floor_us
-        )
-        if floors:
-            axis.plot(*zip(*floors, strict=True), color="black", linewidth=1.2, label="measured roofline (slow-fast)")
-        _finish_axis(axis, "frames", "milliseconds", OP_TITLES[op])
-    _legend_below(figure, axes[0])
-    return figure

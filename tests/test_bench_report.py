@@ -11,7 +11,7 @@ import pytest
 from bench_cases import new_journal
 
 from bench import __main__ as cli
-from bench import report
+from bench import plots, report
 from bench.runner import Row
 
 
@@ -205,7 +205,7 @@ def test_a_result_file_survives_the_round_trip(rows, journal, tmp_path):
 
 def test_plots_are_drawn_for_attention_for_pool_and_mix_and_for_the_model(rows, journal, tmp_path):
     pytest.importorskip("matplotlib")
-    written = report.plot(tmp_path, journal.meta, rows)
+    written = plots.plot(tmp_path, journal.meta, rows)
     assert [path.name for path in written] == ["attention.png", "pool_mix.png", "model.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
@@ -214,7 +214,7 @@ def test_plots_are_drawn_for_attention_for_pool_and_mix_and_for_the_model(rows, 
 def model_axes(rows):
     plt = pytest.importorskip("matplotlib.pyplot")
     rows += [replace(row, op="decode-compiled") for row in rows if row.op == "decode" and row.kind != "peer"]
-    figure = report._plot_model(plt, rows)
+    figure = plots._plot_model(plt, rows)
     yield figure.axes
     plt.close(figure)
 
@@ -231,7 +231,7 @@ def test_the_model_s_panels_have_ticks_to_read_values_off(model_axes):
 )
 def test_a_value_axis_has_some_round_ticks_whatever_its_range(low, high):
     pytest.importorskip("matplotlib")
-    ticks = report._value_ticks(low, high)
+    ticks = plots._value_ticks(low, high)
     assert 4 <= len(ticks) <= 14
     assert low <= ticks[0] < ticks[-1] <= high
     assert len({f"{tick:g}" for tick in ticks}) == len(ticks)
@@ -245,7 +245,7 @@ def test_compiled_steps_are_lines_of_their_own(model_axes):
 
 def test_no_plot_is_drawn_without_rows_for_it(journal, tmp_path):
     pytest.importorskip("matplotlib")
-    assert report.plot(tmp_path, journal.meta, []) == []
+    assert plots.plot(tmp_path, journal.meta, []) == []
 
 
 def test_without_matplotlib_the_result_is_written_and_the_plots_are_named_as_missing(
