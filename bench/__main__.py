@@ -1,4 +1,4 @@
-"""``python -m bench [all|attention|pool|mix|model]``: run benchmarks, print the table, write JSON and plots.
+"""``python -m bench [all|model|attention|ranges|pool|mix]``: run benchmarks, print the table, write JSON and plots.
 
 The measuring happens in a worker process that journals each row. If it dies (a peer's segmentation fault, a lost CUDA
 context) this parent starts another on the same journal, which records the crash and goes on with the next row.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 MAX_WORKERS = 12
-BENCHMARKS = ("model", "attention", "pool", "mix")
+BENCHMARKS = ("model", "attention", "ranges", "pool", "mix")
 OUT = Path(__file__).resolve().parent / "out"
 
 
@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
         "--shapes",
         default="",
         help="comma-separated patterns or parts of shape names, or explicit shapes: "
-        "attention BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL], mix TEXTofROWS[@C], model FRAMES",
+        "attention and ranges BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL], mix TEXTofROWS[@C], "
+        "model FRAMES; 'ragged' of attention: uneven batches, which run only when named",
     )
     p.add_argument("--peers", help=f"comma-separated, or 'none'; default all: {','.join(PEER_NAMES)}")
     p.add_argument("--dtype", help="comma-separated; default bfloat16 on a GPU, float32,bfloat16 on a CPU")
@@ -101,7 +102,7 @@ def _chosen(what: str) -> tuple[str, ...]:
 
 def _check(args: argparse.Namespace, error) -> None:
     """Refuse what a run would stumble over after minutes."""
-    from .shapes import check_shapes
+    from .selection import check_shapes
 
     try:
         check_shapes(_words(args.shapes), _chosen(args.what))
@@ -125,7 +126,7 @@ def worker(args: argparse.Namespace, error) -> int:
     """Measure what the journal lacks. Exit code 0, DEVICE_LOST, or whatever a crash makes of it."""
     import torch
 
-    from . import attention, layer, mix, model, pool
+    from . import attention, layer, mix, model, pool, ragged, ranges
     from .runner import DEVICE_LOST, DeviceLost, Journal, Runner
 
     torch.set_grad_enabled(False)
@@ -136,7 +137,8 @@ def worker(args: argparse.Namespace, error) -> int:
     runner = Runner(device, dtypes, Journal(Path(args.worker)), _peer_set(args.peers, error), shapes, args.quick)
     steps = {
         "model": [lambda: model.run(runner, args.video)],
-        "attention": [lambda: attention.run(runner), lambda: layer.run(runner)],
+        "attention": [lambda: attention.run(runner), lambda: layer.run(runner), lambda: ragged.run(runner)],
+        "ranges": [lambda: ranges.run(runner)],
         "pool": [lambda: pool.run(runner)],
         "mix": [lambda: mix.run(runner)],
     }
@@ -200,9 +202,10 @@ def _draw(directory: Path, meta: dict, rows: list) -> bool:
 
 
 def finish(args: argparse.Namespace, meta: dict, rows: list, argv: list[str]) -> int:
-    from . import report
+    from . import report, verdicts
     from .device import gpu_clocks
 
+    verdicts.complete(rows)
     meta["command"] = " ".join(["python -m bench", *argv])
     if meta["device_type"] == "cuda":
         meta["clocks_at_end"] = gpu_clocks()

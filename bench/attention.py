@@ -16,7 +16,8 @@ import slowfast_kernels as sk
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
 from .peers import PEERS
 from .runner import Contender, Runner, Variant, relative_error
-from .shapes import ATTENTION, AttentionShape, attention_cost, parse_attention, select
+from .selection import parse_attention, select
+from .shapes import ATTENTION, AttentionShape, attention_cost
 
 OP = "attention"
 HOST_SHAPE = AttentionShape.even(1, 1, 256)  # so little work that the host alone sets the pace

@@ -79,8 +79,11 @@ def make_inputs(shape: AttentionShape, dtype: str, device: torch.device, cache_b
     ]
 
 
-def reference_context(inputs: AttentionInputs) -> Tensor:
-    """context [Nt, Hq, D] in float32, a few rows at a time."""
+def reference_context(inputs: AttentionInputs, begin: Tensor | None = None, end: Tensor | None = None) -> Tensor:
+    """context [Nt, Hq, D] in float32, a few rows at a time.
+
+    ``begin`` and ``end`` [Nt]: row i sees the tokens begin[i] <= j < end[i] of its sequence; 0 where it sees none.
+    """
     shape, scale = inputs.shape, inputs.shape.heads.dim**-0.5
     heads_per_kv = shape.heads.num_q // shape.heads.num_kv
     context = torch.zeros(inputs.q.shape, dtype=torch.float32, device=inputs.q.device)
@@ -90,11 +93,22 @@ def reference_context(inputs: AttentionInputs) -> Tensor:
         for start in range(first_row, first_row + rows, REFERENCE_ROWS):
             stop = min(start + REFERENCE_ROWS, first_row + rows)
             query = inputs.q[start:stop].float().unflatten(1, (-1, heads_per_kv)).permute(1, 2, 0, 3).flatten(1, 2)
-            probs = (query @ keys.transpose(1, 2) * scale).softmax(-1)  # [Hkv, heads_per_kv * rows, tokens]
+            scores = query @ keys.transpose(1, 2) * scale  # [Hkv, heads_per_kv * rows, tokens]
+            if begin is None or end is None:
+                probs = scores.softmax(-1)
+            else:
+                hidden = ~visible(begin[start:stop], end[start:stop], tokens).repeat(heads_per_kv, 1)
+                probs = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
             mine = (probs @ values).unflatten(1, (heads_per_kv, -1)).permute(2, 0, 1, 3).flatten(1, 2)
             context[start:stop] = mine
         first_row, first_token = first_row + rows, first_token + tokens
     return context
+
+
+def visible(begin: Tensor, end: Tensor, tokens: int) -> Tensor:
+    """bool [rows, tokens]"""
+    token = torch.arange(tokens, device=begin.device)
+    return (begin[:, None] <= token) & (token < end[:, None])
 
 
 def reference_gate(inputs: AttentionInputs) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 from .attention import fused_call, our_backends
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
 from .runner import Contender, Runner, Variant, relative_error
-from .shapes import LAYER, AttentionShape, attention_cost, parse_attention, projection_cost, select
+from .selection import parse_attention, select
+from .shapes import LAYER, AttentionShape, attention_cost, projection_cost
 
 OP = "layer"
 EPS = 1e-6

@@ -16,7 +16,8 @@ import slowfast_kernels as sk
 
 from .attention import our_backends
 from .runner import Contender, Runner, Variant, relative_error
-from .shapes import BYTES, MIX, MixShape, mix_cost, parse_mix, select
+from .selection import parse_mix, select
+from .shapes import BYTES, MIX, MixShape, mix_cost
 from .timing import num_input_sets
 
 OP = "mix"

@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 
 from .runner import Contender, Row, Runner, Variant, relative_error
-from .shapes import BYTES, CLOSER_FRAMES, TINY_MODEL, Heads, ModelShape, model_cost, model_shapes
+from .selection import model_shapes
+from .shapes import BYTES, CLOSER_FRAMES, TINY_MODEL, Heads, ModelShape, model_cost
 from .timing import Call, kernel_lane, wall_lane
 
 PAIRS = 30  # at most, of prefills or of decode steps; a quick run takes a third

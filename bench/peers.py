@@ -39,7 +39,7 @@ class Peer:
     variants: Callable[[Sets, Tensor], Iterator[Variant]]
 
 
-def _variant(label: str, sets: Sets, reference: Tensor, bind: Callable, to_context: Callable) -> Variant:
+def peer_variant(label: str, sets: Sets, reference: Tensor, bind: Callable, to_context: Callable) -> Variant:
     """``bind(inputs)`` -> zero-argument call; ``to_context(raw output)`` -> [Nt, Hq, D]."""
 
     def build():
@@ -71,7 +71,7 @@ def _sequences(inputs: AttentionInputs) -> Iterator[tuple[Tensor, Tensor, Tensor
         yield query[None], kv[None, :, :, 0], kv[None, :, :, 1]
 
 
-def _sdpa_inputs(query: Tensor, keys: Tensor, values: Tensor, grouping: str, layout: str) -> tuple[Tensor, ...]:
+def sdpa_inputs(query: Tensor, keys: Tensor, values: Tensor, grouping: str, layout: str) -> tuple[Tensor, ...]:
     """q, k, v as SDPA takes them, [B, H, length, D]; ``layout`` "hnd" or "nhd" is the order in memory.
 
     grouping "gqa": Hq and Hkv heads. "packed": the query heads of one KV head become query rows, so that K and V are
@@ -95,7 +95,7 @@ def _sdpa_inputs(query: Tensor, keys: Tensor, values: Tensor, grouping: str, lay
     raise ValueError(f"layout: got {layout!r}, want hnd or nhd")
 
 
-def _sdpa_context(outs: list[Tensor], grouping: str, heads_per_kv: int) -> Tensor:
+def sdpa_context(outs: list[Tensor], grouping: str, heads_per_kv: int) -> Tensor:
     """[B, H, rows, D] of each call -> [Nt, Hq, D]."""
     contexts = []
     for out in outs:
@@ -108,7 +108,7 @@ def _sdpa_context(outs: list[Tensor], grouping: str, heads_per_kv: int) -> Tenso
 
 def _bind_sdpa(inputs: AttentionInputs, grouping: str, layout: str, backend: SDPBackend | None) -> Callable:
     """A call that returns one output, or one a sequence of a ragged batch."""
-    arguments = [_sdpa_inputs(*sequence, grouping, layout) for sequence in _sequences(inputs)]
+    arguments = [sdpa_inputs(*sequence, grouping, layout) for sequence in _sequences(inputs)]
     attend = partial(F.scaled_dot_product_attention, enable_gqa=grouping == "gqa")
 
     def call() -> list[Tensor]:
@@ -128,12 +128,12 @@ def sdpa_variants(
     for way in ways:
         grouping, layout = way.split()
         bind = partial(_bind_sdpa, grouping=grouping, layout=layout, backend=backend)
-        yield _variant(
-            way, sets, reference, bind, partial(_sdpa_context, grouping=grouping, heads_per_kv=_heads_per_kv(sets[0]))
+        yield peer_variant(
+            way, sets, reference, bind, partial(sdpa_context, grouping=grouping, heads_per_kv=_heads_per_kv(sets[0]))
         )
 
 
-_SDPA_WAYS = {
+SDPA_WAYS = {
     SDPBackend.FLASH_ATTENTION: ("gqa hnd", "gqa nhd", "packed hnd", "packed nhd"),
     SDPBackend.CUDNN_ATTENTION: ("gqa hnd", "gqa nhd", "packed hnd", "packed nhd"),
     SDPBackend.EFFICIENT_ATTENTION: ("packed hnd", "packed nhd", "repeated hnd"),
@@ -151,13 +151,13 @@ def _flex_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
         if inputs.shape.heads != QWEN2_7B or inputs.shape.slow[0] not in FLEX_SLOW:
             raise NotImplementedError("compiled for the main shapes only, to spare minutes of compilation")
         _needs_even([inputs])
-        q, k, v = _sdpa_inputs(inputs.query, inputs.keys, inputs.values, "gqa", "hnd")
+        q, k, v = sdpa_inputs(inputs.query, inputs.keys, inputs.values, "gqa", "hnd")
         return lambda: [compiled(q, k, v, enable_gqa=True)]
 
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    yield _variant(
-        "compiled", sets, reference, bind, partial(_sdpa_context, grouping="gqa", heads_per_kv=_heads_per_kv(sets[0]))
+    yield peer_variant(
+        "compiled", sets, reference, bind, partial(sdpa_context, grouping="gqa", heads_per_kv=_heads_per_kv(sets[0]))
     )
 
 
@@ -207,10 +207,10 @@ def _flash_cache_call(module, inputs: AttentionInputs, **options) -> Callable[[]
 
 def _fa2_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
     module = importlib.import_module("flash_attn")
-    yield _variant("func", sets, reference, partial(_flash_call, module), lambda out: out)
+    yield peer_variant("func", sets, reference, partial(_flash_call, module), lambda out: out)
     for splits in SPLITS:
         bind = partial(_flash_cache_call, module, num_splits=splits)
-        yield _variant(f"kvcache num_splits={splits}", sets, reference, bind, lambda out: out)
+        yield peer_variant(f"kvcache num_splits={splits}", sets, reference, bind, lambda out: out)
 
 
 def _fa3_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
@@ -218,7 +218,7 @@ def _fa3_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
     for pack in (True, False) if sets[0].shape.heads == QWEN2_7B else (True,):
         for splits in SPLITS:
             bind = partial(_flash_call, module, num_splits=splits, pack_gqa=pack)
-            yield _variant(f"num_splits={splits} pack_gqa={pack}", sets, reference, bind, lambda out: out)
+            yield peer_variant(f"num_splits={splits} pack_gqa={pack}", sets, reference, bind, lambda out: out)
 
 
 def _fa4_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
@@ -229,7 +229,7 @@ def _fa4_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
         ways += [(None, splits) for splits in SPLITS if splits > 1]
     for pack, splits in ways:
         bind = partial(_flash_call, module, num_splits=splits, pack_gqa=pack)
-        yield _variant(f"num_splits={splits} pack_gqa={pack}", sets, reference, bind, lambda out: out)
+        yield peer_variant(f"num_splits={splits} pack_gqa={pack}", sets, reference, bind, lambda out: out)
 
 
 def _splits(module, inputs: AttentionInputs) -> bool:
@@ -277,7 +277,7 @@ PEERS: tuple[Peer, ...] = (
             f"sdpa-{name}",
             f"SDPA {backend.name}",
             _needs_gpu,
-            partial(sdpa_variants, backend=backend, ways=_SDPA_WAYS[backend]),
+            partial(sdpa_variants, backend=backend, ways=SDPA_WAYS[backend]),
         )
         for name, backend in (
             ("flash", SDPBackend.FLASH_ATTENTION),

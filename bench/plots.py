@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .report import OP_TITLES, by_shape
 from .runner import Row
+from .verdicts import BASES, EMPTY, FULL, MOST_RATIO, beside
 
 
 def plot(directory: Path, meta: dict, rows: list[Row]) -> list[Path]:
@@ -18,7 +19,7 @@ def plot(directory: Path, meta: dict, rows: list[Row]) -> list[Path]:
 
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in (("attention", _plot_attention), ("pool_mix", _plot_share), ("model", _plot_model)):
+    for name, draw in _PLOTS.items():
         figure = draw(plt, rows)
         if figure is None:
             continue
@@ -160,3 +161,72 @@ def _plot_model(plt, rows: list[Row]):
         _finish_axis(axis, "frames", "milliseconds", OP_TITLES[op])
     _legend_below(figure, axes[0])
     return figure
+
+
+def _plot_ranges(plt, rows: list[Row]):
+    """Growing prefixes, one panel for each number of slow tokens: ours, what it is held to, and peers under masks."""
+    dtype = _first_dtype(rows, "ranges")
+    points: dict[tuple[int, str], dict[str, list[tuple[int, Row]]]] = {}
+    for row in rows:
+        match = re.fullmatch(r"1x(\d+)x(\d+)@(\d+/\d+/\d+)", row.shape)
+        if row.op == "ranges" and row.ok and row.dtype == dtype and match:
+            lines = points.setdefault((int(match[2]), match[3]), {})
+            lines.setdefault(row.who, []).append((int(match[1]), row))
+    if not points:
+        return None
+    figure, axes = plt.subplots(1, len(points), figsize=(5.2 * len(points), 4.4), squeeze=False, layout="constrained")
+    for axis, key in zip(axes[0], sorted(points), strict=True):
+        lines = {who: sorted(values, key=lambda value: value[0]) for who, values in points[key].items()}
+        for who, values in lines.items():
+            if values[0][1].kind != "base":
+                axis.plot(
+                    [n for n, _ in values], [row.median_us for _, row in values], label=who, **_style(values[0][1])
+                )
+        for who in [who for who, values in lines.items() if values[0][1].kind == "ours"]:
+            for what, style in ((FULL, "-."), (EMPTY, ":")):
+                if held := lines.get(beside(who, what)):
+                    us = [row.median_us for _, row in held]
+                    axis.plot([n for n, _ in held], us, style, label=beside(who, what), color=_COLOURS.get(who))
+            targets = [(n, row.extra["target_us"]) for n, row in lines[who] if "target_us" in row.extra]
+            if targets:
+                label = f"{who} target"
+                axis.plot(*zip(*targets, strict=True), label=label, color=_COLOURS.get(who), linewidth=0, marker="_")
+        _finish_axis(axis, "text rows", "microseconds", f"growing prefixes of {key[0]} tokens, {key[1]}, {dtype}")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def _plot_against_base(plt, rows: list[Row]):
+    """Pieces over one range, and uneven batches over even ones: ratios of times, and what they may be."""
+    panels = [op for op in BASES if any(row.op == op and "ratio" in row.extra for row in rows)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 5), squeeze=False, layout="constrained")
+    for axis, op in zip(axes[0], panels, strict=True):
+        groups = by_shape([row for row in rows if "ratio" in row.extra], op)
+        names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
+        height = 0.8 / len(names)
+        for i, name in enumerate(names):
+            bars = [
+                (y + i * height, row.extra["ratio"])
+                for y, members in enumerate(groups.values())
+                for row in members
+                if row.who == name
+            ]
+            axis.barh(*zip(*bars, strict=True), height, label=name, color=_COLOURS.get(name))
+        axis.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], [f"{s} {d}" for s, d in groups], fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(MOST_RATIO[op], color="black", linewidth=1)
+        axis.set(xlabel="time over that of the base")
+        axis.set_title(op, fontsize=10)
+        axis.legend(fontsize=7)
+    return figure
+
+
+_PLOTS = {
+    "attention": _plot_attention,
+    "pool_mix": _plot_share,
+    "model": _plot_model,
+    "ranges": _plot_ranges,
+    "pieces_ragged": _plot_against_base,
+}

@@ -18,7 +18,8 @@ from slowfast_kernels.pool_plan import PoolPlan, VideoPlan
 
 from .attention import our_backends
 from .runner import Contender, Runner, Variant, relative_error
-from .shapes import BYTES, POOL, PoolShape, parse_pool, pool_cost, select
+from .selection import parse_pool, select
+from .shapes import BYTES, POOL, PoolShape, pool_cost
 from .timing import num_input_sets
 
 OP = "pool"

@@ -11,12 +11,16 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from . import verdicts
 from .runner import Row, format_us, short
 
 OP_TITLES = {
     "attention": "Attention over slow tokens (ours with gate and mix, peers attention alone)",
     "layer": "Slow path of one hybrid layer",
     "kv": "Keys and values of one hybrid layer",
+    "ranges": "Growing prefixes: text row i of n sees i / n of the slow tokens (attention alone)",
+    "pieces": "Slow tokens in pieces against one range of as many blocks (attention alone)",
+    "ragged": "Uneven batches against even ones of as much work (with gate and mix)",
     "pool": "Slow-fast pooling with the slow tokens' norm",
     "mix": "Gate and residual mix alone",
     "prefill": "Model prefill, one video",
@@ -27,7 +31,7 @@ OP_TITLES = {
     "demo": "Real video: fast backends against eager",
 }
 SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
-TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend")
+TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met")
 MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
 METHODS = {
     "wall": "Wall time, from a call to its answer.",
@@ -283,6 +287,8 @@ def _render(
         if by_shape(rows, op):
             if op in MODEL_OPS:
                 cells = model_table(rows, op)
+            elif op in verdicts.OPS:
+                cells = verdicts.table(rows, op)
             elif brief and op in BRIEF_OPS:
                 cells = brief_table(rows, op)
             else:

@@ -7,15 +7,13 @@ ceilings that the same run measured it gives the floor of a row: max(FLOPs / GEM
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from slowfast_kernels import flops
 from slowfast_kernels.pool_plan import PoolPlan, make_pool_plan
 
-MOST = 2**20  # of anything that is counted in a shape; row and token counts are int32
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -114,6 +112,11 @@ class AttentionShape:
         return sum(self.slow)
 
     @property
+    def num_pairs(self) -> int:
+        """Of a text row and a slow token that it attends."""
+        return sum(text * slow for text, slow in zip(self.text, self.slow, strict=True))
+
+    @property
     def name(self) -> str:
         def lengths(values: tuple[int, ...]) -> str:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}..{max(values)}"
@@ -122,6 +125,28 @@ class AttentionShape:
 
     def kv_bytes(self, dtype: str) -> int:
         return self.num_slow * self.heads.num_kv * 2 * self.heads.dim * BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class RaggedMix:
+    """A batch of uneven sequences, and the even batch with as much work that it is held to."""
+
+    label: str
+    mix: AttentionShape
+    even: AttentionShape
+    on_cpu: bool = field(default=False, compare=False)
+
+    @classmethod
+    def of(cls, label: str, text: Sequence[int], slow: Sequence[int], on_cpu: bool = False) -> RaggedMix:
+        """The even batch has as many sequences with text rows, the same rows and pairs of (row, token), rounded up."""
+        mix = AttentionShape(tuple(text), tuple(slow))
+        batch = len(text) - text.count(0)
+        rows = -(-mix.num_text // batch)
+        return cls(label, mix, AttentionShape.even(batch, rows, -(-mix.num_pairs // (batch * rows))), on_cpu)
+
+    @property
+    def name(self) -> str:
+        return f"ragged {self.label}"
 
 
 @dataclass(frozen=True)
@@ -205,11 +230,10 @@ class ModelShape:
 
 def attention_cost(shape: AttentionShape, dtype: str, fused: bool) -> Cost:
     """Attention over the slow tokens; ``fused`` adds gate and mix, which write the state and not the context."""
-    pairs = sum(t * s for t, s in zip(shape.text, shape.slow, strict=True))
     attended = sum(s for t, s in zip(shape.text, shape.slow, strict=True) if t)
     size, heads = BYTES[dtype], shape.heads
     rows = shape.num_text * heads.channels * size
-    products = float(flops.attention(pairs, heads.num_q, heads.dim))
+    products = float(flops.attention(shape.num_pairs, heads.num_q, heads.dim))
     cost = Cost(products, attended * heads.num_kv * 2 * heads.dim * size + rows, rows)
     if fused:
         mixed = float(flops.mix(shape.num_text, heads.channels, weighted=True))
@@ -294,6 +318,41 @@ for _name, _heads in HEADS.items():
         _on_cpu = _name in ("Qwen2-0.5B", "Llama-3-8B")
         ATTENTION += [AttentionShape.even(1, n, 10368, _heads, on_cpu=_on_cpu and n == 1) for n in (1, 64)]
 
+
+# Where a split of slow tokens that assumes even lengths goes wrong. A label tells slow tokens, and text rows after "@".
+def _random_mix(batch: int, text: int, longest: int, on_cpu: bool = False) -> RaggedMix:
+    """Lengths from 1/100 of the longest to all of it, evenly drawn on a log scale; text rows too, up to ``text``."""
+    draw = random.Random(batch * text)
+    slow = [int(longest * 10 ** draw.uniform(-2, 0)) for _ in range(batch)]
+    rows = [int(text ** draw.uniform(0, 1)) for _ in range(batch)]
+    return RaggedMix.of(f"{batch} random up to {longest} @ up to {text}", rows, slow, on_cpu)
+
+
+RAGGED: list[RaggedMix] = [
+    RaggedMix.of("98304 + 31 x 0 @ 1", [1] * 32, [98304, *[0] * 31]),
+    RaggedMix.of("98304 + 31 x 648 @ 1", [1] * 32, [98304, *[648] * 31]),
+    RaggedMix.of("10368 in one of 16 slots @ 1", [1] * 16, [10368, *[0] * 15], on_cpu=True),
+    RaggedMix.of("10368 of a cache of 32768 @ 1", [1, 0], [10368, 32768 - 10368], on_cpu=True),
+    RaggedMix.of("41472 + 7 x 648 @ 1", [1] * 8, [41472, *[648] * 7], on_cpu=True),
+    _random_mix(8, 1, 20736, on_cpu=True),
+    _random_mix(16, 1, 41472),
+    _random_mix(32, 1, 98304),
+    RaggedMix.of("41472 + 7 x 648 @ 64", [64] * 8, [41472, *[648] * 7]),
+    RaggedMix.of("98304 + 3 x 1296 @ 64", [64] * 4, [98304, *[1296] * 3]),
+    _random_mix(8, 128, 41472),
+    _random_mix(16, 256, 20736),
+]
+
+# Growing prefixes (text row i of n sees (i + 1) / n of its video), and one video in pieces of so many tokens.
+RANGES: list[AttentionShape] = [
+    AttentionShape.even(1, text, slow, on_cpu=(text, slow) == (64, 10368))
+    for slow in (10368, 98304)
+    for text in (64, 256, 1024)
+]
+PIECES: list[AttentionShape] = [
+    AttentionShape.even(1, text, slow, on_cpu=slow == 10368) for slow in (10368, 98304) for text in (1, 64)
+]
+
 POOL: list[PoolShape] = [
     PoolShape((64,), (18, 18), on_cpu=True),
     PoolShape((128,), (18, 18)),
@@ -324,128 +383,3 @@ CLOSER_FRAMES = (128, 1536)  # where decode is compiled too, half a minute a tim
 MODEL_FRAMES_ON_CPU = (16, 64, 256, 512, 1536)
 QWEN2_7B_MODEL = ModelShape(128, 3584, 18944, 28, QWEN2_7B, 152064, every=8)
 TINY_MODEL = ModelShape(128, 256, 704, 4, Heads(4, 2, 64), 1024, every=2, text=16, slow_side=3)
-
-
-# --------------------------------------------------------------------------------------------- selection
-
-
-def _check(text: str, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if not 1 <= value <= MOST:
-            raise ValueError(f"{text!r} with {value} {name.replace('_', ' ')}, want 1 to {MOST}")
-
-
-def parse_attention(text: str) -> AttentionShape | None:
-    """``BATCHxTEXTxSLOW`` or ``BATCHxTEXTxSLOW@HQ/HKV/D``.
-
-    This parser and those below give None for a text of another form, and raise ValueError for a size that can't be.
-    """
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:@(\d+)/(\d+)/(\d+))?", text)
-    if match is None:
-        return None
-    batch, rows, slow = (int(match[i]) for i in (1, 2, 3))
-    heads = Heads(*(int(match[i]) for i in (4, 5, 6))) if match[4] else QWEN2_7B
-    _check(text, sequences=batch, text_rows=rows, slow_tokens=slow)
-    _check(text, query_heads=heads.num_q, KV_heads=heads.num_kv, channels_of_a_head=heads.dim)
-    if heads.num_q % heads.num_kv:
-        raise ValueError(f"{text!r} with {heads.num_q} query heads, want a multiple of its {heads.num_kv} KV heads")
-    return AttentionShape.even(batch, rows, slow, heads, on_cpu=True)
-
-
-def parse_pool(text: str) -> PoolShape | None:
-    """``FRAMESxHxW``, ``FRAMESxHxW/pPOOL`` or ``FRAMESxHxW/pPOOL/tTEMPORAL``."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/p(\d+))?(?:/t(\d+))?", text)
-    if match is None:
-        return None
-    frames, grid, pool, temporal = int(match[1]), (int(match[2]), int(match[3])), int(match[4] or 2), int(match[5] or 4)
-    _check(text, frames=frames, rows=grid[0], columns=grid[1], pool_stride=pool, temporal_stride=temporal)
-    shape = PoolShape((frames,), grid, pool_stride=pool, temporal_stride=temporal, on_cpu=True)
-    try:
-        shape.plan  # noqa: B018 (it knows which grids and strides go together)
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from error
-    return shape
-
-
-def parse_mix(text: str) -> MixShape | None:
-    """``TEXTofROWS`` or ``TEXTofROWS@CHANNELS``."""
-    match = re.fullmatch(r"(\d+)of(\d+)(?:@(\d+))?", text)
-    if match is None:
-        return None
-    text_rows, rows, channels = int(match[1]), int(match[2]), int(match[3] or 3584)
-    _check(text, text_rows=text_rows, rows=rows, channels=channels)
-    if text_rows > rows:
-        raise ValueError(f"{text!r} with {text_rows} text rows, want at most its {rows} rows")
-    return MixShape(text_rows, rows, channels, on_cpu=True)
-
-
-def parse_frames(text: str) -> int | None:
-    """``FRAMES`` or ``FRAMES frames`` of the model."""
-    match = re.fullmatch(r"(-?\d+)( frames)?", text)
-    if match is None:
-        return None
-    _check(text, frames=int(match[1]))
-    return int(match[1])
-
-
-def _parsed(parse: Callable, text: str):
-    """None for what is no shape here: ``check_shapes`` has seen that it is one of another op."""
-    try:
-        return parse(text)
-    except ValueError:
-        return None
-
-
-def model_shapes(wanted: Iterable[str], on_cpu: bool) -> list[ModelShape]:
-    """The model at each number of frames; ``wanted`` names other numbers (texts that are no numbers are not ours)."""
-    base, frames = (TINY_MODEL, MODEL_FRAMES_ON_CPU) if on_cpu else (QWEN2_7B_MODEL, MODEL_FRAMES)
-    wanted = list(wanted)
-    if wanted:
-        frames = sorted({count for text in wanted if (count := _parsed(parse_frames, text)) is not None})
-    return [replace(base, frames=count) for count in frames]
-
-
-def select(registry: Sequence, wanted: Iterable[str], parse: Callable, on_cpu: bool) -> list:
-    """Shapes of a registry for one run.
-
-    Args:
-        registry: shapes with ``name`` and ``on_cpu``.
-        wanted: patterns of names (``1x64x*``), parts of names (``28/4/128``), or explicit shapes; empty: all.
-        parse: explicit text -> shape, or None where the text is not one.
-        on_cpu: without ``wanted``, keep only the shapes that a CPU finishes.
-    """
-    wanted = list(wanted)
-    if not wanted:
-        return [shape for shape in registry if shape.on_cpu or not on_cpu]
-    chosen = []
-    for text in wanted:
-        exact = _parsed(parse, text)
-        found = [exact] if exact else [s for s in registry if fnmatchcase(s.name, text) or text in s.name]
-        chosen += [shape for shape in found if shape not in chosen]
-    return chosen
-
-
-OPS = {
-    "attention": (ATTENTION, parse_attention),
-    "pool": (POOL, parse_pool),
-    "mix": (MIX, parse_mix),
-    "model": ((), parse_frames),
-}
-
-
-def check_shapes(wanted: Iterable[str], ops: Iterable[str]) -> None:
-    """See that each text names a shape of one of ``ops``.
-
-    Raises:
-        ValueError: naming the first that doesn't.
-    """
-    for text in wanted:
-        problem, found = "", False
-        for op in ops:
-            try:
-                registry, parse = OPS[op]
-                found |= parse(text) is not None or bool(select(registry, [text], parse, on_cpu=False))
-            except ValueError as error:
-                problem = str(error)
-        if not found:
-            raise ValueError(problem or f"{text!r}, want a pattern or a part of a shape's name, or an explicit shape")

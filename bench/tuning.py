@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
-from .shapes import AttentionShape, parse_attention
+from .selection import parse_attention
+from .shapes import AttentionShape
 from .timing import time_calls
 
 TABLE = [

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed; installed packages keep winning
 
-from bench import shapes
+from bench import selection, shapes
 from bench.shapes import AttentionShape, Ceilings, Cost, Heads, MixShape, PoolShape
 
 H100 = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 762})
@@ -111,7 +111,7 @@ def test_a_prefill_multiplies_by_every_weight_and_attends_earlier_rows(rows, slo
 
 
 def test_slow_tokens_cost_a_small_part_of_what_self_attention_over_them_costs():
-    shape = shapes.model_shapes(["128"], on_cpu=False)[0]
+    shape = selection.model_shapes(["128"], on_cpu=False)[0]
     base = shapes.model_cost(shape, "bfloat16", shape.text + shape.num_fast, 0, decode=False).flops
     slow_fast = shapes.model_cost(shape, "bfloat16", shape.text + shape.num_fast, shape.num_slow, decode=False).flops
     everything = shapes.model_cost(shape, "bfloat16", shape.text + shape.num_slow, 0, decode=False).flops
@@ -122,32 +122,34 @@ def test_slow_tokens_cost_a_small_part_of_what_self_attention_over_them_costs():
 @pytest.mark.parametrize(
     ("registry", "parse", "text", "name"),
     [
-        (shapes.ATTENTION, shapes.parse_attention, "2x3x77", "2x3x77@28/4/128"),
-        (shapes.ATTENTION, shapes.parse_attention, "1x1x9@4/2/16", "1x1x9@4/2/16"),
-        (shapes.POOL, shapes.parse_pool, "7x6x6/p3", "7x6x6/p3/t4@3584"),
-        (shapes.MIX, shapes.parse_mix, "3of5@64", "3of5@64"),
+        (shapes.ATTENTION, selection.parse_attention, "2x3x77", "2x3x77@28/4/128"),
+        (shapes.ATTENTION, selection.parse_attention, "1x1x9@4/2/16", "1x1x9@4/2/16"),
+        (shapes.POOL, selection.parse_pool, "7x6x6/p3", "7x6x6/p3/t4@3584"),
+        (shapes.MIX, selection.parse_mix, "3of5@64", "3of5@64"),
     ],
 )
 def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, name):
-    assert [shape.name for shape in shapes.select(registry, [text], parse, on_cpu=True)] == [name]
+    assert [shape.name for shape in selection.select(registry, [text], parse, on_cpu=True)] == [name]
 
 
 @pytest.mark.parametrize(
     ("text", "takers"),
     [
-        ("4x3x5", {"attention"}),
-        ("1x1x8@28/4/128", {"attention"}),
+        ("4x3x5", {"attention", "ranges"}),
+        ("1x1x8@28/4/128", {"attention", "ranges"}),
         ("2of3", {"mix"}),
         ("16", {"attention", "pool", "model"}),  # a part of names, and a number of frames
         ("16 frames", {"model"}),
-        ("1x64x*", {"attention"}),
-        ("28/4", {"attention"}),
+        ("1x64x*", {"attention", "ranges"}),
+        ("28/4", {"attention", "ranges"}),
     ],
 )
 def test_among_all_benchmarks_a_shape_of_one_is_enough_and_the_others_pass_it_by(text, takers):
-    shapes.check_shapes([text], shapes.OPS)
-    chosen = {op: shapes.select(registry, [text], parse, on_cpu=True) for op, (registry, parse) in shapes.OPS.items()}
-    chosen["model"] = shapes.model_shapes([text], on_cpu=True)
+    selection.check_shapes([text], selection.OPS)
+    chosen = {
+        op: selection.select(registry, [text], parse, on_cpu=True) for op, (registry, parse) in selection.OPS.items()
+    }
+    chosen["model"] = selection.model_shapes([text], on_cpu=True)
     assert {op for op, found in chosen.items() if found} == takers
 
 
@@ -162,12 +164,12 @@ def test_among_all_benchmarks_a_shape_of_one_is_enough_and_the_others_pass_it_by
 )
 def test_a_size_that_cannot_be_is_refused_by_name(op, text):
     with pytest.raises(ValueError, match=f"{text}.* want "):
-        shapes.check_shapes([text], [op])
+        selection.check_shapes([text], [op])
 
 
 def test_shapes_are_selected_by_pattern_or_part_of_the_name_even_those_too_large_for_a_cpu():
     def names(text):
-        return [s.name for s in shapes.select(shapes.ATTENTION, [text], shapes.parse_attention, on_cpu=True)]
+        return [s.name for s in selection.select(shapes.ATTENTION, [text], selection.parse_attention, on_cpu=True)]
 
     assert names("1x1024x*") == ["1x1024x98304@28/4/128"]
     assert names("14/2/64") == ["1x1x10368@14/2/64", "1x64x10368@14/2/64"]
@@ -175,5 +177,5 @@ def test_shapes_are_selected_by_pattern_or_part_of_the_name_even_those_too_large
 
 
 def test_a_cpu_run_keeps_only_the_shapes_that_a_cpu_finishes():
-    chosen = shapes.select(shapes.POOL, [], shapes.parse_pool, on_cpu=True)
+    chosen = selection.select(shapes.POOL, [], selection.parse_pool, on_cpu=True)
     assert chosen == [shape for shape in shapes.POOL if shape.on_cpu]

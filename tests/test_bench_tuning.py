@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import inputs, tune_cuda, tuning
-from bench.shapes import parse_attention
+from bench.selection import parse_attention
 from slowfast_kernels.heuristics import HopperConfig
 
 SHAPE = parse_attention("2x3x70@4/2/16")

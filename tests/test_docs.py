@@ -20,7 +20,7 @@ from model_cases import one_thread  # noqa: F401
 import slowfast_kernels
 import slowfast_model
 from bench.__main__ import BENCHMARKS
-from bench.shapes import check_shapes
+from bench.selection import check_shapes
 from slowfast_model.config import GATING_TYPES, IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent

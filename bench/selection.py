@@ -1,0 +1,160 @@
+"""Which shapes a run takes: those of the registries that ``--shapes`` names by pattern, and explicit ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from .shapes import (
+    ATTENTION,
+    MIX,
+    MODEL_FRAMES,
+    MODEL_FRAMES_ON_CPU,
+    PIECES,
+    POOL,
+    QWEN2_7B,
+    QWEN2_7B_MODEL,
+    RAGGED,
+    RANGES,
+    TINY_MODEL,
+    AttentionShape,
+    Heads,
+    MixShape,
+    ModelShape,
+    PoolShape,
+    RaggedMix,
+)
+
+MOST = 2**20  # of anything that is counted in a shape; row and token counts are int32
+
+
+def _check(text: str, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if not 1 <= value <= MOST:
+            raise ValueError(f"{text!r} with {value} {name.replace('_', ' ')}, want 1 to {MOST}")
+
+
+def parse_attention(text: str) -> AttentionShape | None:
+    """``BATCHxTEXTxSLOW`` or ``BATCHxTEXTxSLOW@HQ/HKV/D``.
+
+    This parser and those below give None for a text of another form, and raise ValueError for a size that can't be.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:@(\d+)/(\d+)/(\d+))?", text)
+    if match is None:
+        return None
+    batch, rows, slow = (int(match[i]) for i in (1, 2, 3))
+    heads = Heads(*(int(match[i]) for i in (4, 5, 6))) if match[4] else QWEN2_7B
+    _check(text, sequences=batch, text_rows=rows, slow_tokens=slow)
+    _check(text, query_heads=heads.num_q, KV_heads=heads.num_kv, channels_of_a_head=heads.dim)
+    if heads.num_q % heads.num_kv:
+        raise ValueError(f"{text!r} with {heads.num_q} query heads, want a multiple of its {heads.num_kv} KV heads")
+    return AttentionShape.even(batch, rows, slow, heads, on_cpu=True)
+
+
+def parse_pool(text: str) -> PoolShape | None:
+    """``FRAMESxHxW``, ``FRAMESxHxW/pPOOL`` or ``FRAMESxHxW/pPOOL/tTEMPORAL``."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/p(\d+))?(?:/t(\d+))?", text)
+    if match is None:
+        return None
+    frames, grid, pool, temporal = int(match[1]), (int(match[2]), int(match[3])), int(match[4] or 2), int(match[5] or 4)
+    _check(text, frames=frames, rows=grid[0], columns=grid[1], pool_stride=pool, temporal_stride=temporal)
+    shape = PoolShape((frames,), grid, pool_stride=pool, temporal_stride=temporal, on_cpu=True)
+    try:
+        shape.plan  # noqa: B018 (it knows which grids and strides go together)
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from error
+    return shape
+
+
+def parse_mix(text: str) -> MixShape | None:
+    """``TEXTofROWS`` or ``TEXTofROWS@CHANNELS``."""
+    match = re.fullmatch(r"(\d+)of(\d+)(?:@(\d+))?", text)
+    if match is None:
+        return None
+    text_rows, rows, channels = int(match[1]), int(match[2]), int(match[3] or 3584)
+    _check(text, text_rows=text_rows, rows=rows, channels=channels)
+    if text_rows > rows:
+        raise ValueError(f"{text!r} with {text_rows} text rows, want at most its {rows} rows")
+    return MixShape(text_rows, rows, channels, on_cpu=True)
+
+
+def parse_frames(text: str) -> int | None:
+    """``FRAMES`` or ``FRAMES frames`` of the model."""
+    match = re.fullmatch(r"(-?\d+)( frames)?", text)
+    if match is None:
+        return None
+    _check(text, frames=int(match[1]))
+    return int(match[1])
+
+
+def _parsed(parse: Callable, text: str):
+    """None for what is no shape here: ``check_shapes`` has seen that it is one of another op."""
+    try:
+        return parse(text)
+    except ValueError:
+        return None
+
+
+def model_shapes(wanted: Iterable[str], on_cpu: bool) -> list[ModelShape]:
+    """The model at each number of frames; ``wanted`` names other numbers (texts that are no numbers are not ours)."""
+    base, frames = (TINY_MODEL, MODEL_FRAMES_ON_CPU) if on_cpu else (QWEN2_7B_MODEL, MODEL_FRAMES)
+    wanted = list(wanted)
+    if wanted:
+        frames = sorted({count for text in wanted if (count := _parsed(parse_frames, text)) is not None})
+    return [replace(base, frames=count) for count in frames]
+
+
+def ragged_mixes(wanted: Iterable[str], on_cpu: bool) -> list[RaggedMix]:
+    """Those that ``wanted`` names ("ragged", a pattern or a part of a name that begins so): no run has them unasked."""
+    wanted = [text for text in wanted if text.startswith("ragged")]
+    found = select(RAGGED, wanted, lambda text: None, on_cpu) if wanted else []
+    return [mix for mix in found if mix.on_cpu or not on_cpu or "ragged" not in wanted]
+
+
+def select(registry: Sequence, wanted: Iterable[str], parse: Callable, on_cpu: bool) -> list:
+    """Shapes of a registry for one run.
+
+    Args:
+        registry: shapes with ``name`` and ``on_cpu``.
+        wanted: patterns of names (``1x64x*``), parts of names (``28/4/128``), or explicit shapes; empty: all.
+        parse: explicit text -> shape, or None where the text is not one.
+        on_cpu: without ``wanted``, keep only the shapes that a CPU finishes.
+    """
+    wanted = list(wanted)
+    if not wanted:
+        return [shape for shape in registry if shape.on_cpu or not on_cpu]
+    chosen = []
+    for text in wanted:
+        exact = _parsed(parse, text)
+        found = [exact] if exact else [s for s in registry if fnmatchcase(s.name, text) or text in s.name]
+        chosen += [shape for shape in found if shape not in chosen]
+    return chosen
+
+
+OPS = {
+    "attention": ([*ATTENTION, *RAGGED], parse_attention),
+    "ranges": ([*RANGES, *PIECES], parse_attention),
+    "pool": (POOL, parse_pool),
+    "mix": (MIX, parse_mix),
+    "model": ((), parse_frames),
+}
+
+
+def check_shapes(wanted: Iterable[str], ops: Iterable[str]) -> None:
+    """See that each text names a shape of one of ``ops``.
+
+    Raises:
+        ValueError: naming the first that doesn't.
+    """
+    for text in wanted:
+        problem, found = "", False
+        for op in ops:
+            try:
+                registry, parse = OPS[op]
+                found |= parse(text) is not None or bool(select(registry, [text], parse, on_cpu=False))
+            except ValueError as error:
+                problem = str(error)
+        if not found:
+            raise ValueError(problem or f"{text!r}, want a pattern or a part of a shape's name, or an explicit shape")
