@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import slowfast_kernels as sk
+from slowfast_kernels import flops
 from slowfast_kernels.heuristics import hopper_attention_config
 
 from .attention import our_backends
@@ -124,7 +125,7 @@ def _run_prefixes_of(
     nothing = torch.zeros_like(end)
     all_seen, seen = reference_context(sets[0]), reference_context(sets[0], nothing, end)
     full_cost = attention_cost(shape, dtype, fused=False)
-    cost = replace(full_cost, flops=4.0 * int(end.sum()) * shape.heads.channels)
+    cost = replace(full_cost, flops=float(flops.attention(int(end.sum()), shape.heads.num_q, shape.heads.dim)))
     empty_cost = Cost(0, 0, full_cost.written)
 
     contenders = []

@@ -16,11 +16,12 @@ H100 = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 762})
 TINY_HEADS = Heads(4, 2, 16)
 
 
-@pytest.mark.parametrize("registry", [shapes.ATTENTION, shapes.POOL, shapes.MIX, shapes.LAYER])
+@pytest.mark.parametrize("registry", ["ATTENTION", "POOL", "MIX", "LAYER", "RAGGED", "RANGES", "PIECES"])
 def test_a_registry_names_each_shape_once_and_has_some_for_a_cpu(registry):
-    names = [shape.name for shape in registry]
+    registered = getattr(shapes, registry)
+    names = [shape.name for shape in registered]
     assert len(names) == len(set(names))
-    assert any(shape.on_cpu for shape in registry)
+    assert any(shape.on_cpu for shape in registered)
 
 
 def test_the_registry_covers_the_heads_of_all_published_models():
@@ -179,3 +180,40 @@ def test_shapes_are_selected_by_pattern_or_part_of_the_name_even_those_too_large
 def test_a_cpu_run_keeps_only_the_shapes_that_a_cpu_finishes():
     chosen = selection.select(shapes.POOL, [], selection.parse_pool, on_cpu=True)
     assert chosen == [shape for shape in shapes.POOL if shape.on_cpu]
+
+
+def test_an_uneven_batch_is_held_to_an_even_one_of_as_much_work():
+    for mix in shapes.RAGGED:
+        assert not mix.mix.is_even
+        assert mix.even.is_even
+        assert 0 <= mix.even.num_pairs / mix.mix.num_pairs - 1 < 1e-3 * mix.even.num_text
+        assert mix.even.batch == sum(rows > 0 for rows in mix.mix.text)
+
+
+@pytest.mark.parametrize(
+    ("text", "slow", "even"),
+    [
+        ((1, 1, 1, 1), (98, 2, 0, 0), (4, 1, 25)),
+        ((1, 0), (10, 22), (1, 1, 10)),  # what no row attends is no work
+        ((6, 2), (10, 5), (2, 4, 9)),  # 70 pairs over 8 rows, rounded up
+    ],
+)
+def test_the_even_batch_has_the_same_sequences_with_rows_and_the_same_pairs(text, slow, even):
+    assert shapes.RaggedMix.of("", text, slow).even == AttentionShape.even(*even)
+
+
+def test_random_mixes_are_the_same_in_every_run():
+    again = shapes._random_mix(8, 1, 20736)
+    assert again in shapes.RAGGED
+
+
+def test_uneven_batches_run_only_when_they_are_named():
+    assert selection.ragged_mixes([], on_cpu=False) == []
+    assert selection.ragged_mixes(["1x1x*", "41472", "*"], on_cpu=False) == []
+    assert selection.ragged_mixes(["ragged"], on_cpu=False) == shapes.RAGGED
+    assert selection.ragged_mixes(["ragged"], on_cpu=True) == [mix for mix in shapes.RAGGED if mix.on_cpu]
+    assert [mix.label for mix in selection.ragged_mixes(["ragged*x 1296*"], on_cpu=True)] == ["98304 + 3 x 1296 @ 64"]
+    selection.check_shapes(["ragged"], ["attention"])
+    for op in ("pool", "ranges", "model"):
+        with pytest.raises(ValueError, match="ragged"):
+            selection.check_shapes(["ragged"], [op])

@@ -209,7 +209,7 @@ def test_readme_names_the_triton_that_was_tested_with_the_torch_it_installs():
     assert re.search(rf"^\| {torch_version} \| {triton_version[1]} \|", README, re.MULTILINE)
 
 
-COMMANDS = re.findall(r"python -m bench (attention|pool|mix|model) --shapes (\S+)", README)
+COMMANDS = re.findall(r"python -m bench (attention|ranges|pool|mix|model) --shapes (\S+)", README)
 
 
 @pytest.mark.parametrize(("what", "shapes"), COMMANDS)
