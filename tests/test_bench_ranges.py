@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_cases import CPU, new_journal, quick_runner
+from torch.nn.attention import SDPBackend
 
 from bench import attention, masked_peers, peers, plots, ragged, ranges, report, selection, verdicts
 from bench.inputs import make_inputs, reference_context, visible
@@ -124,29 +125,47 @@ def test_what_is_in_the_journal_is_not_measured_again(run):
     assert len(run.journal.rows) == before
 
 
-@pytest.mark.parametrize("peer", masked_peers.masked_peers(tuned=False), ids=lambda peer: peer.name)
-def test_a_peer_that_fails_is_a_row_with_its_reason(run, peer, monkeypatch):
+PEERS = {peer.name: peer for peer in masked_peers.masked_peers(tuned=False)}
+
+
+@pytest.mark.parametrize("name", ["torch", "sdpa-efficient", "flex"])
+def test_a_peer_that_fails_is_a_row_with_its_reason(run, name, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("it broke")
 
     monkeypatch.setattr(masked_peers, "sdpa_inputs", broken)
     monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", broken)
     monkeypatch.setattr(ranges, "our_backends", lambda *_: ["eager"])
-    monkeypatch.setattr(ranges, "masked_peers", lambda tuned: [peer._replace(absent=lambda device: None)])
+    monkeypatch.setattr(ranges, "masked_peers", lambda tuned: [PEERS[name]._replace(absent=lambda device: None)])
     run.shapes = ["1x6x300@4/2/16"]
     ranges.run(run)
     rows = by_who(run, "ranges")
-    assert "it broke" in rows[peer.name].status
+    assert "it broke" in rows[name].status
     assert rows["eager"].ok
 
 
-def test_a_block_mask_of_growing_prefixes_is_the_dense_mask(monkeypatch):
-    """Not compiled: the peer's own function on a CPU, both groupings of heads."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+@pytest.fixture
+def masked():
+    """Input sets, what they give under growing prefixes, and those."""
     sets = make_inputs(TINY, "float32", CPU, 0)
     prefixes = masked_peers.Prefixes(ranges.prefix_ends(6, 300, CPU), 300)
-    reference = reference_context(sets[0], torch.zeros_like(prefixes.end), prefixes.end)
-    variants = list(masked_peers._flex_variants(sets, reference, prefixes, tuned=False))
+    return sets, reference_context(sets[0], torch.zeros_like(prefixes.end), prefixes.end), prefixes
+
+
+def test_a_dense_mask_fits_every_grouping_and_layout(masked):
+    ways = tuple(f"{grouping} {layout}" for grouping in ("gqa", "packed", "repeated") for layout in ("hnd", "nhd"))
+    variants = list(masked_peers._sdpa_variants(*masked, SDPBackend.MATH, ways))
+    assert [variant.label for variant in variants] == [f"{way} {form}" for way in ways for form in ("boolean", "added")]
+    for variant in variants:
+        _, check = variant.build()
+        assert check() < 1e-5, variant.label
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_block_mask_of_growing_prefixes_is_the_dense_mask(masked, monkeypatch):
+    """Not compiled: the peer's own function on a CPU, both groupings of heads."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    variants = list(masked_peers._flex_variants(*masked, tuned=False))
     assert [variant.label for variant in variants] == ["packed default", "gqa default"]
     for variant in variants:
         _, check = variant.build()
