@@ -87,7 +87,10 @@ _TUNED = "max-autotune-no-cudagraphs"
 
 
 def _flex_variants(sets: Sets, reference: Tensor, prefixes: Prefixes, tuned: bool) -> Iterator[Variant]:
-    """Heads in groups, or their rows packed; Inductor's choice of tiles, and the best of those it can sweep."""
+    """Rows of a group's heads packed, or heads in groups; Inductor's choice of tiles, and the best of its sweep.
+
+    Boundaries are looked up, as a model has them: as data.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     heads_per_kv, end = _heads_per_kv(sets[0]), prefixes.end
@@ -112,9 +115,10 @@ def _flex_variants(sets: Sets, reference: Tensor, prefixes: Prefixes, tuned: boo
         to_context = partial(sdpa_context, grouping=grouping, heads_per_kv=heads_per_kv)
         return peer_variant(f"{grouping} {mode or 'default'}", sets, reference, bind, to_context)
 
-    for mode in (None, _TUNED) if tuned else (None,):
-        for grouping in ("packed", "gqa"):
-            yield variant(grouping, mode)
+    yield variant("packed", None)
+    yield variant("gqa", None)
+    if tuned:
+        yield variant("packed", _TUNED)  # which reads K and V once for all heads of a group
 
 
 # ---------------------------------------------------------------------------------------------- registry

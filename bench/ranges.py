@@ -70,7 +70,7 @@ def tile_of(backend: str, inputs: AttentionInputs) -> tuple[int, int] | None:
     match backend:
         case "cuda":
             sizes = (shape.num_text, shape.num_slow, shape.batch, heads.num_q, heads.num_kv, heads.dim)
-            config = hopper_attention_config(*sizes)
+            config = hopper_attention_config(*sizes, selects=True)
             return 64 * config.consumers, config.block_n
         case "triton":
             from slowfast_kernels.calls import AttentionTensors
