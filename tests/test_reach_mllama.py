@@ -177,8 +177,8 @@ def states(prompts: Prompts, generator, device) -> tuple[Tensor, Tensor]:
 
 
 def assert_close(got: Tensor, want: Tensor, what: str = "output") -> None:
-    error = float((got - want).detach().abs().max())
-    assert error <= 2e-5 * max(1.0, float(want.abs().max())), what
+    got, want = got.detach(), want.detach()
+    assert (got - want).abs().max() <= 2e-5 * max(1.0, float(want.abs().max())), what
 
 
 # ------------------------------------------------------------------------------------------------- what is the same
