@@ -93,7 +93,7 @@ def moss_inputs(target, rng, channels: int = 24) -> list[Tensor]:
     weights = (width, channels), (2 * NUM_KV * DIM, channels), (channels, width)
     rows, tokens = (BATCH * TEXT, channels), (BATCH * SLOW, channels)
     hidden, frames, *projections, gate = normals(target, rng(target.device), rows, tokens, *weights, (1,))
-    return [hidden, frames, *(weight * weight.shape[1] ** -0.5 for weight in projections), gate]
+    return [hidden, frames, *(weight * weight.shape[1] ** -0.5 for weight in projections), 0.5 + gate.abs()]
 
 
 def moss_attentions(target) -> tuple[Callable, Callable]:
