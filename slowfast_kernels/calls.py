@@ -117,6 +117,10 @@ class FusedTensors(NamedTuple):
     def attention(self) -> AttentionTensors:
         return AttentionTensors(*self[1:10])
 
+    @property
+    def selects(self) -> bool:
+        return self.attention.selects
+
     def gate(self, options: FusedOptions) -> Gate:
         return Gate.of(*self[10:], options.gate, options.warm_up_tanh)
 

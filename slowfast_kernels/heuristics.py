@@ -52,12 +52,10 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
         return f"tensors on {call.device_type}; use backend='triton' or 'cuda'"
     if backend == "cuda" and call.device_type != "cuda":
         return f"tensors on {call.device_type}; use backend='cpu'"
-    if call.op == "merge_attention" and backend in ("cpu", "triton"):
+    if call.op == "merge_attention" and backend == "cpu":
         return "it has no kernel of its own for merge_attention; use backend='eager'"
-    if call.selects and backend != "cuda":
+    if call.selects and backend == "cpu":
         return "slow_begin, slow_end and slow_pieces; use backend='eager'"
-    if call.apart and backend == "triton":
-        return "K and V apart; use backend='eager'"
     attends = call.op in ("text_cross_attention", "slowfast_cross_attention")
     if backend == "triton" and attends and call.device_type == "cpu" and call.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly; use backend='eager', float32 or float16"
@@ -255,6 +253,11 @@ def triton_combine_config(
         block_h *= 2
     block_s = min(block_s, max(1, 16384 // (block_h * block_d)))
     return CombineConfig(block_s, block_h, 4 if block_s * block_h * block_d <= 8192 else 8, dependent)
+
+
+def triton_pieces_config(num_pieces: int) -> tuple[int, int]:
+    """(pieces that a tile counts at a time, pieces whose blocks it walks in one loop: those that a warp holds)."""
+    return 64 if num_pieces <= 64 else 1024, 32
 
 
 def triton_row_config(channels: int) -> RowConfig:

@@ -5,6 +5,7 @@ Configurations are fixed by ``heuristics``, so nothing is tuned at run time and 
 
 from .attention import prepare_cross_attention, prepare_text_cross_attention
 from .gated_mix import prepare_gated_residual_mix
+from .merge import prepare_merge_attention
 from .pool import pool, pool_plan_of
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "pool_plan_of",
     "prepare_cross_attention",
     "prepare_gated_residual_mix",
+    "prepare_merge_attention",
     "prepare_text_cross_attention",
 ]

@@ -29,8 +29,11 @@ from ..heuristics import (
     padded_head_dim,
     triton_attention_config,
     triton_combine_config,
+    triton_pieces_config,
 )
+from ._block import attend_block
 from ._common import describe, gate_of, gdc_launch_dependents, gdc_wait, on_device_of
+from ._visible import attend_visible, count_tokens, visible_rows, visible_share
 from .gated_mix import copied_or_empty, launch_mix
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -49,19 +52,6 @@ def _sequence_of(tile, cu_text, batch, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def _load_tile(ptrs, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
-    """Rows and columns that are off are never read (a neighbour's rows may hold NaN) and give 0."""
-    if MASK_ROWS and MASK_COLS:
-        return tl.load(ptrs, mask=rows[:, None] & cols[None, :], other=0.0)
-    elif MASK_ROWS:
-        return tl.load(ptrs, mask=rows[:, None], other=0.0)
-    elif MASK_COLS:
-        return tl.load(ptrs, mask=cols[None, :], other=0.0)
-    else:
-        return tl.load(ptrs)
-
-
-@triton.jit
 def _prefetch(tile, tokens_left, STRIDE: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
     """Ask L2 for the first rows of ``tile`` [tokens_left, D], a 128-byte line each time."""
     LINE: tl.constexpr = 1024 // tile.dtype.element_ty.primitive_bitwidth
@@ -74,37 +64,41 @@ def _prefetch(tile, tokens_left, STRIDE: tl.constexpr, D: tl.constexpr, TOKENS: 
 
 
 @triton.jit
-def _attend_block(
-    acc, total, top, q, keys, values, kv_tile, tokens_left, cols, scale,
-    BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+def _store_nothing(
+    out, lse, text, head, is_row, split, num_text, num_splits, num_q_heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, WRITE_EMPTY: tl.constexpr,
 ):  # fmt: skip
-    """One online-softmax step over BLOCK_N slow tokens; ``scale`` > 0 takes scores to base 2."""
-    live = tl.arange(0, BLOCK_N) < tokens_left
-    k = _load_tile(keys + kv_tile, live, cols, MASK_ROWS, MASK_COLS)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if MASK_ROWS:
-        scores = tl.where(live[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    v = _load_tile(values + kv_tile, live, cols, MASK_ROWS, MASK_COLS)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, total, new_top
+    """The result of a tile whose rows see nothing, or nothing of this split."""
+    out_row = text.to(tl.int64) * num_q_heads + head
+    if SPLIT:
+        lse = out + num_splits.to(tl.int64) * num_text * num_q_heads * D
+        tl.store(lse + split.to(tl.int64) * num_text * num_q_heads + out_row, float("-inf"), mask=is_row)
+    else:
+        if lse is not None:
+            tl.store(lse + out_row, float("-inf"), mask=is_row)
+        if WRITE_EMPTY:
+            cols = tl.arange(0, BLOCK_D)
+            tl.store(out + out_row[:, None] * D + cols[None, :], 0.0, mask=is_row[:, None] & (cols < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_text", "batch", "num_splits"])
 def _attention(
-    q, slow_kv, cu_slow, text_rows, cu_text,
+    q,
+    keys, values,  # [Ns, Hkv, D] each; values None: they lie value_offset elements behind the keys, at the same strides
+    cu_slow,  # of tokens; with ``slow_pieces`` of pieces
+    text_rows, cu_text,
+    slow_begin, slow_end,  # [Nt], or None: rows see their sequence from its start, and to its end
+    slow_pieces,  # [P, 2], or None
     out,  # SPLIT: float32 workspace, partials [num_splits, Nt, Hq, D] then lse [num_splits, Nt, Hq]; else context
     lse,  # [Nt, Hq] or None
     num_text, batch, num_splits,
-    q_row_stride, q_head_stride, kv_head_stride, kv_pair_stride, softmax_scale,
-    KV_STRIDE: tl.constexpr,  # elements a token: a constant turns the loop's addresses into immediates
+    q_row_stride, q_head_stride, k_head_stride, v_head_stride, value_offset, softmax_scale,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,  # elements a token: constants make the loop's addresses immediates
     NEGATIVE: tl.constexpr,  # softmax_scale < 0
     HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    WRITE_EMPTY: tl.constexpr,  # the context of tiles that see nothing too; not where who reads it looks at lse first
+    SCAN: tl.constexpr, CHUNK: tl.constexpr,  # pieces that are counted, and that are walked, at a time
 ):  # fmt: skip
     # Tiles that read the same K and V are neighbours in the grid: the first brings them to L2, the rest hit.
     tile = tl.program_id(0)
@@ -129,23 +123,48 @@ def _attention(
     row = tl.load(text_rows + text, mask=is_row, other=0).to(tl.int64)
 
     first_slow = tl.load(cu_slow + sequence)
-    num_slow = tl.load(cu_slow + sequence + 1) - first_slow
-    # Blocks are dealt out evenly; the masked block is always the last one of the last split.
-    num_blocks = tl.cdiv(num_slow, BLOCK_N)
-    share, extra = num_blocks // num_splits, num_blocks % num_splits
-    lo = (split * share + tl.minimum(split, extra)) * BLOCK_N
-    hi = tl.minimum(lo + (share + (split < extra).to(tl.int32)) * BLOCK_N, num_slow)
-    keys = slow_kv + (first_slow + lo).to(tl.int64) * KV_STRIDE + kv_head.to(tl.int64) * kv_head_stride
-    values = keys + kv_pair_stride
+    last_slow = tl.load(cu_slow + sequence + 1)
+    if slow_begin is None and slow_end is None and slow_pieces is None:
+        # Blocks are dealt out evenly; the masked block is always the last one of the last split.
+        num_slow = last_slow - first_slow
+        num_blocks = tl.cdiv(num_slow, BLOCK_N)
+        share, extra = num_blocks // num_splits, num_blocks % num_splits
+        lo = (split * share + tl.minimum(split, extra)) * BLOCK_N
+        hi = tl.minimum(lo + (share + (split < extra).to(tl.int32)) * BLOCK_N, num_slow)
+        first_token = (first_slow + lo).to(tl.int64)
+    else:
+        begin, end = None, None
+        if slow_begin is not None or slow_end is not None:
+            num_slow = last_slow - first_slow
+            if slow_pieces is not None:
+                num_slow = count_tokens(slow_pieces, first_slow, last_slow, SCAN)
+            begin, end = visible_rows(slow_begin, slow_end, text, is_row, num_slow)
+        first_block, last_block = visible_share(
+            begin, end, first_slow, last_slow, slow_pieces, split, num_splits, BLOCK_N, SPLIT, SCAN
+        )
+        if first_block >= last_block:
+            _store_nothing(
+                out, lse, text, head, is_row, split, num_text, num_splits, num_q_heads, D, BLOCK_D, SPLIT, WRITE_EMPTY
+            )
+            return
+        lo, hi, first_token = 0, 0, 0
+    keys += first_token * K_STRIDE + kv_head.to(tl.int64) * k_head_stride
+    if values is None:
+        values = keys + value_offset
+    else:
+        values += first_token * V_STRIDE + kv_head.to(tl.int64) * v_head_stride
     if PREFETCH and lo < hi:  # the loop's first loads wait until q is here, two dependent reads from now
-        _prefetch(keys, hi - lo, KV_STRIDE, D, 2 * BLOCK_N)
-        _prefetch(values, hi - lo, KV_STRIDE, D, 2 * BLOCK_N)
+        _prefetch(keys, hi - lo, K_STRIDE, D, 2 * BLOCK_N)
+        _prefetch(values, hi - lo, V_STRIDE, D, 2 * BLOCK_N)
     token = tl.arange(0, BLOCK_N)
-    if KV_STRIDE * BLOCK_N >= 2**31:
-        token = token.to(tl.int64)
+    k_token, v_token = token, token
+    if K_STRIDE * BLOCK_N >= 2**31:
+        k_token = token.to(tl.int64)
+    if V_STRIDE * BLOCK_N >= 2**31:
+        v_token = token.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
-    kv_tile = token[:, None] * KV_STRIDE + cols[None, :]
-    step: tl.constexpr = KV_STRIDE * BLOCK_N
+    k_tile = k_token[:, None] * K_STRIDE + cols[None, :]
+    v_tile = v_token[:, None] * V_STRIDE + cols[None, :]
 
     is_col = cols < D
     q_ptrs = q + (row * q_row_stride + head.to(tl.int64) * q_head_stride)[:, None] + cols[None, :]
@@ -159,27 +178,39 @@ def _attention(
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     MASK_COLS: tl.constexpr = D != BLOCK_D
-    if PEEL:
+    if slow_begin is not None or slow_end is not None or slow_pieces is not None:
+        acc, total, top = attend_visible(
+            acc, total, top, query, keys, values, k_tile, v_tile, is_col, scale, begin, end,
+            first_slow, last_slow, slow_pieces, first_block, last_block,
+            K_STRIDE, V_STRIDE, BLOCK_N, MASK_COLS, SPLIT, PEEL, SCAN, CHUNK,
+        )  # fmt: skip
+        if end is not None:  # blocks without masks were multiplied for rows that see nothing too
+            acc = tl.where((end > 0)[:, None], acc, 0.0)
+            total = tl.where(end > 0, total, 0.0)
+    elif PEEL:
         # Tensor cores are the limit: keep masks out of the loop.
         full = lo + (hi - lo) // BLOCK_N * BLOCK_N
         for _ in tl.range(lo, full, BLOCK_N):
-            acc, total, top = _attend_block(
-                acc, total, top, query, keys, values, kv_tile, BLOCK_N, is_col, scale, BLOCK_N, False, MASK_COLS
-            )
-            keys += step
-            values += step
+            acc, total, top = attend_block(
+                acc, total, top, query, keys, values, k_tile, v_tile, BLOCK_N, is_col, scale, None, None, None,
+                BLOCK_N, False, MASK_COLS,
+            )  # fmt: skip
+            keys += K_STRIDE * BLOCK_N
+            values += V_STRIDE * BLOCK_N
         for _ in tl.range(full, hi, BLOCK_N):
-            acc, total, top = _attend_block(
-                acc, total, top, query, keys, values, kv_tile, hi - full, is_col, scale, BLOCK_N, True, MASK_COLS
-            )
+            acc, total, top = attend_block(
+                acc, total, top, query, keys, values, k_tile, v_tile, hi - full, is_col, scale, None, None, None,
+                BLOCK_N, True, MASK_COLS,
+            )  # fmt: skip
     else:
         # Loads are the limit: masks are free, and a tail outside the pipelined loop would wait for memory alone.
         for start in tl.range(lo, hi, BLOCK_N):
-            acc, total, top = _attend_block(
-                acc, total, top, query, keys, values, kv_tile, hi - start, is_col, scale, BLOCK_N, True, MASK_COLS
-            )
-            keys += step
-            values += step
+            acc, total, top = attend_block(
+                acc, total, top, query, keys, values, k_tile, v_tile, hi - start, is_col, scale, None, None, None,
+                BLOCK_N, True, MASK_COLS,
+            )  # fmt: skip
+            keys += K_STRIDE * BLOCK_N
+            values += V_STRIDE * BLOCK_N
 
     # total == 0 only where no slow token was seen; a NaN must stay one.
     empty = total == 0
@@ -205,6 +236,7 @@ def _combine(
     num_text, num_splits, state_row_stride,
     HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr, GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
+    SPARSE: tl.constexpr,  # a part whose lse is -inf may not have been written
 ):  # fmt: skip
     text = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -219,7 +251,7 @@ def _combine(
         state_row = state + row * state_row_stride
         x = tl.load(state_row + c, mask=c < HQ * D, other=0.0).to(tl.float32)
         g = gate_of(x, weight, bias, warm_up, value, text, c, HQ * D, GATE, TANH_WARM_UP)
-        residual = tl.load(state_row + element, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(state_row + element, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
 
@@ -234,7 +266,10 @@ def _combine(
         slot = split.to(tl.int64)[:, None] * stride + text * HQ + head[None, :]
         part_lse = tl.load(lse_partials + slot, mask=is_split[:, None] & is_head[None, :], other=float("-inf"))
         ptrs = partials + slot[:, :, None] * D + cols[None, None, :]
-        part = tl.load(ptrs, mask=is_split[:, None, None] & inside[None, :, :], other=0.0)
+        is_part = is_split[:, None, None] & inside[None, :, :]
+        if SPARSE:
+            is_part = is_part & (part_lse != float("-inf"))[:, :, None]
+        part = tl.load(ptrs, mask=is_part, other=0.0)
         new_top = tl.maximum(top, tl.max(part_lse, 0))
         origin = tl.where(new_top == float("-inf"), 0.0, new_top)
         w = tl.exp2(part_lse - origin[None, :])
@@ -250,7 +285,9 @@ def _combine(
         lse_row = tl.where(empty, float("-inf"), (top + tl.log2(total)) * _LN2)
         tl.store(lse + text * HQ + head, lse_row, mask=is_head)
     if state is not None:
-        tl.store(out + row * (HQ * D) + element, (residual + g * context).to(out.dtype.element_ty), mask=inside)
+        mixed = (residual.to(tl.float32) + g * context).to(out.dtype.element_ty)
+        mixed = tl.where(empty[:, None], residual, mixed)  # nothing to mix: the same bits, -0 and NaN too
+        tl.store(out + row * (HQ * D) + element, mixed, mask=inside)
     else:
         tl.store(out + text * (HQ * D) + element, context.to(out.dtype.element_ty), mask=inside)
 
@@ -271,14 +308,21 @@ class Attention:
         num_splits: int = 0,
         config: AttentionConfig | None = None,
     ):
-        q, slow_kv = sample.q, sample.slow_kv
-        (_, num_q_heads, head_dim), num_kv_heads, kv_stride = q.shape, slow_kv.shape[1], slow_kv.stride()
+        q, slow_kv, pieces = sample.q, sample.slow_kv, sample.slow_pieces
+        (_, num_q_heads, head_dim), (num_slow, num_kv_heads) = q.shape, slow_kv.shape[:2]
+        k_stride = v_stride = slow_kv.stride()
+        value_offset = k_stride[2]
+        if sample.slow_values is not None:
+            v_stride, value_offset = sample.slow_values.stride(), 0
         num_text, batch = sample.text_rows.shape[0], sample.cu_text.shape[0] - 1
+        if pieces is not None:  # each sequence may have all tokens
+            num_slow *= batch
+        scan, chunk = triton_pieces_config(0 if pieces is None else pieces.shape[0])
         heads_per_kv = num_q_heads // num_kv_heads
         self.device, self.num_text, self.batch = describe(q.device), num_text, batch
         self.num_q_heads, self.head_dim = num_q_heads, head_dim
         self.config = config = config or triton_attention_config(
-            num_text, slow_kv.shape[0], batch, num_q_heads, num_kv_heads, head_dim, q.element_size(),
+            num_text, num_slow, batch, num_q_heads, num_kv_heads, head_dim, q.element_size(),
             self.device.num_sms, num_splits, self.device.shared_bytes,
         )  # fmt: skip
         self.combine = triton_combine_config(
@@ -288,14 +332,17 @@ class Attention:
         self.kernel = _attention[self.grid]
         scale = scale_of(q, softmax_scale)
         self.numbers = (
-            num_text, batch, config.num_splits, q.stride(0), q.stride(1), kv_stride[1], kv_stride[2], scale,
+            num_text, batch, config.num_splits, q.stride(0), q.stride(1),
+            k_stride[1], v_stride[1], value_offset, scale,
         )  # fmt: skip
+        self.selects = sample.selects
+        self.may_be_empty = self.selects or batch > 1 or num_slow == 0  # rows without a slow token
         self.constants = {
-            "KV_STRIDE": kv_stride[0], "NEGATIVE": scale < 0, "HEADS_PER_KV": heads_per_kv,
+            "K_STRIDE": k_stride[0], "V_STRIDE": v_stride[0], "NEGATIVE": scale < 0, "HEADS_PER_KV": heads_per_kv,
             "D": head_dim, "BLOCK_D": padded_head_dim(head_dim),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_B": next_power_of_2(batch),
             "SPLIT": config.num_splits > 1, "PEEL": config.peel_tail,
-            "PREFETCH": self.device.prefetch and not config.peel_tail,
+            "PREFETCH": self.device.prefetch and not (self.selects or config.peel_tail), "SCAN": scan, "CHUNK": chunk,
             "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
@@ -308,16 +355,17 @@ class Attention:
         return CallPlan(tiles=tiles, num_splits=self.config.num_splits, grid=self.grid, workspace_bytes=4 * floats)
 
     def describe_with_mix(self, dtype: torch.dtype) -> CallPlan:
-        """Without splits the context lies in memory between the two launches."""
+        """Without splits the context, and if some may be empty their lse, lie in memory between the two launches."""
         plan = self.describe()
         if self.config.num_splits > 1:
             return plan
-        return replace(plan, workspace_bytes=self.num_text * self.num_q_heads * self.head_dim * dtype.itemsize)
+        head_bytes = self.head_dim * dtype.itemsize + (4 if self.may_be_empty else 0)
+        return replace(plan, workspace_bytes=self.num_text * self.num_q_heads * head_bytes)
 
     def attend(self, tensors: AttentionTensors | FusedTensors, context: Tensor, lse: Tensor | None) -> None:
         """Into ``context`` [Nt, Hq, D] and ``lse`` [Nt, Hq]."""
         if self.config.num_splits == 1:
-            self._launch(tensors, context, lse, dependent=False)
+            self._launch(tensors, context, lse, dependent=False, write_empty=True)
         else:
             partials = self._partials(tensors)
             self._combine(partials, context, lse)
@@ -331,23 +379,31 @@ class Attention:
             return out
         context = torch.empty((self.num_text, *q.shape[1:]), dtype=q.dtype, device=q.device)
         dependent = self.device.dependent_launch
-        self._launch(tensors, context, None, dependent)
-        launch_mix(out, state, context.flatten(1), tensors.text_rows, gate, dependent)
+        lse = None
+        if self.may_be_empty:
+            lse = torch.empty(context.shape[:2], dtype=torch.float32, device=q.device)
+        self._launch(tensors, context, lse, dependent, write_empty=False)
+        launch_mix(out, state, context.flatten(1), tensors.text_rows, gate, dependent, lse)
         return out
 
     def _launch(
-        self, tensors: AttentionTensors | FusedTensors, out: Tensor, lse: Tensor | None, dependent: bool
-    ) -> None:
-        """``dependent``: the launch after this one may start early (it waits for this one's results by itself)."""
+        self, tensors: AttentionTensors | FusedTensors, out: Tensor, lse: Tensor | None, dependent: bool,
+        write_empty: bool,
+    ) -> None:  # fmt: skip
+        """``dependent``: the launch after this one may start early (it waits for this one's results by itself).
+
+        ``write_empty``: the context of rows without a slow token is read, and written as 0.
+        """
         self.kernel(
-            tensors.q, tensors.slow_kv, tensors.cu_slow, tensors.text_rows, tensors.cu_text, out, lse,
-            *self.numbers, PDL=dependent, **self.constants,
+            tensors.q, tensors.slow_kv, tensors.slow_values, tensors.cu_slow, tensors.text_rows, tensors.cu_text,
+            tensors.slow_begin, tensors.slow_end, tensors.slow_pieces, out, lse,
+            *self.numbers, PDL=dependent, WRITE_EMPTY=write_empty, **self.constants,
         )  # fmt: skip
 
     def _partials(self, tensors: AttentionTensors | FusedTensors) -> Tensor:
         heads = self.config.num_splits * self.num_text * self.num_q_heads
         partials = torch.empty(heads * (self.head_dim + 1), dtype=torch.float32, device=tensors.q.device)
-        self._launch(tensors, partials, None, self.combine.dependent)
+        self._launch(tensors, partials, None, self.combine.dependent, write_empty=False)
         return partials
 
     def _combine(
@@ -361,8 +417,8 @@ class Attention:
             self.num_text, self.config.num_splits, None if state is None else state.stride(0),
             HQ=self.num_q_heads, D=self.head_dim, BLOCK_D=padded_head_dim(self.head_dim), BLOCK_S=config.block_s,
             BLOCK_H=config.block_h, BLOCK_C=next_power_of_2(channels), GATE=gate.kind,
-            TANH_WARM_UP=gate.warm_up_tanh, PDL=config.dependent, num_warps=config.num_warps, enable_fp_fusion=True,
-            **options,
+            TANH_WARM_UP=gate.warm_up_tanh, PDL=config.dependent, SPARSE=self.selects,
+            num_warps=config.num_warps, enable_fp_fusion=True, **options,
         )  # fmt: skip
 
 

@@ -24,19 +24,28 @@ from ._common import gate_of, gdc_wait, on_device_of
 
 @triton.jit
 def _gated_mix(
-    state, context, text_rows, out, weight, bias, warm_up, value, state_row_stride, context_row_stride,
+    state, context, text_rows, out, weight, bias, warm_up, value,
+    lse,  # of the context's heads [Nt, Hq], or None; a row whose lse is -inf has no context and keeps its state
+    state_row_stride, context_row_stride, lse_row_stride,
     C: tl.constexpr, BLOCK_C: tl.constexpr, GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     text = tl.program_id(0).to(tl.int64)
     row = tl.load(text_rows + text).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     is_col = cols < C
-    x = tl.load(state + row * state_row_stride + cols, mask=is_col, other=0.0).to(tl.float32)
+    kept = tl.load(state + row * state_row_stride + cols, mask=is_col, other=0.0)
+    x = kept.to(tl.float32)
     g = gate_of(x, weight, bias, warm_up, value, text, cols, C, GATE, TANH_WARM_UP)
     if PDL:  # only the context comes from the launch before
         gdc_wait()
-    mixed = tl.load(context + text * context_row_stride + cols, mask=is_col, other=0.0).to(tl.float32)
-    tl.store(out + row * C + cols, (x + g * mixed).to(out.dtype.element_ty), mask=is_col)
+    num_read = C
+    if lse is not None:
+        num_read = tl.where(tl.load(lse + text * lse_row_stride) == float("-inf"), 0, C)
+    mixed = tl.load(context + text * context_row_stride + cols, mask=cols < num_read, other=0.0).to(tl.float32)
+    mixed = (x + g * mixed).to(out.dtype.element_ty)
+    if lse is not None:
+        mixed = tl.where(cols < num_read, mixed, kept)
+    tl.store(out + row * C + cols, mixed, mask=is_col)
 
 
 def copied_or_empty(state: Tensor, num_text: int) -> Tensor:
@@ -45,14 +54,20 @@ def copied_or_empty(state: Tensor, num_text: int) -> Tensor:
     return out if num_text == state.shape[0] else out.copy_(state)
 
 
-def launch_mix(out: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate, dependent: bool) -> None:
-    """Mix into ``out``; ``dependent``: the launch before wrote nothing that this one reads but the context."""
+def launch_mix(
+    out: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate, dependent: bool,
+    lse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Mix into ``out``; ``dependent``: the launch before wrote nothing that this one reads but the context (and lse).
+
+    ``lse`` [Nt, Hq]: a row whose lse is -inf keeps its state, and its context is not read.
+    """
     channels = state.shape[1]
     config = triton_row_config(channels)
     options = {"launch_pdl": True} if dependent else {}
     _gated_mix[(text_rows.shape[0],)](
-        state, context, text_rows, out, gate.weight, gate.bias, gate.warm_up, gate.float_value,
-        state.stride(0), context.stride(0),
+        state, context, text_rows, out, gate.weight, gate.bias, gate.warm_up, gate.float_value, lse,
+        state.stride(0), context.stride(0), 0 if lse is None else lse.stride(0),
         C=channels, BLOCK_C=config.block_c, GATE=gate.kind, TANH_WARM_UP=gate.warm_up_tanh, PDL=dependent,
         num_warps=config.num_warps, enable_fp_fusion=True, **options,
     )  # fmt: skip

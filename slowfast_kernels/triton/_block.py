@@ -1,0 +1,48 @@
+"""One block of the attention kernel's loop: BLOCK_N slow tokens against a tile of packed rows, online softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_tile(ptrs, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
+    """Rows and columns that are off are never read (a neighbour's rows may hold NaN) and give 0."""
+    if MASK_ROWS and MASK_COLS:
+        return tl.load(ptrs, mask=rows[:, None] & cols[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(ptrs, mask=rows[:, None], other=0.0)
+    elif MASK_COLS:
+        return tl.load(ptrs, mask=cols[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def attend_block(
+    acc, total, top, q, keys, values, k_tile, v_tile, tokens_left, cols, scale,
+    first, begin, end,  # the block's first token and the tokens that each row sees; None: every row sees all
+    BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One online-softmax step over BLOCK_N slow tokens; ``scale`` > 0 takes scores to base 2."""
+    live = tl.arange(0, BLOCK_N) < tokens_left
+    k = _load_tile(keys + k_tile, live, cols, MASK_ROWS, MASK_COLS)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASK_ROWS:
+        seen = live[None, :]
+        if begin is not None:
+            token = first + tl.arange(0, BLOCK_N)
+            seen = seen & (token[None, :] >= begin[:, None]) & (token[None, :] < end[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    if begin is None:
+        origin = new_top
+    else:  # a row may have seen nothing yet
+        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(scores * scale - origin[:, None])
+    shrink = tl.exp2(top - origin)
+    total = total * shrink + tl.sum(p, 1)
+    v = _load_tile(values + v_tile, live, cols, MASK_ROWS, MASK_COLS)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, new_top

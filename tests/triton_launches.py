@@ -1,0 +1,103 @@
+"""Launches of the Triton backend, recorded instead of run, and compiled ahead of time for GPUs that are not here.
+
+The recorder runs the backend on meta tensors and keeps each launch, so that exactly what a GPU would run is compiled.
+"""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreter_agrees_with_eager")
+
+HALF = torch.bfloat16
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program may use
+NUM_SMS = {80: 108, 90: 132, 100: 148}
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    int: "i32",
+    float: "fp32",
+}
+
+
+class Launch:
+    """One recorded ``kernel[grid](*args, **kwargs)``, specialised as Triton's launcher specialises it."""
+
+    def __init__(self, kernel, args, kwargs):
+        names = kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        self.kernel, self.options = kernel, {k: v for k, v in kwargs.items() if k not in names}
+        self.signature, self.constants, self.attributes = {}, {}, {}
+        for i, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+                self.signature[name], self.constants[name] = "constexpr", value
+                continue
+            is_tensor = isinstance(value, torch.Tensor)
+            self.signature[name] = TYPES[value.dtype] if is_tensor else TYPES[type(value)]
+            if is_tensor or (special and type(value) is int and value % 16 == 0):
+                self.attributes[(i,)] = [["tt.divisibility", 16]]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def compile(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature, attributes = self.signature, self.attributes
+        if VERSION < (3, 3):  # constants are in no signature there, and attributes have a class
+            from triton.backends.compiler import AttrsDescriptor
+
+            signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+            attributes = AttrsDescriptor.from_hints({index: 16 for (index,) in attributes})
+        source = ASTSource(self.kernel, signature, self.constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def index(n: int) -> torch.Tensor:
+    return meta(n, dtype=torch.int32)
+
+
+def recorder(monkeypatch: pytest.MonkeyPatch):
+    """recorder(...)(arch) -> the list that launches of the Triton backend are then kept in instead of being run."""
+    import slowfast_kernels.triton.attention as attention
+    from slowfast_kernels.triton._common import HAS_DEPENDENT_LAUNCH, Device
+
+    launches = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        assert all(extent >= 1 for extent in grid)
+        launches.append(Launch(kernel, args, kwargs))
+
+    def start(arch: int) -> list[Launch]:
+        device = Device(NUM_SMS[arch], SHARED_BYTES[arch], HAS_DEPENDENT_LAUNCH and arch >= 90, prefetch=True)
+        monkeypatch.setattr(attention, "describe", lambda _: device)
+        monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+        return launches
+
+    return start
+
+
+def compile_all(launches: list[Launch], arch: int):
+    """Every distinct launch, compiled down to SASS, within the limits of its GPU."""
+    for launch in launches:
+        kernel = launch.compile(arch)
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED_BYTES[arch]
+        yield launch, kernel
