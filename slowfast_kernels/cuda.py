@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import addressof
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Call
     params, device = merge_params(sample), sample.context_a.device
     kernel = extension().cuda_merge
 
+    @described(CallPlan)
     def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
         context, lse = (x.new_empty(x.shape) for x in tensors[:2])
         mine = copy(params)
@@ -188,14 +189,16 @@ class Attention:
         self.kernel = extension().cuda_cross_attention
 
     def describe(self) -> CallPlan:
-        num_kv_heads = self.params.num_kv_heads
-        tiles = {"block_m": 64 * self.config.consumers, "block_n": self.config.block_n, **asdict(self.config)}
-        return CallPlan(
-            tiles=tiles,
-            num_splits=self.config.cluster_size * self.config.num_groups,
-            grid=self.config.grid(num_kv_heads),
+        config = self.config
+        plan = CallPlan(
+            tiles={"block_m": 64 * config.consumers, "block_n": config.block_n, **asdict(config)},
+            num_splits=config.cluster_size * config.num_groups,
+            grid=config.grid(self.params.num_kv_heads),
             workspace_bytes=4 * sum(self.workspace or ()),
         )
+        if config.dealt_ctas:
+            return replace(plan, num_splits=None, notes=("the device deals out blocks by what rows see",))
+        return plan
 
     def __call__(
         self,

@@ -289,6 +289,8 @@ class HopperConfig:
 
     def grid(self, num_kv_heads: int) -> tuple[int, int, int]:
         """CTAs of the launch; those of whole units have nothing to do in groups but the first."""
+        if self.dealt_ctas:
+            return self.dealt_ctas, 1, 1
         return self.cluster_size * self.max_tiles, num_kv_heads, self.num_groups
 
     def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:

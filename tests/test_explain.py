@@ -15,11 +15,13 @@ from slowfast_kernels import _extension, cpu, cuda
 from slowfast_kernels.heuristics import (
     BACKENDS,
     MIX_ROWS_FOR_TRITON,
+    OpCall,
     choose_backend,
     cpu_num_splits,
     hopper_attention_config,
     triton_attention_config,
     triton_row_config,
+    unsupported_reason,
 )
 from slowfast_kernels.ops.explain import FUNCTIONS
 from slowfast_kernels.ops.op import OPS
@@ -73,8 +75,9 @@ def hopper(monkeypatch):
             return real(tensors, options)._replace(device_type="cuda", capability=(9, 0), has_sm90_kernels=True)
 
         monkeypatch.setattr(op, "facts", on_gpu)
-    kernels = SimpleNamespace(cuda_cross_attention=None, cuda_gated_mix=None)
+    kernels = SimpleNamespace(cuda_cross_attention=None, cuda_gated_mix=None, cuda_merge=None)
     monkeypatch.setattr(cuda, "extension", lambda: kernels)
+    monkeypatch.setattr(cuda, "_num_sms", lambda device: 132)
     triton = pytest.importorskip("slowfast_kernels.triton.attention")
     device = SimpleNamespace(num_sms=132, shared_bytes=227 * 1024, dependent_launch=True, prefetch=True)
     monkeypatch.setattr(triton, "describe", lambda device_: device)
@@ -203,8 +206,31 @@ def test_pooling_says_items_entries_and_tokens(backend, request, rng):
     assert (found.tiles["slow_tokens"], found.tiles["fast_tokens"]) == (5 * 4 + 16, 2 * 4 + 16)
 
 
-@pytest.mark.parametrize("op", [ATTEND, MIX, FUSED])
-@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
+def test_blocks_that_the_device_deals_out_have_no_number_of_splits(hopper, rng):
+    arguments, _ = arguments_of(ATTEND, rng(), Shape(((300, 100), (300, 200)), (4, 2), 64, 0), torch.bfloat16)
+    end = torch.full((600,), 100, dtype=torch.int32)
+    found = sk.explain(ATTEND, *arguments, slow_end=end)
+    config = hopper_attention_config(600, 300, 2, 4, 2, 64, 0, selects=True)
+    assert config.dealt_ctas > 0
+    assert found.grid == (config.dealt_ctas, 1, 1)
+    assert found.num_splits is None
+    assert "deals out" in str(found)
+    assert found.workspace_bytes == 4 * sum(config.workspace(2, 64))
+
+
+def kernels() -> list[tuple[str, str]]:
+    """(op, backend) of every prepared call there is."""
+    calls = {op: OpCall(op, "cuda", torch.bfloat16, (9, 0), head_dim=64) for op in FUNCTIONS if op != POOL}
+    on = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+    return [
+        (op, backend)
+        for backend, device in on.items()
+        for op, call in calls.items()
+        if unsupported_reason(backend, call._replace(device_type=device)) is None
+    ]
+
+
+@pytest.mark.parametrize(("op", "backend"), kernels())
 def test_a_prepared_call_describes_itself(op, backend, request, rng):
     if backend != "cpu":
         request.getfixturevalue("hopper")

@@ -414,6 +414,16 @@ def test_arguments_by_name_are_counted(inputs):
     assert found == {"text_cross_attention": attention_cost(fused=False)}
 
 
+@pytest.mark.parametrize("gate", ["tanh", "none"])
+def test_a_gate_without_a_weight_costs_no_dot_product(gate, inputs):
+    context = torch.zeros(4, 64)
+    gating = inputs.gating if gate == "tanh" else (None, None, inputs.gating[2])
+    state = inputs.state.clone().requires_grad_()
+    found = count(lambda: sk.gated_residual_mix(state, context, inputs.text_rows, *gating, gate=gate).sum().backward())
+    forward, backward = {"tanh": (4, 9), "none": (2, 3)}[gate]
+    assert found == {"gated_residual_mix": forward * 4 * 64, "gated_residual_mix_backward": backward * 4 * 64}
+
+
 def test_merging_is_counted(calls):
     with torch.no_grad():
         assert count(lambda: calls("merge_attention")) == {"merge_attention": 3 * 4 * 4 * 16}
