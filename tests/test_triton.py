@@ -210,7 +210,7 @@ def test_the_hopper_loop_is_asynchronous(record, case, tmp_path):
     kernel = launches[0].compile(90)
     ptx = kernel.asm["ptx"]
     tile = launches[0].constants
-    assert tile["KV_STRIDE"] == 4 * 2 * 128
+    assert tile["K_STRIDE"] == tile["V_STRIDE"] == 4 * 2 * 128
     chunks = tile["BLOCK_N"] * 128 * 2 // (16 * 32 * launches[0].options["num_warps"])  # 16-byte copies a thread
     assert ptx.count("cp.async.cg.shared.global") >= 4 * chunks, "prologue and loop, K and V"
     assert ("wgmma.mma_async" in ptx) == (tile["BLOCK_M"] >= 64)
