@@ -90,6 +90,26 @@ def test_a_layer_is_one_graph_for_batches_of_any_length(index, grad, dynamic):
     assert counter.frame_count <= 2  # the first lengths, then symbolic ones; symbolic from the start compiles twice
 
 
+@both_modes
+def test_a_layer_is_one_graph_with_ranges_of_slow_tokens_and_without(grad):
+    model = three_layers(None, num_hidden_layers=1, causal_slow_tokens=True, cross_attn_implementation="vanilla")
+    layer = model.model.layers[HYBRID]
+    run, _ = compiled(layer, fullgraph=True, grad=grad)
+    found_ranges = []
+    for prompts, videos in (BATCHES[2], BATCHES[0]):
+        with torch.set_grad_enabled(grad):
+            x, rope, layout, slow = layer_inputs(model, prompts, videos)
+            found_ranges.append(slow.slow_end is not None)
+            found, expected = (call(x, rope, slow)[layout.attention_mask] for call in (run, layer))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        if grad:
+            leaves = [x, *layer.parameters()]
+            grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected)]
+            for got, want in zip(*grads, strict=True):
+                assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert set(found_ranges) == {True, False}
+
+
 @pytest.mark.parametrize(("index", "backend"), [(HYBRID, None), (HYBRID, "eager"), (PLAIN, None)])
 @torch.no_grad()
 def test_a_layer_is_one_graph_while_it_fills_the_caches_and_while_it_reads_them(index, backend):

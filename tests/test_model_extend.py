@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_cases import MODEL_TARGETS, VIDEO, features, one_thread, padded, tiny_model  # noqa: F401
 
 from slowfast_model import DecodeSession
@@ -93,6 +95,33 @@ def test_turns_give_what_one_prompt_gives_in_every_implementation(implementation
     for turn in turns[1:]:
         session.extend(*call(turn))
     assert_goes_on_alike(session, prefilled(model, in_one(turns)))
+
+
+PROMPT = st.lists(st.integers(1, 60) | st.just(VIDEO), min_size=1, max_size=4)
+
+
+@given(st.data())
+@settings(max_examples=15)
+def test_any_turns_give_what_one_prompt_gives(data):
+    """Drawn: samples, turns, sizes of videos, padding, the implementation, room, and how many tokens are between."""
+    draw = data.draw
+    sizes = st.tuples(st.integers(1, 3), st.sampled_from([2, 4, 6]))
+    num_samples, num_turns = draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    prompts = [[draw(PROMPT) for _ in range(num_samples)] for _ in range(num_turns)]
+    turns = [[(prompt, [draw(sizes) for i in prompt if i == VIDEO]) for prompt in turn] for turn in prompts]
+    model = causal_model(cross_attn_implementation=draw(st.sampled_from(list(IMPLEMENTATIONS))))
+    session = prefilled(model, turns[0], max_new_tokens=200, max_slow_tokens=draw(st.sampled_from([None, 400])))
+    said = turns[:1]
+    for turn in turns[1:]:
+        answers = [[] for _ in range(num_samples)]
+        for _ in range(draw(st.integers(0, 2))):
+            token = session.logits.argmax(-1)
+            session.step(token)
+            for answer, new in zip(answers, token.tolist(), strict=True):
+                answer.append(new)
+        session.extend(*call(turn, draw(st.sampled_from(["left", "right"]))))
+        said += [[(answer, []) for answer in answers], turn]
+    assert_goes_on_alike(session, prefilled(model, in_one(said)))
 
 
 def test_turns_padded_on_the_left_give_the_same():
