@@ -99,15 +99,11 @@ class Appending:
         self._starts = torch.arange(batch, device=device) * capacity
         self._positions = torch.arange(capacity, device=device)
         self._one_each = NewRows.of([1] * batch, 1, device)
-        # Of several new tokens, each sees a range of its sequence, whose slots are a piece of the cache.
-        self._cu_pieces = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        self._pieces = torch.stack([self._starts, self._starts + capacity], 1).int()
-        # One new token a sequence does without ranges: every sequence is two, its live part, which its query attends,
-        # and the unused rest, which has no query.
-        self._cu_one_in_two = torch.arange(2 * batch + 1, dtype=torch.int32, device=device).add(1) // 2
+        # The slots of a sequence are a piece of the cache, of which each new token sees a range: what is before it.
+        self.cu_pieces = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self.pieces = torch.stack([self._starts, self._starts + capacity], 1).int()
         self.new: NewRows | None = None  # None: prefill
-        self.slots = self.sequences = self.mask = None
-        self.ranges: dict[str, Tensor] = {}
+        self.slots = self.ends = self.mask = None
 
     def begin(self, position: Tensor, new: NewRows | None = None) -> None:
         """Append tokens from ``position`` [B] int64 on: one a sequence, or those of ``new``."""
@@ -121,12 +117,8 @@ class Appending:
         self.slots = starts + place
         if self.backend == "eager":
             self.mask = (self._positions <= last[..., None])[:, None]
-        elif new is None:
-            ends = torch.stack([self.slots + 1, self._starts + self.capacity], 1).flatten()
-            self.sequences, self.ranges = (F.pad(ends, (1, 0)).int(), self.new.rows, self._cu_one_in_two), {}
         else:
-            self.sequences = (self._cu_pieces, new.rows, new.cu_rows)
-            self.ranges = {"slow_end": (place + 1).int(), "slow_pieces": self._pieces}
+            self.ends = (place + 1).int()
 
 
 @dataclass
@@ -162,7 +154,9 @@ class LayerCache:
             out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, step.mask, enable_gqa=True)
             return out.transpose(1, 2)
         queries = q.flatten(0, 1)
-        context = sk.text_cross_attention(queries, slots, *step.sequences, **step.ranges, backend=step.backend)
+        sequences = (step.cu_pieces, rows, step.new.cu_rows)
+        selection = {"slow_end": step.ends, "slow_pieces": step.pieces}
+        context = sk.text_cross_attention(queries, slots, *sequences, **selection, backend=step.backend)
         if is_padded:
             context = torch.zeros_like(queries).index_copy(0, rows.long(), context)
         return context.view(q.shape)

@@ -371,9 +371,7 @@ class DecodeSession:
         """What runs an attention op of the step, whose query is a row a sample of the computed type."""
         keys, batch = self.cache.layers[0].kv.flatten(0, 1), len(self._token)
         q = keys.new_empty(batch, self.model.config.num_attention_heads, keys.shape[-1])
-        ends = None
-        if op == "slowfast_cross_attention":
-            ends = self.slow.slow_end
+        ends = self.cache.step.cu_pieces if op == "text_cross_attention" else self.slow.slow_end
         facts = attention_facts(op, AttentionTensors(q, keys, *[self._token] * 3, slow_end=ends), None)
         return backend_for(facts, q.device, backend)
 
