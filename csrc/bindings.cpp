@@ -1,6 +1,7 @@
 // The Python module slowfast_kernels._C. There is no torch here: a call's tensors and sizes arrive in one struct of
 // params.h, so one build serves every torch. Python has validated and allocated; a call costs a microsecond.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <sstream>
@@ -63,8 +64,12 @@ PYBIND11_MODULE(_C, m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_cross_attention",
         [](Address params, int num_threads) { cpu::cross_attention(read_attention(params), num_threads); }, no_gil);
+  m.def("cpu_attention_units", [](Address params, int num_threads) {
+    return cpu::attention_units(read_attention(params), num_threads);
+  });
   m.def("cpu_gated_mix", [](Address params, int num_threads) { cpu::gated_mix(read_gated_mix(params), num_threads); },
         no_gil);
+  m.def("cpu_merge", [](Address params, int num_threads) { cpu::merge(read_merge(params), num_threads); }, no_gil);
   m.def("cpu_pool", [](Address params, int num_threads) { cpu::pool(read_pool(params), num_threads); }, no_gil);
 #ifdef SLOWFAST_WITH_CUDA
   bind_cuda(m);

@@ -52,7 +52,7 @@ struct CrossAttentionParams {
   int64_t num_text, num_slow;   // Nt, Ns
   int64_t num_pieces;           // P; 0 without slow_pieces
   int32_t batch, num_q_heads, num_kv_heads, head_dim;
-  int32_t num_splits;           // >= 1, over each sequence's slow tokens
+  int32_t num_splits;           // >= 1, over each sequence's slow tokens; on a CPU also 0: by what there is to do
   float softmax_scale;
   DType dtype;                  // of q, slow_kv, context, state, out
 };

@@ -14,7 +14,7 @@ class CallPlan:
     ``tiles``: what work is cut into, by the backend's own names, and with how many warps or threads.
     ``num_splits``: parts of each sequence's slow tokens; None: there is nothing to split.
     ``grid``: CTAs, programs or units of work of the largest launch; None: shapes alone do not fix it.
-    ``workspace_bytes``: memory beside arguments and results; None: PyTorch's own ops decide.
+    ``workspace_bytes``: memory beside arguments and results; None: PyTorch's own ops, or the call's lengths, decide.
     """
 
     tiles: Mapping[str, int | str | bool] = field(default_factory=dict)

@@ -13,15 +13,26 @@ from torch import Tensor
 
 from ._extension import extension
 from .call_plan import CallPlan, described
-from .calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
-from .heuristics import cpu_num_splits
+from .calls import (
+    AttentionOptions,
+    AttentionTensors,
+    FusedOptions,
+    FusedTensors,
+    MergeOptions,
+    MergeTensors,
+    MixOptions,
+    MixTensors,
+    scale_of,
+)
 from .params import (
     CrossAttentionParams,
     copy,
     cross_attention_params,
     fill_attention,
     fill_gate,
+    fill_merge,
     gated_mix_params,
+    merge_params,
     pool_params,
 )
 from .pool_plan import PoolPlan, describe_pool
@@ -50,6 +61,7 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
     """A function of tensors alike: context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
     params = cross_attention_params(sample, scale_of(sample.q, options.softmax_scale), options.num_splits)
     shape = (sample.text_rows.shape[0], *sample.q.shape[1:])
+    kernel = extension().cpu_cross_attention
 
     @described(lambda: _attention_plan(params))
     def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
@@ -61,7 +73,7 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
         if lse is not None:
             mine.lse = lse.data_ptr()
         fill_attention(mine, tensors)
-        _attend(mine)
+        kernel(addressof(mine), torch.get_num_threads())
         return context, lse
 
     return run
@@ -91,6 +103,7 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     inputs, state = sample.attention, sample.state
     scale = scale_of(inputs.q, options.softmax_scale)
     params = cross_attention_params(inputs, scale, options.num_splits, state, sample.gate(options))
+    kernel = extension().cpu_cross_attention
     all_rows_are_text = inputs.text_rows.shape[0] == state.shape[0]
 
     @described(lambda: _attention_plan(params))
@@ -101,27 +114,32 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
         mine.state, mine.out = state.data_ptr(), out.data_ptr()
         held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel has read it
         fill_attention(mine, tensors)
-        _attend(mine)
+        kernel(addressof(mine), torch.get_num_threads())
         return out
 
     return run
 
 
-def _num_splits(params: CrossAttentionParams, threads: int) -> int:
-    """Those that are fixed, else what suits the threads there are now."""
-    return params.num_splits or cpu_num_splits(
-        params.batch, params.num_text, params.num_slow, params.num_q_heads, params.num_kv_heads, threads
-    )
+def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Callable:
+    """A function of tensors alike: context [Nt, Hq, D] and lse [Nt, Hq] over the tokens of both sides."""
+    params = merge_params(sample)
+    kernel = extension().cpu_merge
 
+    @described(lambda: CallPlan(tiles=_threads()))
+    def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
+        context, lse = (x.new_empty(x.shape) for x in tensors[:2])
+        mine = copy(params)
+        fill_merge(mine, tensors, context, lse)
+        kernel(addressof(mine), torch.get_num_threads())
+        return context, lse
 
-def _attend(params: CrossAttentionParams) -> None:
-    threads = torch.get_num_threads()
-    params.num_splits = _num_splits(params, threads)
-    extension().cpu_cross_attention(addressof(params), threads)
+    return run
 
 
 def _attention_plan(params: CrossAttentionParams) -> CallPlan:
     """The workspace is the splits' partial results, and some scratch a thread that depends on the instruction set."""
-    splits = _num_splits(params, torch.get_num_threads())
-    floats = splits * params.num_text * params.num_q_heads * (params.head_dim + 1)
-    return CallPlan(tiles=_threads(), num_splits=splits, workspace_bytes=4 * floats)
+    if params.num_splits == 0:
+        note = "the kernel deals out blocks of rows by the slow tokens that they see, several units a thread"
+        return CallPlan(tiles=_threads(), workspace_bytes=None, notes=(note,))
+    floats = params.num_splits * params.num_text * params.num_q_heads * (params.head_dim + 1)
+    return CallPlan(tiles=_threads(), num_splits=params.num_splits, workspace_bytes=4 * floats)

@@ -52,10 +52,6 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
         return f"tensors on {call.device_type}; use backend='triton' or 'cuda'"
     if backend == "cuda" and call.device_type != "cuda":
         return f"tensors on {call.device_type}; use backend='cpu'"
-    if call.op == "merge_attention" and backend == "cpu":
-        return "it has no kernel of its own for merge_attention; use backend='eager'"
-    if call.selects and backend == "cpu":
-        return "slow_begin, slow_end and slow_pieces; use backend='eager'"
     attends = call.op in ("text_cross_attention", "slowfast_cross_attention")
     if backend == "triton" and attends and call.device_type == "cpu" and call.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly; use backend='eager', float32 or float16"
@@ -436,18 +432,3 @@ def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
         return 4, max(1, min(blocks // 4, ctas // (4 * units)))
     cluster_size = 2 if 2 * units <= _HOPPER_DECODE_CTAS and blocks >= 2 else 1
     return cluster_size, max(1, min(blocks, _HOPPER_DECODE_CTAS // units) // cluster_size)
-
-
-# ------------------------------------------------------------------------------------------------- cpu: attention
-
-CPU_UNITS_PER_THREAD = 4  # the cores are shared with other work: spare units even out what each thread gets done
-CPU_MIN_TOKENS = 192  # of a split; below, packing queries and combining cost more than the split gains
-
-
-def cpu_num_splits(batch: int, num_text: int, num_slow: int, num_q_heads: int, num_kv_heads: int, threads: int) -> int:
-    """Parts of each sequence's slow tokens, so that every thread has ``CPU_UNITS_PER_THREAD`` units of work."""
-    sequences = max(batch, 1)
-    rows = num_text * (num_q_heads // num_kv_heads) // sequences  # of a sequence and KV head
-    units = sequences if rows <= 16 else sequences * num_kv_heads * -(-rows // 48)  # a few rows take all heads at once
-    wanted = -(-CPU_UNITS_PER_THREAD * threads // units)
-    return max(1, min(wanted, num_slow // sequences // CPU_MIN_TOKENS))

@@ -16,7 +16,6 @@ import torch
 import slowfast_kernels as sk
 from slowfast_kernels._extension import extension
 from slowfast_kernels.dtypes import KERNEL_DTYPES
-from slowfast_kernels.heuristics import cpu_num_splits
 
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 
@@ -148,7 +147,103 @@ def test_tokens_far_apart_in_memory_are_found():
     assert torch.equal(attend(q, kv), attend(q, kv.clone(memory_format=torch.contiguous_format)))
 
 
-# ----------------------------------------------------------------------------------------- conversions, mix, pool
+# -------------------------------------------------------------------------------------------- ranges, pieces
+
+
+def ranges(text: int, slow: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Any ranges, of which the last row's is empty."""
+    begin, end = (torch.randint(-3, slow + 4, (text,), generator=generator, dtype=torch.int32) for _ in range(2))
+    begin[-1] = end[-1] = 3
+    return {"slow_begin": begin, "slow_end": end}
+
+
+def unseen(slow: int, slow_begin: torch.Tensor, slow_end: torch.Tensor) -> torch.Tensor:
+    """[slow], true for tokens that no row sees."""
+    token = torch.arange(slow)
+    return ~((slow_begin[:, None] <= token) & (token < slow_end[:, None])).any(0)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [2, 3, 5, 9, 17, 33, 60])
+def test_ranges_hold_at_every_height_of_the_row_tile(rows, dtype, rng):
+    generator = rng()
+    q, kv = inputs(rows, 150, (2, 2), 64, dtype, generator)
+    sees = ranges(rows, 150, generator)
+    exact = attend(q.double(), kv.double(), "eager", **sees)
+    kv[unseen(150, **sees)] = float("nan")
+    q[-1] = float("inf")
+    for num_splits in (1, 2):
+        got = attend(q, kv, num_splits=num_splits, **sees)
+        assert not got[-1].any()
+        resolution = {torch.float32: 4e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+        assert ((got.double() - exact).abs() <= resolution * (1 + exact.abs())).all()
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (40, 1)], ids=str)
+def test_a_range_may_begin_and_end_at_any_token_of_a_tile(heads, dtype, rng):
+    q, kv = inputs(1, 120, heads, 16, dtype, rng())
+    for begin in (0, 1, 7, 8, 15, 16, 47, 48, 49):
+        for end in (begin + 1, begin + 2, begin + 9, begin + 48, 97, 119):
+            hidden = kv.clone()
+            hidden[:begin] = hidden[end:] = float("nan")
+            got = attend(q, hidden, slow_begin=int32(begin), slow_end=int32(end))
+            assert_close(got, q, kv[begin:end])
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_what_is_not_seen_counts_for_nothing_at_any_scale(scale, rng):
+    q, kv = inputs(2, 60, (3, 1), 32, torch.float32, rng())
+    got = attend(q, kv, softmax_scale=scale, slow_begin=int32(10, 40), slow_end=int32(20, 41))
+    assert_close(got[:1], q[:1], kv[10:20], softmax_scale=scale)
+    assert_close(got[1:], q[1:], kv[40:41], softmax_scale=scale)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (40, 1), (14, 2)], ids=str)
+@pytest.mark.parametrize("length", [1, 7, 8, 20, 64])
+def test_tokens_in_pieces_give_the_bits_of_tokens_in_one_run(length, heads, dtype, rng):
+    generator = rng()
+    q, kv = inputs(2, 192, heads, 128, dtype, generator)
+    begins = torch.arange(0, 192, length)
+    order = torch.randperm(len(begins), generator=generator)
+    pieces = torch.stack((begins, (begins + length).clamp(max=192)), 1)[order].int()
+    joined = torch.cat([kv[begin:end] for begin, end in pieces.tolist()])
+    rows = torch.arange(2, dtype=torch.int32)
+    for more in ({}, {"slow_begin": int32(0, 13), "slow_end": int32(150, 192)}):
+        got = sk.text_cross_attention(
+            q, kv, int32(0, len(pieces)), rows, int32(0, 2), slow_pieces=pieces, num_splits=2, backend="cpu", **more
+        )
+        assert torch.equal(got, attend(q, joined, num_splits=2, **more))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_a_row_that_sees_nothing_keeps_its_state_whatever_it_holds(dtype, rng):
+    q, kv = inputs(3, 50, (4, 2), 16, dtype, rng())
+    state = torch.full((3, 64), float("nan"), dtype=dtype)
+    state[1] = 1.0
+    value = torch.tensor([float("nan"), 0.5, float("nan")])
+    places = (q, kv, int32(0, 50), int32(0, 1, 2), int32(0, 3))
+    mixed = sk.slowfast_cross_attention(
+        state, *places, None, None, None, gate_value=value, slow_end=int32(0, 50, -7), backend="cpu"
+    )
+    assert torch.equal(mixed[[0, 2]].view(torch.uint8), state[[0, 2]].view(torch.uint8))
+    assert mixed[1].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_with_fixed_splits_the_bits_depend_neither_on_threads_nor_on_the_batch(threads, rng, monkeypatch):
+    generator = rng()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    q, kv = inputs(6, 700, (7, 1), 64, torch.bfloat16, generator)
+    rows = torch.arange(6, dtype=torch.int32)
+    cu_slow, cu_text = int32(0, 30, 30, 700), int32(0, 3, 4, 6)
+    got = sk.text_cross_attention(q, kv, cu_slow, rows, cu_text, num_splits=3, backend="cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(got[4:], attend(q[4:], kv[30:], num_splits=3))
+
+
+# -------------------------------------------------------------------------------- conversions, mix, merge, pool
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -183,12 +278,11 @@ def test_the_gate_sums_every_channel_once(channels, dtype):
     assert torch.equal(mixed[0], state[0])
 
 
-# ------------------------------------------------------------------------------------------------ heuristics
-
-
-def test_splits_feed_every_thread_and_stay_worth_their_while():
-    assert cpu_num_splits(1, 1, 5184, 28, 4, threads=2) == 8
-    assert cpu_num_splits(1, 1, 5184, 28, 4, threads=64) == 27  # 192 tokens each
-    assert cpu_num_splits(1, 1, 100, 28, 4, threads=2) == 1
-    assert cpu_num_splits(16, 16, 16 * 5184, 28, 4, threads=2) == 1  # a sequence a unit is enough
-    assert cpu_num_splits(0, 0, 0, 28, 4, threads=2) == 1
+@pytest.mark.parametrize("dim", [1, 5, 16, 63, 64, 130])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_merging_weighs_every_channel_of_both_sides(dim, dtype):
+    ones = torch.ones(2, 3, dim, dtype=dtype)
+    lse = torch.zeros(2, 3)
+    context, both = sk.merge_attention(ones, lse, -3 * ones, lse + torch.tensor(3.0).log(), backend="cpu")
+    assert torch.equal(context, -2 * ones)
+    torch.testing.assert_close(both, lse + torch.tensor(4.0).log())

@@ -17,7 +17,6 @@ from slowfast_kernels.heuristics import (
     MIX_ROWS_FOR_TRITON,
     OpCall,
     choose_backend,
-    cpu_num_splits,
     hopper_attention_config,
     triton_attention_config,
     triton_row_config,
@@ -29,7 +28,6 @@ from slowfast_kernels.ops.op import OPS
 SHAPE = Shape(((2, 600), (3, 500)), (4, 2), 64)
 VIDEO = Video((8, 1), (4, 4), 8, 2, 1, 2, 1)
 POOL, ATTEND, MIX, FUSED, MERGE = FUNCTIONS  # by name
-HAS_KERNELS = (POOL, ATTEND, MIX, FUSED)
 
 
 def arguments_of(op: str, generator, shape: Shape = SHAPE, dtype=torch.float32) -> tuple[tuple, dict]:
@@ -102,7 +100,7 @@ def test_it_names_the_backend_and_why_the_faster_ones_are_passed_over(call, monk
         {backend: _extension.unavailable_reason(backend, torch.device("cpu")) for backend in BACKENDS},
     )
     assert (found.op, found.backend, dict(found.rejected)) == (name, *choice)
-    assert found.backend == ("cpu" if name in HAS_KERNELS else "eager")
+    assert found.backend == "cpu"
     assert set(found.rejected) == set(BACKENDS[: BACKENDS.index(found.backend)])
 
 
@@ -189,10 +187,11 @@ def test_a_call_without_a_text_row_launches_nothing(op, backend, hopper, rng):
 def test_on_a_cpu_it_says_splits_threads_and_instruction_set(num_splits, attention):
     found = sk.explain(ATTEND, *attention, num_splits=num_splits, backend="cpu")
     threads = torch.get_num_threads()
-    assert found.num_splits == (num_splits or cpu_num_splits(2, 5, 1100, 4, 2, threads))
+    assert found.num_splits == (num_splits or None)
     assert found.tiles["threads"] == threads
     assert found.tiles["isa"] == _extension.extension().cpu_isa()
-    assert found.workspace_bytes == 4 * found.num_splits * 5 * 4 * (64 + 1)
+    assert found.workspace_bytes == (4 * num_splits * 5 * 4 * (64 + 1) if num_splits else None)
+    assert ("deals out" in str(found)) == (num_splits == 0)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "eager"])
@@ -323,12 +322,12 @@ def test_tensors_of_shapes_alone_run_nowhere(kind, attention):
 
 def test_nothing_runs_and_nothing_is_kept(call, monkeypatch):
     name, arguments, options = call
-    kernels = [f"cpu_{kernel}" for kernel in ("pool", "cross_attention", "gated_mix")]
+    kernels = [f"cpu_{kernel}" for kernel in ("pool", "cross_attention", "gated_mix", "merge")]
     stand_in = SimpleNamespace(cpu_isa=lambda: "plain", **dict.fromkeys(kernels))  # None cannot be called
     monkeypatch.setattr(cpu, "extension", lambda: stand_in)
     monkeypatch.setattr(OPS[name], "formula", None)
     kept = len(OPS[name].prepared)
-    for backend in ("cpu", "eager") if name in HAS_KERNELS else ("eager",):
+    for backend in ("cpu", "eager"):
         assert sk.explain(name, *arguments, **options, backend=backend).backend == backend
     assert len(OPS[name].prepared) == kept
 

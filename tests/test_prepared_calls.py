@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import Shape, make_inputs
@@ -106,12 +108,8 @@ def test_a_prepared_call_reads_the_tensors_of_the_call_and_not_those_that_it_was
 
 def test_a_cpu_s_splits_follow_the_threads_of_each_call(inputs, prepared, monkeypatch):
     seen = []
-
-    def num_splits(*sizes):
-        seen.append(sizes[-1])
-        return 1
-
-    monkeypatch.setattr(cpu, "cpu_num_splits", num_splits)
+    stand_in = SimpleNamespace(cpu_cross_attention=lambda params, threads: seen.append(threads))
+    monkeypatch.setattr(cpu, "extension", lambda: stand_in)
     for threads in (3, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         sk.text_cross_attention(*inputs.attention, backend="cpu")

@@ -1,4 +1,4 @@
-// Work division of the CPU backend: what each thread does and where its scratch lies. OpenMP is the libgomp that torch
+// What each thread of the CPU backend does and where its scratch lies; plan.cpp cuts attention into units of work. OpenMP is the libgomp that torch
 // has loaded; units are handed out dynamically, for the cores are shared with whatever else the machine runs.
 #include <omp.h>
 
@@ -9,6 +9,7 @@
 
 #include "cpu.h"
 #include "kernels.h"
+#include "plan.h"
 
 namespace slowfast::cpu {
 namespace {
@@ -39,56 +40,49 @@ void for_each(int64_t count, int num_threads, int64_t scratch_floats, const Body
   for (int64_t i = 0; i < count; ++i) body(i, scratch.data() + omp_get_thread_num() * each);
 }
 
-// Units in the order in which neighbours read the same slow tokens.
-std::vector<AttentionUnit> attention_units(const CrossAttentionParams& p, float* context, float* lse2) {
-  const Kernels& k = kernels();
-  const int64_t group = p.num_q_heads / p.num_kv_heads, plane = p.num_text * p.num_q_heads;
-  std::vector<AttentionUnit> units;
-  for (int b = 0; b < p.batch; ++b) {
-    const int64_t rows = (p.cu_text[b + 1] - p.cu_text[b]) * group, tokens = p.cu_slow[b + 1] - p.cu_slow[b];
-    const int64_t tiles = (tokens + kTokenTile - 1) / kTokenTile;
-    const int64_t run = (tiles + p.num_splits - 1) / p.num_splits * kTokenTile;
-    // A few rows read whole tokens, all heads at once, as they lie in memory.
-    const int head_step = rows <= k.flat_rows ? p.num_kv_heads : 1;
-    for (int head = 0; head < p.num_kv_heads; head += head_step) {
-      for (int s = 0; s < p.num_splits && s * run < tokens; ++s) {
-        for (int64_t row = 0; row < rows; row += k.max_attention_rows) {
-          const int64_t begin = p.cu_slow[b] + s * run;
-          units.push_back({p.cu_text[b], row, std::min(row + k.max_attention_rows, rows), begin,
-                           std::min<int64_t>(begin + run, p.cu_slow[b + 1]), head, head + head_step,
-                           context + s * plane * p.head_dim, lse2 + s * plane});
-        }
-      }
-    }
-  }
-  return units;
+// f(row) in blocks: a row is too short to be handed out alone, and few rows are not worth waking threads for.
+template <class F>
+void for_each_row(int64_t rows, int64_t channels, int num_threads, const F& f) {
+  const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(channels, 1));
+  for_each((rows + block - 1) / block, num_threads, 0, [&](int64_t b, float*) {
+    for (int64_t row = b * block; row < std::min((b + 1) * block, rows); ++row) f(row);
+  });
 }
 
 }  // namespace
 
 void cross_attention(const CrossAttentionParams& p, int num_threads) {
   const Kernels& k = kernels();
-  const int64_t plane = p.num_text * p.num_q_heads;
-  const Scratch context(p.num_splits * plane * p.head_dim), lse2(p.num_splits * plane);
-  std::fill_n(lse2.data(), p.num_splits * plane, -std::numeric_limits<float>::infinity());
-  const std::vector<AttentionUnit> units = attention_units(p, context.data(), lse2.data());
-  for_each(units.size(), num_threads, k.attention_scratch(p),
-           [&](int64_t i, float* scratch) { k.attention(p, units[i], scratch); });
+  const AttentionPlan plan = plan_attention(p, k.max_attention_rows, k.flat_rows, num_threads);
+  const int64_t count = plan.first_partial.back() * p.num_q_heads;
+  const Scratch context(count * p.head_dim), lse2(count);
+  std::fill_n(lse2.data(), count, -std::numeric_limits<float>::infinity());
+  const Partials partials{plan.first_partial.data(), context.data(), lse2.data()};
+  for_each(plan.units.size(), num_threads, k.attention_scratch(p),
+           [&](int64_t i, float* scratch) { k.attention(p, plan.units[i], partials, scratch); });
   const int finishing_threads = p.num_text < 4 ? 1 : num_threads;   // few rows are not worth waking threads for
-  for_each(p.num_text, finishing_threads, int64_t(p.num_q_heads) * p.head_dim, [&](int64_t i, float* scratch) {
-    k.finish_row(p, context.data(), lse2.data(), i, scratch);
-  });
+  for_each(p.num_text, finishing_threads, int64_t(p.num_q_heads) * p.head_dim,
+           [&](int64_t i, float* scratch) { k.finish_row(p, partials, i, scratch); });
+}
+
+std::vector<std::array<int64_t, 6>> attention_units(const CrossAttentionParams& p, int num_threads) {
+  std::vector<std::array<int64_t, 6>> found;
+  for (const AttentionUnit& u : plan_attention(p, kernels().max_attention_rows, kernels().flat_rows, num_threads).units) {
+    found.push_back({u.row_begin, u.row_end, u.kv_head_begin, u.kv_head_end, u.tokens.begin, u.tokens.end});
+  }
+  return found;
 }
 
 void gated_mix(const GatedMixParams& p, int num_threads) {
   const Kernels& k = kernels();
   std::vector<int64_t> text_of(p.rows, -1);
   for (int64_t i = 0; i < p.num_text; ++i) text_of[p.text_rows[i]] = i;
-  // Blocks of rows: a row is too short to be handed out alone, and few rows are not worth waking threads for.
-  const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(p.channels, 1));
-  for_each((p.rows + block - 1) / block, num_threads, 0, [&](int64_t b, float*) {
-    for (int64_t row = b * block; row < std::min((b + 1) * block, p.rows); ++row) k.mix_row(p, row, text_of[row]);
-  });
+  for_each_row(p.rows, p.channels, num_threads, [&](int64_t row) { k.mix_row(p, row, text_of[row]); });
+}
+
+void merge(const MergeParams& p, int num_threads) {
+  const Kernels& k = kernels();
+  for_each_row(p.num_text, int64_t(p.num_heads) * p.head_dim, num_threads, [&](int64_t row) { k.merge_row(p, row); });
 }
 
 void pool(const PoolParams& p, int num_threads) {

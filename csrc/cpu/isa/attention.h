@@ -8,6 +8,7 @@
 // With AVX512-BF16 a lane holds a bf16 pair, which doubles the rate: pairs along D for Q K^T, along tokens for P V.
 #pragma once
 #include "../kernels.h"
+#include "../tokens.h"
 #include "simd.h"
 
 #include <type_traits>
@@ -81,25 +82,28 @@ SLOWFAST_INLINE void pack_key(const T* from, int64_t head_dim, float* to, int64_
 }
 
 // Values of a tile: [tokens][stride], or with pairs [tokens / 2][stride], the two tokens of a pair in one lane.
-// Tokens from `count` on are zero: their P is zero, and zero times what lies behind a sequence could be NaN.
+// Tokens that no row sees are zero: their P is zero, and zero times what they or the memory behind hold could be NaN.
 template <class Ops, class T>
-SLOWFAST_INLINE void pack_values(const T* from, int64_t token_stride, int64_t count, int64_t padded, int64_t head_dim,
-                                 float* to, int64_t stride) {
+SLOWFAST_INLINE void pack_values(const T* values, int64_t token_stride, const TokenTile& tile, int64_t padded,
+                                 int64_t head_dim, float* to, int64_t stride) {
+  const auto seen = [&](int64_t t) { return (tile.seen >> t & 1) != 0; };
   if constexpr (Ops::kPack == 1) {
-    for (int64_t t = 0; t < count; ++t) widen_row(from + t * token_stride, head_dim, to + t * stride, stride);
-    std::memset(to + count * stride, 0, (padded - count) * stride * sizeof(float));
+    for (int64_t t = 0; t < padded; ++t, to += stride) {
+      if (seen(t)) widen_row(values + tile.token[t] * token_stride, head_dim, to, stride);
+      else std::memset(to, 0, stride * sizeof(float));
+    }
   } else {
 #if defined(__AVX512BF16__)
     for (int64_t t = 0; t < padded; t += 2, to += stride) {
-      const T* low = from + t * token_stride;
-      const T* high = low + token_stride;
+      const T* low = seen(t) ? values + tile.token[t] * token_stride : nullptr;
+      const T* high = seen(t + 1) ? values + tile.token[t + 1] * token_stride : nullptr;
       int64_t d = 0;
-      if (t + 1 < count) {
+      if (low != nullptr && high != nullptr) {
         for (; d + kLanes <= head_dim; d += kLanes) zip_pairs(low + d, high + d, to + d);
       }
       for (; d < stride; ++d) {
-        const uint32_t a = d < head_dim && t < count ? low[d].bits : 0;
-        const uint32_t b = d < head_dim && t + 1 < count ? high[d].bits : 0;
+        const uint32_t a = d < head_dim && low != nullptr ? low[d].bits : 0;
+        const uint32_t b = d < head_dim && high != nullptr ? high[d].bits : 0;
         to[d] = from_bits(a | b << 16);
       }
     }
@@ -118,12 +122,14 @@ struct AttentionTile {
 
   const CrossAttentionParams& p;
   const AttentionUnit& unit;
+  const Partials& partials;
   const Layout<Ops, R, W> layout;
   const int64_t group;
   const float log2_scale;   // of a score to the exponent of 2; a negative scale turns the query's sign instead
 
-  AttentionTile(const CrossAttentionParams& params, const AttentionUnit& u)
-      : p(params), unit(u), layout(params.head_dim), group(params.num_q_heads / params.num_kv_heads),
+  AttentionTile(const CrossAttentionParams& params, const AttentionUnit& u, const Partials& results)
+      : p(params), unit(u), partials(results), layout(params.head_dim),
+        group(params.num_q_heads / params.num_kv_heads),
         log2_scale(__builtin_fabsf(params.softmax_scale) * 1.44269504088896f) {}
 
   struct State { float *q, *out, *row_max, *row_sum, *row_weight; };
@@ -143,7 +149,7 @@ struct AttentionTile {
     const float sign = p.softmax_scale < 0 ? -1.f : 1.f;
     for (int lane = 0; lane < kWidth; ++lane) s.row_max[lane] = -__FLT_MAX__;   // finite: -inf minus -inf is NaN
     for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
-      const int64_t text = unit.text_begin + r / group, q_head = head * group + r % group;
+      const int64_t text = unit.texts[r / group], q_head = head * group + r % group;
       const T* from = static_cast<const T*>(p.q) + p.text_rows[text] * p.q_row_stride + q_head * p.q_head_stride;
       float* to = s.q + (r - unit.row_begin) * W;
       for (int64_t d = 0; d < layout.head_dim; ++d) {
@@ -155,16 +161,21 @@ struct AttentionTile {
     }
   }
 
-  struct Rows { const float* data; int64_t stride; };   // a K or V tile, packed or in place
-  struct Source { const T* key; const T* value; int64_t count; };   // where a tile lies in the slow KV cache
+  struct Rows { const float* data; int64_t stride; };   // of K or V, packed or in place
+  struct Source { const TokenTile& tile; const T* keys; const T* values; };   // a tile of one KV head in the cache
+
+  Source source(const TokenTile& tile, int head) const {
+    return {tile, static_cast<const T*>(p.keys) + head * p.k_head_stride,
+            static_cast<const T*>(p.values) + head * p.v_head_stride};
+  }
 
   // The next tile's rows, while this one is worked on: rows of a head lie too far apart for the hardware to foresee.
   void prefetch(const Source& next, int64_t from) const {
     constexpr int kLevel = kTile < kTokenTile ? 3 : 2;   // a short tile fits L1 beside the current one
     constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t t = from; t < next.count && t < from + kDots; ++t) {
-      const T* key = next.key + t * p.k_token_stride;
-      const T* value = next.value + t * p.v_token_stride;
+    for (int64_t t = from; t < next.tile.count && t < from + kDots; ++t) {
+      const T* key = next.keys + next.tile.token[t] * p.k_token_stride;
+      const T* value = next.values + next.tile.token[t] * p.v_token_stride;
       for (int64_t d = 0; d < layout.head_dim; d += kLine) {
         __builtin_prefetch(key + d, 0, kLevel);
         __builtin_prefetch(value + d, 0, kLevel);
@@ -172,9 +183,11 @@ struct AttentionTile {
     }
   }
 
-  // scores[t] = q . k_t for a tile, not scaled yet: subtracting their maximum first costs large scores no precision.
-  void scores_of(const float* q, const Rows& keys, int64_t padded, const Source& next, float* scores) const {
-    for (int64_t t = 0; t < padded; t += kDots) {
+  // scores[t] = q . k_t for tokens [from, to) of a tile, whose keys are given. They are not scaled yet: subtracting their
+  // maximum first costs large scores no precision. Not inlined: GCC then keeps the accumulators in memory.
+  __attribute__((noinline)) void scores_of(const float* q, Rows keys, int64_t from, int64_t to,
+                                           const Source& next, float* scores) const {
+    for (int64_t t = from; t < to; t += kDots) {
       prefetch(next, t);
       Vec total[kDots][R];
       for (auto& row : total) for (auto& x : row) x = zero();
@@ -182,7 +195,7 @@ struct AttentionTile {
         const int64_t count = layout.qk_chunks - c < kRun ? layout.qk_chunks - c : kRun;
         Vec acc[kDots][R];
         for (auto& row : acc) for (auto& x : row) x = zero();
-        multiply<Ops, kDots, R, W>(q + c * kWidth, keys.data + t * keys.stride + c * W, keys.stride, W, count, acc);
+        multiply<Ops, kDots, R, W>(q + c * kWidth, keys.data + (t - from) * keys.stride + c * W, keys.stride, W, count, acc);
         for (int i = 0; i < kDots; ++i) for (int j = 0; j < R; ++j) total[i][j] = total[i][j] + acc[i][j];
       }
       for (int i = 0; i < kDots; ++i) {
@@ -191,20 +204,44 @@ struct AttentionTile {
     }
   }
 
+  // What each lane's row sees of a tile, as numbers of its tokens.
+  struct Bounds { float begin[kWidth], end[kWidth]; };
+
+  Bounds bounds_of(const TokenTile& tile, const TileWalk& walk) const {
+    Bounds bounds{};   // lanes without a row see nothing
+    for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
+      const Interval sees = walk.of_row(r);
+      for (int64_t lane = (r - unit.row_begin) * W, last = lane + W; lane < last; ++lane) {
+        bounds.begin[lane] = clamped(sees.begin - tile.place);
+        bounds.end[lane] = clamped(sees.end - tile.place);
+      }
+    }
+    return bounds;
+  }
+  static float clamped(int64_t t) { return float(t < 0 ? 0 : t > kTile ? kTile : t); }
+
   // Scores to probabilities (in `probs`, as the next product wants them); returns what to rescale the context by.
-  void softmax(const State& s, const float* scores, int64_t count, int64_t padded, float* probs,
+  // With kMasked, tokens beyond a row's `bounds` count for nothing in it, whatever their scores are.
+  template <bool kMasked>
+  void softmax(const State& s, const float* scores, int64_t count, int64_t padded, const Bounds& bounds, float* probs,
                Vec (&rescale)[R]) const {
     const Vec scale = splat(log2_scale);
     for (int j = 0; j < R; ++j) {
       const float* at = scores + j * kLanes;
+      const auto seen = [&](int64_t t, Vec x, float otherwise) {
+        if constexpr (!kMasked) return x;
+        const Vec begin = load(bounds.begin + j * kLanes), end = load(bounds.end + j * kLanes);
+        return where_within(splat(float(t)), begin, end, x, splat(otherwise));
+      };
       const Vec old_max = load(s.row_max + j * kLanes);
       Vec top = old_max;
-      for (int64_t t = 0; t < count; ++t) top = max(top, load(at + t * kWidth));
+      for (int64_t t = 0; t < count; ++t) top = max(top, seen(t, load(at + t * kWidth), -__FLT_MAX__));
+      const auto prob_of = [&](int64_t t) { return seen(t, exp2((load(at + t * kWidth) - top) * scale), 0.f); };
       rescale[j] = exp2((old_max - top) * scale);
       Vec total = load(s.row_sum + j * kLanes) * rescale[j], weight = load(s.row_weight + j * kLanes) * rescale[j];
       if constexpr (Ops::kPack == 1) {
         for (int64_t t = 0; t < count; ++t) {
-          const Vec prob = exp2((load(at + t * kWidth) - top) * scale);
+          const Vec prob = prob_of(t);
           total = total + prob;
           store(probs + t * kWidth + j * kLanes, prob);
         }
@@ -212,8 +249,8 @@ struct AttentionTile {
       } else {
 #if defined(__AVX512BF16__)
         for (int64_t t = 0; t < padded; t += 2) {
-          const Vec low = t < count ? exp2((load(at + t * kWidth) - top) * scale) : zero();
-          const Vec high = t + 1 < count ? exp2((load(at + (t + 1) * kWidth) - top) * scale) : zero();
+          const Vec low = t < count ? prob_of(t) : zero();
+          const Vec high = t + 1 < count ? prob_of(t + 1) : zero();
           const Vec pairs = to_pairs(low, high);
           total = total + (low + high);
           weight = weight + (low_of(pairs) + high_of(pairs));   // as rounded: what V is multiplied by sums to one
@@ -243,70 +280,87 @@ struct AttentionTile {
 
   void end(const State& s, int head) const {
     for (int64_t r = unit.row_begin; r < unit.row_end; ++r) {
-      const int64_t text = unit.text_begin + r / group, q_head = head * group + r % group;
+      const int64_t text = unit.texts[r / group], q_head = head * group + r % group;
       const int64_t lane = (r - unit.row_begin) * W;
+      const int64_t at = (partials.first[text] + unit.split) * p.num_q_heads + q_head;
       const float inverse = 1.f / s.row_weight[lane];
-      float* to = unit.context + (text * p.num_q_heads + q_head) * layout.head_dim;
+      float* to = partials.context + at * layout.head_dim;
       for (int64_t d = 0; d < layout.head_dim; ++d) to[d] = s.out[d / W * kWidth + lane + d % W] * inverse;
-      unit.lse2[text * p.num_q_heads + q_head] = s.row_max[lane] * log2_scale + __builtin_log2f(s.row_sum[lane]);
+      partials.lse2[at] = s.row_max[lane] * log2_scale + __builtin_log2f(s.row_sum[lane]);
     }
-  }
-
-  // The tile of `head` that starts at `token`.
-  Source source(int64_t token, int head) const {
-    const int64_t left = unit.token_end - token;
-    const T* key = static_cast<const T*>(p.keys) + token * p.k_token_stride + head * p.k_head_stride;
-    const T* value = static_cast<const T*>(p.values) + token * p.v_token_stride + head * p.v_head_stride;
-    return {key, value, left < kTile ? left : kTile};
   }
 
   // With one vector of rows each element is used once a tile, and packing it first would cost up to a third of the
   // time: rows that need no conversion and no padding are read where they lie.
-  bool whole(const Source& from, int64_t token_stride, int64_t padded, int64_t stride) const {
-    constexpr bool kSameFormat = std::is_same_v<T, float> || Ops::kPack == 2;
-    const bool aligned = token_stride % Ops::kPack == 0;   // rows start at whole lanes
-    return R == 1 && kSameFormat && from.count == padded && layout.head_dim == stride && aligned;
+  static constexpr bool kInPlace = R == 1 && (std::is_same_v<T, float> || Ops::kPack == 2);
+
+  // Whether the tokens from `from` to `to` lie one behind another and are all there and seen.
+  static bool whole(const TokenTile& tile, int64_t from, int64_t to) {
+    const uint64_t tokens = (uint64_t{1} << to) - (uint64_t{1} << from);
+    return (tile.seen & tokens) == tokens && (tile.breaks & tokens & (tokens - 1)) == 0;   // the first may begin a run
   }
 
-  Rows keys_of(const Source& from, int64_t padded, float* to) const {
-    if (whole(from, p.k_token_stride, padded, layout.k_stride * Ops::kPack)) {
-      return {reinterpret_cast<const float*>(from.key), p.k_token_stride / Ops::kPack};
+  // Tokens [from, to); those behind the tile's last one are zero.
+  Rows keys_of(const Source& at, int64_t from, int64_t to, float* packed) const {
+    const TokenTile& tile = at.tile;
+    const bool aligned = p.k_token_stride % Ops::kPack == 0;   // rows start at whole lanes
+    if (kInPlace && aligned && layout.head_dim == layout.k_stride * Ops::kPack && whole(tile, from, to)) {
+      const T* key = at.keys + tile.token[from] * p.k_token_stride;
+      return {reinterpret_cast<const float*>(key), p.k_token_stride / Ops::kPack};
     }
-    for (int64_t t = 0; t < from.count; ++t) {
-      pack_key<Ops>(from.key + t * p.k_token_stride, layout.head_dim, to + t * layout.k_stride, layout.k_stride);
+    float* row = packed;
+    for (int64_t t = from; t < to; ++t, row += layout.k_stride) {
+      if (t < tile.count) {
+        pack_key<Ops>(at.keys + tile.token[t] * p.k_token_stride, layout.head_dim, row, layout.k_stride);
+      } else {
+        std::memset(row, 0, layout.k_stride * sizeof(float));
+      }
     }
-    std::memset(to + from.count * layout.k_stride, 0, (padded - from.count) * layout.k_stride * sizeof(float));
-    return {to, layout.k_stride};
+    return {packed, layout.k_stride};
   }
 
-  Rows values_of(const Source& from, int64_t padded, float* to) const {
-    if (Ops::kPack == 1 && whole(from, p.v_token_stride, padded, layout.v_stride)) {
-      return {reinterpret_cast<const float*>(from.value), p.v_token_stride};
+  Rows values_of(const Source& at, int64_t padded, float* packed) const {
+    const TokenTile& tile = at.tile;
+    if (kInPlace && Ops::kPack == 1 && layout.head_dim == layout.v_stride && whole(tile, 0, padded)) {
+      const T* value = at.values + tile.token[0] * p.v_token_stride;
+      return {reinterpret_cast<const float*>(value), p.v_token_stride};
     }
-    pack_values<Ops>(from.value, p.v_token_stride, from.count, padded, layout.head_dim, to, layout.v_stride);
-    return {to, layout.v_stride};
+    pack_values<Ops>(at.values, p.v_token_stride, tile, padded, layout.head_dim, packed, layout.v_stride);
+    return {packed, layout.v_stride};
   }
 
-  void step(const State& s, const Source& at, const Source& next, float* tiles) const {
+  void step(const State& s, const Source& at, const Source& next, const Bounds& bounds, float* tiles) const {
     float* probs = tiles;
     float* scores = probs + kTokenTile * kWidth;
     float* keys = scores + kTokenTile * kWidth;
     float* values = keys + kTokenTile * layout.k_stride;
-    const int64_t padded = round_up(at.count, kBlock);
-    scores_of(s.q, keys_of(at, padded, keys), padded, next, scores);
+    const int64_t count = at.tile.count, padded = round_up(count, kBlock);
+    // Of a tile that spans pieces, the blocks that do not can be read in place.
+    const int64_t each = kInPlace && !whole(at.tile, 0, padded) ? kBlock : padded;
+    for (int64_t t = 0; t < padded; t += each) {
+      scores_of(s.q, keys_of(at, t, t + each, keys), t, t + each, next, scores);
+    }
     Vec rescale[R];
-    softmax(s, scores, at.count, padded, probs, rescale);
+    if (at.tile.masked) softmax<true>(s, scores, count, padded, bounds, probs, rescale);
+    else softmax<false>(s, scores, count, padded, bounds, probs, rescale);
     accumulate(s.out, probs, values_of(at, padded, values), padded, rescale);
   }
 
   void run(float* scratch) const {
     float* tiles = scratch + (unit.kv_head_end - unit.kv_head_begin) * layout.state();
     for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) begin(state_of(scratch, head), head);
-    for (int64_t token = unit.token_begin; token < unit.token_end; token += kTile) {
+    TileWalk walk(p, unit, kTile);
+    TokenTile buffers[2];
+    walk.next(&buffers[0]);
+    Bounds bounds;
+    for (int turn = 0; buffers[turn].count > 0; turn ^= 1) {
+      const TokenTile& tile = buffers[turn];
+      walk.next(&buffers[turn ^ 1]);
+      if (tile.masked) bounds = bounds_of(tile, walk);
       for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) {
         const bool last = head + 1 == unit.kv_head_end;
-        const Source next = last ? source(token + kTile, unit.kv_head_begin) : source(token, head + 1);
-        step(state_of(scratch, head), source(token, head), next, tiles);
+        const Source next = last ? source(buffers[turn ^ 1], unit.kv_head_begin) : source(tile, head + 1);
+        step(state_of(scratch, head), source(tile, head), next, bounds, tiles);
       }
     }
     for (int head = unit.kv_head_begin; head < unit.kv_head_end; ++head) end(state_of(scratch, head), head);

@@ -80,6 +80,11 @@ SLOWFAST_INLINE void store(F16* p, Vec x) {
 SLOWFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 SLOWFAST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 SLOWFAST_INLINE float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+// In each lane: begin <= x < end ? inside : outside.
+SLOWFAST_INLINE Vec where_within(Vec x, Vec begin, Vec end, Vec inside, Vec outside) {
+  const __mmask16 from = _mm512_cmp_ps_mask(begin, x, _CMP_LE_OQ);
+  return _mm512_mask_mov_ps(outside, _mm512_mask_cmp_ps_mask(from, x, end, _CMP_LT_OQ), inside);
+}
 
 // The W floats at p, repeated over the vector.
 template <int W> SLOWFAST_INLINE Vec repeat(const float* p) {
@@ -137,6 +142,10 @@ SLOWFAST_INLINE void store(F16* p, Vec x) {
 }
 SLOWFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 SLOWFAST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+SLOWFAST_INLINE Vec where_within(Vec x, Vec begin, Vec end, Vec inside, Vec outside) {
+  const Vec within = _mm256_and_ps(_mm256_cmp_ps(begin, x, _CMP_LE_OQ), _mm256_cmp_ps(x, end, _CMP_LT_OQ));
+  return _mm256_blendv_ps(outside, inside, within);
+}
 
 template <int W> SLOWFAST_INLINE Vec repeat(const float* p) {
   static_assert(W == 1 || W == 2 || W == 4 || W == 8);
@@ -180,6 +189,9 @@ template <class T> SLOWFAST_INLINE void store(T* p, Vec x) {
 }
 SLOWFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 SLOWFAST_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }   // b where either is NaN, as on x86
+SLOWFAST_INLINE Vec where_within(Vec x, Vec begin, Vec end, Vec inside, Vec outside) {
+  return (begin <= x) & (x < end) ? inside : outside;
+}
 
 template <int W> SLOWFAST_INLINE Vec repeat(const float* p) {
   static_assert(W == 1 || W == 2 || W == 4);
