@@ -79,7 +79,7 @@ def tile_of(backend: str, inputs: AttentionInputs) -> tuple[int, int] | None:
             config = Attention(AttentionTensors(*_places(inputs))).config
             return config.block_m, config.block_n
         case "cpu":
-            return 48, 48  # csrc/cpu
+            return 48, 48  # with AVX-512: csrc/cpu/isa/attention.h
     return None
 
 
