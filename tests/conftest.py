@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import math
 import os
 import random
 import zlib
-from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from skipped import cases_written_in, hidden_by_backend
 
 settings.register_profile(
     "small",
@@ -45,17 +42,6 @@ def pytest_collection_modifyitems(config, items):
     config.stash[HIDDEN] = hidden_by_backend(items)
 
 
-def hidden_by_backend(items) -> dict[str, int]:
-    """Cases of the collected tests that are not here, because ``targets`` left their backend out."""
-    hidden: dict[str, Fraction] = {}
-    for item in items:
-        for mark in item.iter_markers("parametrize"):
-            targets = mark.args[1] if len(mark.args) > 1 else ()
-            for backend, count in getattr(targets, "left_out", {}).items():  # shared out over the cases that are here
-                hidden[backend] = hidden.get(backend, Fraction(0)) + Fraction(count, len(targets))
-    return {backend: int(count) for backend, count in hidden.items()}
-
-
 @pytest.fixture
 def hidden_cases(request) -> dict[str, int]:
     """Of the tests that this run collected, by backend."""
@@ -70,17 +56,6 @@ def pytest_make_collect_report(collector):
         path, line, reason = report.longrepr
         report.longrepr = (path, line, f"{reason}; hides {cases_written_in(collector.path)} cases or more")
     return report
-
-
-def cases_written_in(path: Path) -> int:
-    """Test functions of a file, each as often as lists that it is parametrised with in place say."""
-    tree, count = ast.parse(path.read_text(encoding="utf-8")), 0
-    for test in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-        if test.name.startswith("test_"):
-            calls = (node for node in test.decorator_list if isinstance(node, ast.Call) and len(node.args) > 1)
-            lists = (call.args[1] for call in calls if ast.unparse(call.func).endswith("parametrize"))
-            count += math.prod(max(1, len(x.elts)) for x in lists if isinstance(x, ast.List | ast.Tuple))
-    return count
 
 
 def _poisoned(allocate):

@@ -95,12 +95,12 @@ def test_these_prompts_tell_every_variant_from_the_others():
 def test_a_decode_step_is_the_last_row_of_the_longer_prompt(gating, implementation, target):
     changes = {"cross_attn_gating_type": gating, "cross_attn_implementation": implementation}
     model = tiny_model(target.backend, target.device, **changes)
-    ids, mask = padded(PROMPTS)
+    ids, mask = (x.to(target.device) for x in padded(PROMPTS))
+    clips = [clip.to(target.device) for clip in videos(12)]
     prompts = [[*prompt, 21 + i] for i, prompt in enumerate(PROMPTS)]
-    session = DecodeSession(model, ids, videos(12), mask, max_new_tokens=1)
-    stepped = session.step(torch.tensor([21, 22, 23]))
+    session = DecodeSession(model, ids, clips, mask, max_new_tokens=1)
+    stepped = session.step(torch.tensor([21, 22, 23], device=target.device))
     plain = plain_model.PlainModel(DEFAULT | changes, model.state_dict())
-    clips = videos(12)
     for row, prompt, mine in zip(stepped, prompts, (clips[:2], [], clips[2:]), strict=True):
         torch.testing.assert_close(row, plain.logits(prompt, mine)[-1].float(), **CLOSE)
 

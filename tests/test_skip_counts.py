@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import cases_written_in, hidden_by_backend
+from skipped import cases_written_in, hidden_by_backend
 from targets import Targets, on_gpu
 
 import slowfast_kernels as sk
@@ -54,7 +54,8 @@ def test_cases_of_a_file_are_its_tests_times_the_lists_written_in_it(tmp_path):
 
 
 def test_a_module_that_is_skipped_says_how_many_cases_that_hides(tmp_path):
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name in ("conftest.py", "skipped.py"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path)
     (tmp_path / "test_written.py").write_text(WRITTEN)
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "test_written.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

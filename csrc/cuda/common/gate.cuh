@@ -37,9 +37,11 @@ class Gate {
     if (p.tanh_warm_up) factor_ = tanhf(factor_);
   }
 
-  // Of the kinds with a weight; `dot` is state . weight of the row.
+  // Of the kinds with a weight; `dot` is state . weight of the row. kTanh: it is known to be that kind, the released models'.
+  template <bool kTanh = false>
   __device__ __forceinline__ float weighted(float dot) const {
-    return activated(dot + bias_) * factor_;
+    const float x = dot + bias_;
+    return (kTanh ? tanhf(x) : activated(x)) * factor_;
   }
   // Of the others, for text row `text`.
   __device__ __forceinline__ float unweighted(int64_t text) const {
@@ -48,7 +50,7 @@ class Gate {
 
  private:
   __device__ __forceinline__ float activated(float x) const {
-    if (kind_ == GateKind::kTanh) return tanhf(x);  // first: the released models' kind
+    if (kind_ == GateKind::kTanh) return tanhf(x);
     if (kind_ == GateKind::kLinear) return x;
     return __fdividef(1.0f, 1.0f + __expf(-x));  // kSigmoid; 0 where exp overflows
   }
