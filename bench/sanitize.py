@@ -4,7 +4,7 @@
 
 Every way that the Hopper attention cuts a call (one and two consumers, half tiles paired and alone, clusters of 1 to
 8, groups, whole units and uneven groups), both head dimensions and half dtypes, ragged batches with empty sequences;
-pool and mix.
+ranges, pieces, K and V apart, merging; pool and mix.
 """
 
 from __future__ import annotations
@@ -52,6 +52,33 @@ def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> Non
     assert context.isfinite().all()
 
 
+def selection(texts, head_dim, pair, in_pieces, num_splits) -> None:
+    """Rows that see a window, everything or nothing, of one run of tokens or of pieces that two sequences share."""
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    rows, slow = sum(texts), 900
+
+    def integers(*values):
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    kv = torch.randn(slow, 2, 2, head_dim, **make)
+    cache = (kv[:, :, 0].contiguous(), kv[:, :, 1].transpose(0, 1).contiguous().transpose(0, 1)) if pair else kv
+    ends = integers(*((17 * i) % 700 for i in range(rows)))
+    ranges = {"slow_begin": (ends - 200) * (ends % 2), "slow_end": ends}
+    cu_slow = integers(0, 600, slow)
+    if in_pieces:
+        cu_slow = integers(0, 3, 5)
+        ranges["slow_pieces"] = integers(800, 900, 0, 1, 130, 571, 0, 0, 800, 900).view(-1, 2)
+    q, state = torch.randn(rows, 14, head_dim, **make), torch.randn(rows, 14 * head_dim, **make)
+    gate = [torch.randn(n, **make) for n in (14 * head_dim, 1, 1)]
+    places = (torch.arange(rows, dtype=torch.int32, device="cuda"), integers(0, texts[0], rows))
+    options = ranges | {"num_splits": num_splits, "backend": "cuda"}
+    context, lse = sk.text_cross_attention(q, cache, cu_slow, *places, **options, return_lse=True)
+    sk.slowfast_cross_attention(state, q, cache, cu_slow, *places, *gate, **options)
+    sk.merge_attention(context, lse, context, lse, backend="cuda")
+    torch.cuda.synchronize()
+    assert context.isfinite().all()
+
+
 def main() -> None:
     torch.manual_seed(0)
     for dtype, head_dim, sequences in product((torch.bfloat16, torch.float16), (64, 128), RAGGED):
@@ -67,6 +94,8 @@ def main() -> None:
     for splits in (1, 2, 7, 8):
         config = hopper_attention_config(40, 900, 2, 8, 8, 64, splits)
         attention(((39, 500), (1, 400)), (8, 8), 64, torch.bfloat16, config)
+    for rows, pair, pieces, splits in product((1, 40), (False, True), (False, True), (0, 3)):
+        selection((rows, 3), 64 if pair else 128, pair, pieces, splits)
     frames = torch.randn(14, 36, 96, device="cuda", dtype=torch.bfloat16)
     sk.slowfast_pool(frames, [8, 1, 5], (6, 6), pool_stride=2, temporal_stride=4, norm_eps=1e-6, backend="cuda")
     state = torch.randn(20, 96, device="cuda", dtype=torch.bfloat16)
