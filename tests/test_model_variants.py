@@ -100,8 +100,9 @@ def test_a_decode_step_is_the_last_row_of_the_longer_prompt(gating, implementati
     prompts = [[*prompt, 21 + i] for i, prompt in enumerate(PROMPTS)]
     session = DecodeSession(model, ids, clips, mask, max_new_tokens=1)
     stepped = session.step(torch.tensor([21, 22, 23], device=target.device))
-    plain = plain_model.PlainModel(DEFAULT | changes, model.state_dict())
-    for row, prompt, mine in zip(stepped, prompts, (clips[:2], [], clips[2:]), strict=True):
+    plain = plain_model.PlainModel(DEFAULT | changes, model.cpu().state_dict())
+    clips = videos(12)
+    for row, prompt, mine in zip(stepped.cpu(), prompts, (clips[:2], [], clips[2:]), strict=True):
         torch.testing.assert_close(row, plain.logits(prompt, mine)[-1].float(), **CLOSE)
 
 

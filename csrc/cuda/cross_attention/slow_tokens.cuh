@@ -123,8 +123,8 @@ struct Sight {
     }
     return max_of_warp(end);
   }
-  // What rows see of a block of these tokens, if it may not be all.
-  __device__ __forceinline__ void describe(Range tokens, bool is_seen, typename Traits::Block& block) const {
+  // What rows see of a block of these tokens, if it may not be all. Lane 0 writes, as it is the one that announces the block.
+  __device__ __forceinline__ void describe(Range tokens, bool is_seen, int lane, typename Traits::Block& block) const {
     uint32_t missing = 0;
     if (!is_seen) {
       const auto bits_below = [](int count) { return count >= 32 ? ~0u : (1u << max(count, 0)) - 1; };
@@ -138,13 +138,15 @@ struct Sight {
           seen |= bits_below(min(limit, rows[i].end - start)) & ~bits_below(begin);
         }
         seen = __reduce_or_sync(0xffffffffu, seen);
-        block.seen[word] = seen;  // the same from all lanes
+        if (lane == 0) block.seen[word] = seen;
         missing |= ~seen;
       }
     }
-    block.begin = tokens.begin;
-    block.end = tokens.end;
-    block.is_seen = missing == 0;
+    if (lane == 0) {
+      block.begin = tokens.begin;
+      block.end = tokens.end;
+      block.is_seen = missing == 0;
+    }
   }
 };
 
@@ -206,7 +208,7 @@ class BlockWalk {
   __device__ __forceinline__ void describe(Range tokens, typename Traits::Block& block) {
     const bool is_whole = tokens.end - tokens.begin == kBlockN;
     if (is_whole && tokens.end > seen_end_) seen_end_ = sight_.end_of_one(tokens.begin);
-    sight_.describe(tokens, is_whole && tokens.end <= seen_end_, block);
+    sight_.describe(tokens, is_whole && tokens.end <= seen_end_, lane_, block);
   }
 
  private:
