@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import slowfast_kernels as sk
 from slowfast_kernels.numbers import as_bool, as_int
 from slowfast_kernels.ops.checks import check_dense
-from slowfast_kernels.pool_plan import make_pool_plan
+from slowfast_kernels.pool_plan import PoolOptions, make_pool_plan
 
 from .config import SlowFastConfig
 
@@ -89,13 +89,13 @@ def slow_and_fast_tokens(
 
     Videos on one grid are pooled in one call, whose output is already in reading order.
     """
-    options = {
-        "pool_stride": config.mm_video_pooling_stride,
-        "sampling_stride": config.fast_token_temporal_sampling_stride,
-        "temporal_stride": config.fast_token_temporal_stride,
-        "spatial_stride": config.fast_token_spatial_stride,
-        "min_fast_frames": config.min_fast_frames,
-    }
+    strides = PoolOptions(
+        pool_stride=config.mm_video_pooling_stride,
+        sampling_stride=config.fast_token_temporal_sampling_stride,
+        temporal_stride=config.fast_token_temporal_stride,
+        spatial_stride=config.fast_token_spatial_stride,
+        min_fast_frames=config.min_fast_frames,
+    )
     by_grid: dict[tuple[int, int], list[int]] = {}
     for i, frames in enumerate(projected):
         by_grid.setdefault(_grid(i, frames), []).append(i)
@@ -104,8 +104,8 @@ def slow_and_fast_tokens(
     for grid, members in by_grid.items():
         frame_counts = [len(projected[i]) for i in members]
         frames = projected[members[0]] if len(members) == 1 else torch.cat([projected[i] for i in members])
-        pooled = sk.slowfast_pool(frames, frame_counts, grid, **options, norm_eps=norm_eps, backend=backend)
-        plan = make_pool_plan(tuple(frame_counts), grid, *options.values())
+        pooled = sk.slowfast_pool(frames, frame_counts, grid, **strides._asdict(), norm_eps=norm_eps, backend=backend)
+        plan = make_pool_plan(tuple(frame_counts), grid, *strides)
         for i, video in zip(members, plan.videos, strict=True):
             counts[i] = (video.num_fast, video.num_slow)
         if len(by_grid) == 1:
