@@ -49,7 +49,7 @@ def blocks() -> list[Block]:
 
 def test_readmes_examples_are_counted():
     """A block that stops running must say so, and change this."""
-    assert Counter(block.marker for block in blocks()) == {None: 7, NEEDS_GPU: 1, DOWNLOADS: 1}
+    assert Counter(block.marker for block in blocks()) == {None: 8, NEEDS_GPU: 1, DOWNLOADS: 1}
     assert README.count("```python\n") == len(blocks())
     for block in blocks():
         block.compiled()
