@@ -170,7 +170,15 @@ class Attention:
         num_kv_heads, head_dim = slow_kv.shape[1], q.shape[2]
         self.device = q.device
         self.config = config or hopper_attention_config(
-            text_rows.shape[0], slow_kv.shape[0], batch, q.shape[1], num_kv_heads, head_dim, num_splits, sample.selects
+            text_rows.shape[0],
+            slow_kv.shape[0],
+            batch,
+            q.shape[1],
+            num_kv_heads,
+            head_dim,
+            num_splits,
+            sample.selects,
+            _num_sms(self.device),
         )
         splits = self.config.cluster_size * self.config.num_groups
         self.params = cross_attention_params(sample, scale_of(q, softmax_scale), splits, state, gate)
@@ -184,8 +192,13 @@ class Attention:
             kv_evict_first=self.config.kv_evict_first,
             dealt_ctas=self.config.dealt_ctas,
             num_sms=_num_sms(self.device) if self.config.dealt_ctas else 0,
+            share_slots=self.config.share_slots,
+            grid_heads=self.config.grid(num_kv_heads)[1],
+            grid_groups=self.config.grid(num_kv_heads)[2],
+            even_units=self.config.even_units,
+            even_blocks=self.config.even_blocks,
         )
-        self.workspace = self.config.workspace(num_kv_heads, head_dim) if self.config.num_groups > 1 else None
+        self.workspace = self.config.workspace(num_kv_heads, head_dim) if self.config.leaves_parts else None
         self.kernel = extension().cuda_cross_attention
 
     def describe(self) -> CallPlan:

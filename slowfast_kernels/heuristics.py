@@ -277,6 +277,10 @@ class HopperConfig:
     long_blocks: int = 0  # KV blocks of every group but the last, which gets the rest; 0: equal groups
     kv_evict_first: bool = False
     dealt_ctas: int = 0  # CTAs to which the device deals out blocks, where rows see ranges (deal.cuh); 0: equal groups
+    # Where the device sees uneven lengths, it cuts units otherwise (shares.cuh), for so many groups at once; 0: never.
+    share_slots: int = 0
+    even_units: int = 0  # what the rest of the plan is for: units that have something to do,
+    even_blocks: int = 0  # and KV blocks of each; 0: any number
 
     @property
     def block_n(self) -> int:
@@ -287,32 +291,40 @@ class HopperConfig:
         """CTAs of the launch; those of whole units have nothing to do in groups but the first."""
         if self.dealt_ctas:
             return self.dealt_ctas, 1, 1
-        return self.cluster_size * self.max_tiles, num_kv_heads, self.num_groups
+        heads, groups = num_kv_heads, self.num_groups
+        room = self.max_tiles * num_kv_heads + self.share_slots // 2  # see SplitPlan
+        if groups == 1:  # in either case what is added comes last
+            heads = max(heads, -(-room // self.max_tiles))
+        else:
+            groups = max(groups, -(-room // (self.max_tiles * num_kv_heads)))
+        return self.cluster_size * self.max_tiles, heads, groups
+
+    @property
+    def leaves_parts(self) -> bool:
+        """Groups may add up through global memory."""
+        return self.num_groups > 1 or self.share_slots > 0
 
     def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
-        """Floats of partial outputs, statistics and gates, and counters, for more than one group."""
+        """Floats of partial outputs, statistics and gates, and counters, if it ``leaves_parts``."""
         units, rows = self.max_tiles * num_kv_heads - self.whole_units, 64 * self.consumers
         if self.dealt_ctas > 0:
             parts = self.dealt_ctas * rows
             return parts * head_dim, parts * 2, units * rows * 3, self.dealt_ctas * self.consumers
-        return (
-            units * self.num_groups * rows * head_dim,
-            units * self.num_groups * rows * 2,
-            units * self.cluster_size * rows * 3,
-            units * (self.cluster_size if self.cluster_size > 1 else self.consumers * self.num_groups),
-        )
+        shared = 2 * self.share_slots
+        parts = max(units * self.num_groups if self.num_groups > 1 else 0, shared)
+        counters = max(units, shared) * self.cluster_size if self.cluster_size > 1 else parts * self.consumers
+        return parts * rows * head_dim, parts * rows * 2, max(units, shared) * self.cluster_size * rows * 3, counters
 
 
 # Numbers in brackets are sections of bench/NOTES.md.
 _HOPPER_SMS = 132
 _HOPPER_BLOCK_N = {1: 32, 2: 128}  # by consumers, as in csrc/cuda/cross_attention/traits.h
-# Clusters of a size that 132 SMs hold at once: fewer than 132 / size where a GPC is not a multiple of the size (1).
+# Clusters of a size that an H100 holds at once: fewer than 132 / size where a GPC is not a multiple of the size (1).
 _HOPPER_CLUSTERS = {2: 66, 4: 30, 8: 15}
 HOPPER_CLUSTER_SIZES = (1, *_HOPPER_CLUSTERS)
 _HOPPER_L2_BYTES = 50 * 2**20
 # Decode, whose CTAs share an SM in pairs. So many saturate the memory (5), a few more where a video is long, for then
 # what they add to the reduction does not count: 98304 tokens are 3072 blocks, the published models' at most 324.
-_HOPPER_DECODE_CTAS = 2 * _HOPPER_SMS
 _HOPPER_SATURATING_CTAS, _HOPPER_SATURATING_CTAS_LONG = 80, 96
 _HOPPER_LONG_DECODE_BLOCKS = 1024
 # Units of two videos: clusters of 8 without groups, 2x1x10368 21.3 -> 19.8 us, 2x1x5184 13.9 -> 12.6 (24).
@@ -326,6 +338,10 @@ _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 
 _HOPPER_LEVEL_US = 3.0
 _HOPPER_MAX_GROUPS = 32
 _HOPPER_DEALT_BATCH, _HOPPER_DEALT_TILES = 64, 512
+# Uneven batches: every CTA looks at all lengths, 32 at a time. CTAs of decode, which do not all end together: more than
+# saturate the memory.
+_HOPPER_SHARED_BATCH = 256
+_HOPPER_SHARED_DECODE_CTAS = 160
 
 
 @lru_cache(maxsize=4096)
@@ -338,6 +354,7 @@ def hopper_attention_config(
     head_dim: int,
     num_splits: int = 0,
     selects: bool = False,
+    num_sms: int = _HOPPER_SMS,
 ) -> HopperConfig:
     """Tile and splits of a call. A fixed ``num_splits`` fixes every choice that a row's bits depend on.
 
@@ -356,14 +373,17 @@ def hopper_attention_config(
 
     units = min(max_tiles, batch * -(-rows // block_m)) * num_kv_heads
     blocks = max(1, -(-(num_slow // batch) // block_n))
+    clusters = _hopper_clusters(num_sms)
     if consumers == 1:
-        cluster_size, groups = _hopper_decode_splits(units, blocks)
-        return HopperConfig(consumers, cluster_size, groups, max_tiles, kv_evict_first=evict_first)
+        cluster_size, groups = _hopper_decode_splits(units, blocks, num_sms)
+        config = HopperConfig(consumers, cluster_size, groups, max_tiles, kv_evict_first=evict_first)
+        ctas = min(_HOPPER_SHARED_DECODE_CTAS, _HOPPER_SATURATING_CTAS_LONG + units * cluster_size // 2)
+        return _sharing(config, batch, -(-ctas * num_sms // _HOPPER_SMS // cluster_size), units, blocks)
 
     idle = batch * (num_kv_heads // 2) if 0 < rows % block_m <= 64 else 0  # two half tiles share a CTA
     plans = [
-        *_direct_plans(units, idle, blocks, _HOPPER_BLOCK_US[head_dim]),
-        *_cluster_plans(units - idle, blocks, head_dim),
+        *_direct_plans(units, idle, blocks, _HOPPER_BLOCK_US[head_dim], num_sms),
+        *_cluster_plans(units - idle, blocks, head_dim, clusters),
     ]
     if selects:
         plans = [plan for plan in plans if not plan[1].get("long_blocks")]
@@ -371,11 +391,27 @@ def hopper_attention_config(
     config = HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, **choice)
     # Clusters add up faster than a deal makes good; a deal looks at every sequence and tile, which takes its time.
     if selects and config.cluster_size == 1 and batch <= _HOPPER_DEALT_BATCH and max_tiles <= _HOPPER_DEALT_TILES:
-        return replace(config, num_groups=2, dealt_ctas=max_tiles * num_kv_heads + _HOPPER_SMS)
-    return config
+        return replace(config, num_groups=2, dealt_ctas=max_tiles * num_kv_heads + num_sms)
+    return (
+        config
+        if selects
+        else _sharing(config, batch, ({1: num_sms} | clusters)[config.cluster_size], units - idle, blocks)
+    )
 
 
-def _direct_plans(units: int, idle: int, blocks: int, block_us: float) -> Iterator[tuple[float, dict]]:
+def _hopper_clusters(num_sms: int) -> dict[int, int]:
+    """Clusters of each size that so many SMs hold at once, if they lie in GPCs as an H100's do."""
+    return {size: count * num_sms // _HOPPER_SMS for size, count in _HOPPER_CLUSTERS.items()}
+
+
+def _sharing(config: HopperConfig, batch: int, slots: int, units: int, blocks: int) -> HopperConfig:
+    """The same plan for even lengths, and ``slots`` groups that run at once among which the device shares others."""
+    if not 1 < batch <= _HOPPER_SHARED_BATCH:
+        return config
+    return replace(config, share_slots=slots, even_units=units, even_blocks=blocks if config.long_blocks else 0)
+
+
+def _direct_plans(units: int, idle: int, blocks: int, block_us: float, num_sms: int) -> Iterator[tuple[float, dict]]:
     """(microseconds, fields of HopperConfig) of the ways without clusters; ``idle`` of the units have nothing to do.
 
     Units as they come or in equal groups, wave after wave. Or first full waves of whole units, and then the rest in
@@ -390,13 +426,13 @@ def _direct_plans(units: int, idle: int, blocks: int, block_us: float) -> Iterat
         return (groups - 1).bit_length() * _HOPPER_LEVEL_US
 
     for groups in range(1, min(_HOPPER_MAX_GROUPS, blocks) + 1):
-        waves = -(-(units - idle) * groups // _HOPPER_SMS)
+        waves = -(-(units - idle) * groups // num_sms)
         yield waves * wave(-(-blocks // groups)) + levels(groups), {"cluster_size": 1, "num_groups": groups}
-    for whole in range(0, 1 if idle else units, _HOPPER_SMS):
+    for whole in range(0, 1 if idle else units, num_sms):
         rest = units - idle - whole
-        before = whole // _HOPPER_SMS * wave(blocks)
-        for long_groups in range(1, min(_HOPPER_MAX_GROUPS, (_HOPPER_SMS - 1) // rest + 1)):
-            rounds = -(-rest // (_HOPPER_SMS - rest * long_groups))
+        before = whole // num_sms * wave(blocks)
+        for long_groups in range(1, min(_HOPPER_MAX_GROUPS, (num_sms - 1) // rest + 1)):
+            rounds = -(-rest // (num_sms - rest * long_groups))
             for length in range(-(-blocks // (long_groups + 1)), -(-blocks // long_groups)):
                 last = max(wave(length), rounds * wave(blocks - long_groups * length))
                 yield (
@@ -405,9 +441,9 @@ def _direct_plans(units: int, idle: int, blocks: int, block_us: float) -> Iterat
                 )
 
 
-def _cluster_plans(units: int, blocks: int, head_dim: int) -> Iterator[tuple[float, dict]]:
+def _cluster_plans(units: int, blocks: int, head_dim: int, clusters: dict[int, int]) -> Iterator[tuple[float, dict]]:
     """The same of the ways with clusters."""
-    for cluster_size, slots in _HOPPER_CLUSTERS.items():
+    for cluster_size, slots in clusters.items():
         for groups in range(1, min(_HOPPER_MAX_GROUPS, blocks // cluster_size) + 1):
             overhead = _HOPPER_CLUSTER_US
             if groups > 1:
@@ -418,7 +454,7 @@ def _cluster_plans(units: int, blocks: int, head_dim: int) -> Iterator[tuple[flo
             yield waves * (_HOPPER_CTA_US + us) + overhead, {"cluster_size": cluster_size, "num_groups": groups}
 
 
-def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
+def _hopper_decode_splits(units: int, blocks: int, num_sms: int) -> tuple[int, int]:
     """(cluster size, groups). Decode is bytes: CTAs that saturate the memory are enough, more only add partials.
 
     Clusters add up faster than groups, so that somewhat fewer CTAs without groups are better for two short videos, and
@@ -427,8 +463,10 @@ def _hopper_decode_splits(units: int, blocks: int) -> tuple[int, int]:
     is_long = blocks >= _HOPPER_LONG_DECODE_BLOCKS
     if units in _HOPPER_TWO_VIDEOS and blocks >= 8 and not is_long:
         return 8, 1
-    if units <= _HOPPER_CLUSTERS[4] and blocks >= 4:
+    if units <= _hopper_clusters(num_sms)[4] and blocks >= 4:
         ctas = _HOPPER_SATURATING_CTAS_LONG if is_long else _HOPPER_SATURATING_CTAS
+        ctas = ctas * num_sms // _HOPPER_SMS
         return 4, max(1, min(blocks // 4, ctas // (4 * units)))
-    cluster_size = 2 if 2 * units <= _HOPPER_DECODE_CTAS and blocks >= 2 else 1
-    return cluster_size, max(1, min(blocks, _HOPPER_DECODE_CTAS // units) // cluster_size)
+    most = 2 * num_sms
+    cluster_size = 2 if 2 * units <= most and blocks >= 2 else 1
+    return cluster_size, max(1, min(blocks, most // units) // cluster_size)

@@ -131,6 +131,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(cuda, "_launch", launch)
     monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(cuda_cross_attention=None, cuda_gated_mix=None))
+    monkeypatch.setattr(cuda, "_num_sms", lambda device: 132)
     monkeypatch.setattr(cuda, "_counters", lambda device, count: torch.zeros(count, dtype=torch.int32))
     return seen
 

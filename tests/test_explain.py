@@ -155,10 +155,9 @@ def test_on_a_hopper_gpu_the_plan_is_that_of_the_heuristics(op, num_splits, hopp
     assert {name: found.tiles[name] for name in vars(config)} == vars(config)
     assert (found.tiles["block_m"], found.tiles["block_n"]) == (64 * config.consumers, config.block_n)
     assert found.num_splits == config.cluster_size * config.num_groups
-    assert found.grid == (config.cluster_size * config.max_tiles, 2, config.num_groups)
-    groups = config.num_groups > 1
-    assert found.workspace_bytes == (4 * sum(config.workspace(2, 64)) if groups else 0)
-    assert groups or not num_splits  # one of the two has a workspace
+    assert found.grid == config.grid(2)
+    assert found.workspace_bytes == (4 * sum(config.workspace(2, 64)) if config.leaves_parts else 0)
+    assert config.leaves_parts or num_splits  # one of the two has a workspace
 
 
 @pytest.mark.parametrize(("op", "num_splits"), [(ATTEND, 0), (ATTEND, 1), (FUSED, 0), (FUSED, 1)])

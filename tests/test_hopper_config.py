@@ -21,6 +21,7 @@ from slowfast_kernels.heuristics import (
 )
 
 HALF = OpCall("text_cross_attention", "cuda", torch.bfloat16, (9, 0), head_dim=128)
+HOPPER_SMS = (78, 114, 132)  # H20; H100 PCIe; H100 SXM, H200, GH200
 EVERYTHING_IS_HERE = dict.fromkeys(("cuda", "triton", "cpu", "eager"))
 
 
@@ -31,11 +32,13 @@ EVERYTHING_IS_HERE = dict.fromkeys(("cuda", "triton", "cpu", "eager"))
     num_kv_heads=st.sampled_from([1, 2, 4, 8]),
     heads_per_kv=st.integers(1, 16),
     head_dim=st.sampled_from(HOPPER_HEAD_DIMS),
+    num_sms=st.sampled_from(HOPPER_SMS),
 )
 def test_every_row_has_a_tile_and_every_cluster_can_be_launched(
-    num_text, num_slow, batch, num_kv_heads, heads_per_kv, head_dim
+    num_text, num_slow, batch, num_kv_heads, heads_per_kv, head_dim, num_sms
 ):
-    config = hopper_attention_config(num_text, num_slow, batch, num_kv_heads * heads_per_kv, num_kv_heads, head_dim)
+    heads = num_kv_heads * heads_per_kv
+    config = hopper_attention_config(num_text, num_slow, batch, heads, num_kv_heads, head_dim, num_sms=num_sms)
     rows_a_tile = 64 * config.consumers
     assert config.consumers in (1, 2)
     assert config.max_tiles * rows_a_tile >= num_text * heads_per_kv
@@ -119,19 +122,56 @@ def test_the_choice_is_that_of_the_sweep_on_an_h100(sizes, heads, chosen):
     assert tuple(getattr(config, field) for field in fields) == chosen
 
 
-def test_many_rows_over_a_long_video_leave_no_sm_idle_for_long():
+@pytest.mark.parametrize("sms", HOPPER_SMS)
+def test_many_rows_over_a_long_video_leave_no_sm_idle_for_long(sms):
     """Blocks of the busiest SM against an even share: long groups first, the short ones one after another."""
     for rows, slow in ((256, 10368), (256, 98304), (1024, 98304)):
-        config = hopper_attention_config(rows, slow, 1, 28, 4, 128)
-        blocks, units, sms = -(-slow // config.block_n), config.max_tiles * 4, 132
+        config = hopper_attention_config(rows, slow, 1, 28, 4, 128, num_sms=sms)
+        blocks, units = -(-slow // config.block_n), config.max_tiles * 4
         split = units - config.whole_units
-        long_ctas = split * (config.num_groups - 1)
         assert config.whole_units % sms == 0
-        assert long_ctas < sms, "the long groups are one wave"
-        short = blocks - (config.num_groups - 1) * config.long_blocks
-        turns = -(-split // (sms - long_ctas))
-        busiest = config.whole_units // sms * blocks + max(config.long_blocks, turns * short)
+        if config.long_blocks:
+            long_ctas = split * (config.num_groups - 1)
+            assert long_ctas < sms, "the long groups are one wave"
+            short = blocks - (config.num_groups - 1) * config.long_blocks
+            last = max(config.long_blocks, -(-split // (sms - long_ctas)) * short)
+        else:
+            last = -(-split * config.num_groups // sms) * -(-blocks // config.num_groups)
+        busiest = config.whole_units // sms * blocks + last
         assert busiest * sms <= 1.1 * units * blocks
+
+
+@given(
+    num_text=st.integers(1, 4096),
+    num_slow=st.integers(0, 200_000),
+    batch=st.integers(2, 300),
+    selects=st.booleans(),
+    num_sms=st.sampled_from(HOPPER_SMS),
+)
+def test_a_batch_leaves_room_for_groups_that_uneven_lengths_ask_for(num_text, num_slow, batch, selects, num_sms):
+    config = hopper_attention_config(num_text, num_slow, batch, 28, 4, 128, 0, selects, num_sms)
+    if (selects and config.consumers == 2) or batch > 256:
+        assert config.share_slots == 0
+        return
+    width, heads, layers = config.grid(4)
+    assert config.share_slots > 0
+    assert config.even_units > 0
+    assert layers >= config.num_groups
+    assert heads >= 4
+    assert heads == 4 or layers == 1, "what is added comes last"
+    # a group for each unit, and two even shares of the rest for each
+    assert width // config.cluster_size * heads * layers >= config.max_tiles * 4 + config.share_slots // 2
+    parts, rows = 2 * config.share_slots, 64 * config.consumers
+    out, stats, gates, counters = config.workspace(4, 128)
+    assert out >= parts * rows * 128
+    assert stats >= parts * rows * 2
+    assert gates >= parts * config.cluster_size * rows * 3
+    assert counters >= parts * (config.cluster_size if config.cluster_size > 1 else config.consumers)
+
+
+def test_lengths_that_are_known_are_not_looked_at():
+    assert hopper_attention_config(64, 10368, 1, 28, 4, 128).share_slots == 0, "one sequence"
+    assert hopper_attention_config(64, 10368, 8, 28, 4, 128, 4).share_slots == 0, "a fixed number of splits"
 
 
 @pytest.mark.parametrize(

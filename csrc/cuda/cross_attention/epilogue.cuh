@@ -20,12 +20,13 @@ struct Tile {
 // One tile of one KV head, and the CTA's place among those that work on it: a group is a cluster, be it of one CTA.
 struct Unit {
   int64_t index;   // in the workspace: counts the units that groups share
-  int64_t first_part;  // of its groups in the workspace, if kGeneral
+  int64_t first_part;  // of its groups in the workspace
   int kv_head;     // the first of two if paired
   int group;       // of this CTA
   int num_groups;  // that work on the unit
   int size;        // CTAs of a group: the cluster
   int rank;        // of this CTA in its cluster
+  bool is_cut_alike;  // as all units are, by the plan; else the device has cut it
   bool paired;     // the rows of the tile, 64 or fewer, of this KV head and then of the next: a warpgroup for each
 };
 
@@ -70,6 +71,9 @@ struct Gates {
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kHeadDim = Traits::kHeadDim;
+
+  static constexpr int kGateLoads = Traits::kConsumers == 1 ? 5 : 3;  // in flight together, by what registers allow
+  static constexpr int kHelperLoads = 3;
 
   const CrossAttentionParams& p;
   const SplitPlan& plan;
@@ -125,7 +129,7 @@ struct Gates {
 
   // The groups among which the rows are shared out. A short group has no time for them: its CTAs are the many that run one
   // after another, and gates take longer than their few KV blocks.
-  __device__ __forceinline__ bool has_short_group() const { return unit.num_groups > 1 && plan.long_blocks > 0; }
+  __device__ __forceinline__ bool has_short_group() const { return unit.num_groups > 1 && plan.long_blocks > 0 && (!Traits::kCutsOnDevice || unit.is_cut_alike); }
   __device__ __forceinline__ int gate_groups() const { return unit.num_groups - has_short_group(); }
   __device__ __forceinline__ bool forms_gates() const { return p.state != nullptr && unit.group < gate_groups(); }
   __device__ __forceinline__ bool forms_all_gates() const { return forms_gates() && gate_groups() == 1; }
@@ -158,7 +162,14 @@ struct Gates {
     ptx::mbarrier_arrive(&shared.places_full);
     if (forms_gates()) {
       if (!are_few) prefetch(warp * 32 + lane);
-      if (p.gate.weight != nullptr) form_dots(warp, lane);
+      if (shares_items()) {
+        take_items<kGateLoads>(lane);
+        while (*static_cast<volatile int*>(&shared.gate_items_done) < num_items()) {
+        }
+        __threadfence_block();
+      } else if (p.gate.weight != nullptr) {
+        form_dots(warp, lane);
+      }
     }
     if (forms_all_gates()) {
       ptx::named_barrier_sync(kGatesBarrier, 32 * Traits::kGateWarps);
@@ -170,21 +181,46 @@ struct Gates {
   // Dots of the state rows with the gate's weight, a third of C a warp.
   __device__ __forceinline__ void form_dots(int warp, int lane) const {
     const int end = text_end(), step = gate_groups();
-    float* parts = dots();
-    for (int text = text_begin() + unit.group; text < end; text += 2 * step) {
-      const int next = text + step;
-      const T* states[2] = {state_row(text), next < end ? state_row(next) : nullptr};
-      float dots[2] = {0.0f, 0.0f};  // what this lane has of them
-      if (p.gate.dtype == DType::kFloat32) {
-        multiply_by_floats(dots, states, warp * 32 + lane);
-      } else {
-        multiply_by_halves(dots, states, warp * 32 + lane);
+    for (int text = text_begin() + unit.group; text < end; text += 2 * step) form_pair<kGateLoads>(text, step, warp, lane);
+  }
+
+  // Of a tile that one CTA has to itself, warps take what is next: of two text rows, a third of C. Over a short sequence the
+  // consumers are done long before three warps have formed the gates of a full tile, and then help.
+  __device__ __forceinline__ bool shares_items() const {
+    return Traits::kConsumers == 2 && !Traits::kGeneral && unit.size == 1 && p.gate.weight != nullptr && forms_all_gates();
+  }
+  __device__ __forceinline__ int num_items() const { return (text_end() - text_begin() + 1) / 2 * Traits::kGateWarps; }
+  template <int kLoads>
+  __device__ __forceinline__ void take_items(int lane) const {
+    while (true) {
+      int item = 0;
+      if (lane == 0) item = atomicAdd(&shared.gate_items, 1);
+      item = __shfl_sync(0xffffffffu, item, 0);
+      if (item >= num_items()) return;
+      const int pair = item / Traits::kGateWarps;
+      form_pair<kLoads>(text_begin() + 2 * pair, 1, item - pair * Traits::kGateWarps, lane);
+      if (lane == 0) {  // who wrote the dots
+        __threadfence_block();
+        atomicAdd(&shared.gate_items_done, 1);
       }
+    }
+  }
+
+  // Of text rows `text` and text + step, the third of C that is number `part`, with so many loads in flight.
+  template <int kLoads>
+  __device__ __forceinline__ void form_pair(int text, int step, int part, int lane) const {
+    const int next = text + step;
+    const T* states[2] = {state_row(text), next < text_end() ? state_row(next) : nullptr};
+    float dots[2] = {0.0f, 0.0f};  // what this lane has of them
+    if (p.gate.dtype == DType::kFloat32) {
+      multiply_by_floats(dots, states, part * 32 + lane);
+    } else {
+      multiply_by_halves<kLoads>(dots, states, part * 32 + lane);
+    }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float dot = warp_sum(dots[j]);
-        if (lane == 0 && states[j] != nullptr) parts[(j == 0 ? text : next) * Traits::kGateWarps + warp] = dot;
-      }
+    for (int j = 0; j < 2; ++j) {
+      const float dot = warp_sum(dots[j]);
+      if (lane == 0 && states[j] != nullptr) this->dots()[(j == 0 ? text : next) * Traits::kGateWarps + part] = dot;
     }
   }
 
@@ -196,8 +232,9 @@ struct Gates {
   // By tensor cores: a fifth of the instructions, which compete with those of the main loop. Of A (16 x 16), row s takes slice
   // s of one text row's channels and row 8 + s the same slice of the next one's, and column s of B (16 x 8) that slice of the
   // weight; the dots are the two diagonals' sums. `vector` is a lane's first. All lanes of a warp go round equally often.
+  template <int kLoads>
   __device__ __forceinline__ void multiply_by_halves(float (&dots)[2], const T* const (&states)[2], int vector) const {
-    constexpr int kStep = 32 * Traits::kGateWarps, kLoads = Traits::kConsumers == 1 ? 5 : 3;  // in flight together
+    constexpr int kStep = 32 * Traits::kGateWarps;
     float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const int end = num_vectors();
     for (int lane = vector % 32; vector - lane < end; vector += kStep * kLoads) {

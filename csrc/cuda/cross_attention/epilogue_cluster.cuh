@@ -209,7 +209,7 @@ struct ClusterEpilogue {
     }
   }
   __device__ __forceinline__ int64_t partial_row(int group) const {
-    return (gates.unit.index * gates.plan.num_groups + group) * Traits::kBlockM + gates.first_row;
+    return (gates.unit.first_part + group) * Traits::kBlockM + gates.first_row;
   }
   __device__ __forceinline__ float4* partial_out(int group) const {
     return reinterpret_cast<float4*>(gates.plan.partial_out) + partial_row(group) * kVectors;

@@ -86,6 +86,7 @@ struct DirectEpilogue {
 
   // Maxima of `rows` are in log2 units.
   __device__ __forceinline__ void run(RowState<Traits>& rows, Neighbour& neighbour) const {
+    if (gates.shares_items()) gates.template take_items<Gates<Traits>::kHelperLoads>(thread % 32);
     ptx::mbarrier_wait(&gates.shared.gate_full, 0);
     if (num_rows() == 0) return;
     if (gates.unit.num_groups > 1) {
@@ -146,8 +147,7 @@ struct DirectEpilogue {
 
   __device__ __forceinline__ int64_t slot(int group) const {
     const Unit& unit = gates.unit;
-    if (Traits::kGeneral) return unit.first_part * Traits::kConsumers + warpgroup * unit.num_groups + group;
-    return (unit.index * Traits::kConsumers + warpgroup) * gates.plan.num_groups + group;
+    return unit.first_part * Traits::kConsumers + warpgroup * unit.num_groups + group;
   }
   __device__ __forceinline__ float4* partial_out(int group, int r) const {
     return reinterpret_cast<float4*>(gates.plan.partial_out) + (slot(group) * 2 + r) * kVectors * 128 + thread;

@@ -16,40 +16,33 @@
 #include "epilogue_direct.cuh"
 #include "deal.cuh"
 #include "producer.cuh"
+#include "shares.cuh"
 
 namespace slowfast::cuda {
 
-// Which rows a tile index means. Sequences are scanned a warp at a time: every warp does so, no shared memory.
+// Which rows a tile index means. Sequences are scanned a warp at a time: every warp does so, no shared memory. `sequence` is
+// load_sequence(p, 0, lane), where that reads anything.
 template <typename Traits>
-__device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int heads_per_kv, int tile_index,
-                                          int lane, Tile& tile) {
+__device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int heads_per_kv, int tile_index, int lane,
+                                          const Sequence& sequence, Tile& tile) {
   int num_text = static_cast<int>(p.num_text);
   tile = {0, tile_index * Traits::kBlockM, 0, 0, static_cast<int>(p.num_slow)};
-  // One sequence owns everything, but perhaps not all pieces: nothing to read, and the first TMA can go.
-  if (p.batch > 1 || (Traits::kGeneral && p.slow_pieces != nullptr)) {
+  if (reads_sequences<Traits>(p)) {
     int passed = 0;
     bool found = false;
     for (int first = 0; first < p.batch && !found; first += 32) {
-      const int b = min(first + lane, p.batch - 1);
-      const int text_begin = p.cu_text[b], text_end = p.cu_text[b + 1];
-      const int slow_begin = p.cu_slow[b], slow_end = p.cu_slow[b + 1];
-      const int count = first + lane < p.batch ? text_end - text_begin : 0;
-      const int tiles = (count * heads_per_kv + Traits::kBlockM - 1) / Traits::kBlockM;
-      int inclusive = tiles;
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, inclusive, offset);
-        if (lane >= offset) inclusive += other;
-      }
+      const Sequence mine = first == 0 ? sequence : load_sequence(p, first, lane);
+      const int tiles = (mine.num_text * heads_per_kv + Traits::kBlockM - 1) / Traits::kBlockM;
+      const int inclusive = inclusive_sum_of_warp(tiles, lane);
       const unsigned past = __ballot_sync(0xffffffffu, passed + inclusive > tile_index);
       found = past != 0;
       const int source = found ? __ffs(past) - 1 : 0;
       const auto of_source = [&](int x) { return __shfl_sync(0xffffffffu, x, source); };
       tile.row_begin = (tile_index - passed - of_source(inclusive - tiles)) * Traits::kBlockM;
-      tile.text_begin = of_source(text_begin);
-      num_text = of_source(count);
-      tile.slow_begin = of_source(slow_begin);
-      tile.num_slow = of_source(slow_end - slow_begin);
+      tile.text_begin = of_source(mine.text_begin);
+      num_text = of_source(mine.num_text);
+      tile.slow_begin = of_source(mine.slow_begin);
+      tile.num_slow = of_source(mine.num_slow);
       passed += __shfl_sync(0xffffffffu, inclusive, 31);
     }
     if (!found) return false;
@@ -63,17 +56,30 @@ __device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int hea
 template <typename Traits>
 __device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const SplitPlan& plan,
                                           typename Traits::SharedStorage& shared, int lane, Unit& unit, Tile& tile) {
+  Sequence sequence = {0, 0, 0, 0};
+  if (reads_sequences<Traits>(p)) sequence = load_sequence(p, 0, lane);
   if constexpr (Traits::kDeals) {
     if (plan.dealt_ctas > 0) {
       int tile_index = 0;
       unit.size = 1;
       unit.rank = 0;
+      unit.is_cut_alike = false;
       if (!Deal<Traits>::find(p, plan, reinterpret_cast<int*>(shared.slots), lane, unit, tile_index)) return false;
-      find_tile<Traits>(p, plan.heads_per_kv, tile_index, lane, tile);
+      find_tile<Traits>(p, plan.heads_per_kv, tile_index, lane, sequence, tile);
       unit.paired = tile.num_rows <= 64 && unit.kv_head + 1 < p.num_kv_heads;
       return true;
     }
   }
+  unit.size = plan.cluster_size;
+  unit.rank = ptx::cluster_rank();
+  if (Traits::kShares && plan.share_slots > 0 && !look_even<Traits>(p, plan, sequence, lane)) {
+    const Shares<Traits> shares(p, plan, sequence, lane);
+    if (!shares.are_even()) {
+      const int length = shares.choose_length(reinterpret_cast<int*>(shared.state));
+      if (length > 0) return shares.find(length, unit, tile);
+    }
+  }
+  if (Traits::kShares && blockIdx.y >= p.num_kv_heads) return false;
   const int tile_index = ptx::cluster_index(), number = blockIdx.y * plan.max_tiles + tile_index;
   const bool is_whole = number < plan.whole_units;
   unit.index = number - plan.whole_units;
@@ -81,10 +87,9 @@ __device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const S
   unit.group = blockIdx.z;
   unit.num_groups = is_whole ? 1 : plan.num_groups;
   unit.first_part = unit.index * plan.num_groups;
-  unit.size = plan.cluster_size;
-  unit.rank = ptx::cluster_rank();
+  unit.is_cut_alike = true;
   unit.paired = false;
-  if (unit.group >= unit.num_groups || !find_tile<Traits>(p, plan.heads_per_kv, tile_index, lane, tile)) return false;
+  if (unit.group >= unit.num_groups || !find_tile<Traits>(p, plan.heads_per_kv, tile_index, lane, sequence, tile)) return false;
   // Two KV heads with half a tile each share a CTA, a warpgroup for each: the CTAs of the second have nothing to do.
   if (Traits::kConsumers == 2 && tile.num_rows <= 64) {
     if (unit.kv_head % 2 == 1) return false;
@@ -175,6 +180,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
   ptx::mbarrier_init(&shared.peers_ready, cluster_size * 4 * Traits::kConsumers);
   ptx::mbarrier_init(&shared.parts_full, 1);
   ptx::mbarrier_init(&shared.looked, 1);
+  shared.gate_items = shared.gate_items_done = 0;
   ptx::mbarrier_init_fence();
 }
 

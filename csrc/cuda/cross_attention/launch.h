@@ -19,8 +19,18 @@ struct SplitPlan {
   // has dealt_ctas parts in the place of [units, num_groups], gates of max_tiles * Hkv units, dealt_ctas * kConsumers counters.
   int32_t dealt_ctas;
   int32_t num_sms;       // of the device; where blocks are dealt out
+  // All of the above is for sequences of equal lengths. Where the device sees others, it may cut units into groups of its own
+  // (shares.cuh), for share_slots groups that run at once; 0: never. They find room in a grid of max_tiles by grid_heads
+  // >= Hkv by grid_groups >= num_groups, of max_tiles * Hkv + share_slots / 2 groups at least, and in a workspace of
+  // 2 * share_slots parts.
+  int32_t share_slots;
+  int32_t grid_heads;
+  int32_t grid_groups;
+  int32_t even_units;    // what the plan is for: units with something to do,
+  int32_t even_blocks;   // and blocks of each; 0: any number
   bool kv_evict_first;   // each KV byte is read once
   // Workspace, for more than one group. Its units are those that groups share: max_tiles * Hkv - whole_units.
+  // A part is a group's; with share_slots there are 2 * share_slots at least, and as many units.
   float* partial_out;    // [units, num_groups, kBlockM * D]
   float* partial_stats;  // [units, num_groups, kBlockM, 2]
   float* partial_gates;  // [units, cluster_size, kBlockM, 3]
@@ -34,7 +44,10 @@ struct SplitPlan {
 
 void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 void cross_attention_sm90_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
-// Of these, the general calls: with ranges, with pieces, with K and V so far apart or so unlike that one tensor map cannot hold
+// Of these, calls with share_slots that are not general.
+void cross_attention_sm90_shares_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
+void cross_attention_sm90_shares_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
+// Of these, the general calls, which with two consumers take no share_slots: with ranges, with pieces, with K and V so far apart or so unlike that one tensor map cannot hold
 // both, or dealt out. Their plans have equal groups: long_blocks = whole_units = 0.
 void cross_attention_sm90_general_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 void cross_attention_sm90_general_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);

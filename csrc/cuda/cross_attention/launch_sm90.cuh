@@ -98,6 +98,10 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   attributes[1].val.clusterDim = {static_cast<unsigned>(plan.cluster_size), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(plan.cluster_size * plan.max_tiles, p.num_kv_heads, plan.num_groups);
+  if (Traits::kShares && plan.share_slots > 0) {
+    config.gridDim.y = plan.grid_heads;
+    config.gridDim.z = plan.grid_groups;
+  }
   if (Traits::kDeals && plan.dealt_ctas > 0) config.gridDim = dim3(plan.dealt_ctas);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
@@ -107,21 +111,21 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   check(cudaLaunchKernelEx(&config, kernel, make_slow_maps<Traits>(p), p, plan), "cross_attention_sm90");
 }
 
-template <int kHeadDim, int kConsumers, bool kGeneral>
+template <int kHeadDim, int kConsumers, bool kGeneral, bool kShares>
 void launch_dtype(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
   switch (p.dtype) {
-    case DType::kBFloat16: return launch<Traits<__nv_bfloat16, kHeadDim, kConsumers, kGeneral>>(p, plan, stream);
-    case DType::kFloat16: return launch<Traits<__half, kHeadDim, kConsumers, kGeneral>>(p, plan, stream);
+    case DType::kBFloat16: return launch<Traits<__nv_bfloat16, kHeadDim, kConsumers, kGeneral, kShares>>(p, plan, stream);
+    case DType::kFloat16: return launch<Traits<__half, kHeadDim, kConsumers, kGeneral, kShares>>(p, plan, stream);
     case DType::kFloat32: break;
   }
   throw std::invalid_argument("cross_attention: a dtype that has no kernel");
 }
 
-template <int kHeadDim, bool kGeneral>
+template <int kHeadDim, bool kGeneral, bool kShares>
 void launch_head_dim(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
   switch (plan.consumers) {
-    case 1: return launch_dtype<kHeadDim, 1, kGeneral>(p, plan, stream);
-    case 2: return launch_dtype<kHeadDim, 2, kGeneral>(p, plan, stream);
+    case 1: return launch_dtype<kHeadDim, 1, kGeneral, kShares>(p, plan, stream);
+    case 2: return launch_dtype<kHeadDim, 2, kGeneral, kShares>(p, plan, stream);
   }
   throw std::invalid_argument("cross_attention: a number of consumers that has no kernel");
 }

@@ -14,13 +14,14 @@ template <typename Traits>
 __device__ __forceinline__ BlockRange find_blocks(const SplitPlan& plan, const Unit& unit, int total) {
   const int splits = unit.size * unit.num_groups, split = unit.group * unit.size + unit.rank;
   if (splits == 1) return {0, total};
+  if (Traits::kCutsOnDevice && !unit.is_cut_alike) {
+    const int each = total / splits, rest = total - each * splits;  // the first ones get one more: the last may need a mask
+    const auto begin_of = [&](int i) { return each * i + min(i, rest); };
+    return {begin_of(split), begin_of(split + 1)};
+  }
   if (plan.long_blocks > 0) {
     const int begin = min(total, unit.group * plan.long_blocks);
     return {begin, unit.group + 1 == unit.num_groups ? total : min(total, begin + plan.long_blocks)};
-  }
-  if (Traits::kDeals && plan.dealt_ctas > 0) {
-    const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(total) * i / splits); };
-    return {share(split), share(split + 1)};
   }
   int each = __umulhi(total, plan.splits_reciprocal);  // of each split's blocks, or one too many
   if (each * splits > total) --each;

@@ -5,7 +5,8 @@ namespace slowfast::cuda {
 
 void cross_attention_sm90_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream) {
   if (is_general(params, plan)) return cross_attention_sm90_general_d128(params, plan, stream);
-  launch_head_dim<128, false>(params, plan, static_cast<cudaStream_t>(stream));
+  if (plan.share_slots > 0) return cross_attention_sm90_shares_d128(params, plan, stream);
+  launch_head_dim<128, false, false>(params, plan, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace slowfast::cuda

@@ -14,17 +14,21 @@ enum Barrier { kWarpgroupBarrier = 1, kConsumersBarrier = 3, kTurnBarrier = 4, k
 // share an SM, so that one streams while the other starts or ends.
 // kGeneral: slow tokens in pieces, rows that see ranges of them, K and V apart. Its loop asks at every block what the rows
 // see; without it all of them see all tokens of one run.
-template <typename T, int kHeadDim_, int kConsumers_, bool kGeneral_ = false>
+// kShares: of sequences whose lengths may be uneven, see shares.cuh. Without it nothing asks: instructions run from a cold
+// cache, and a jump over so many costs a quarter of a microsecond.
+template <typename T, int kHeadDim_, int kConsumers_, bool kGeneral_ = false, bool kShares_ = false>
 struct Traits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kConsumers_;
   static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kShares = kShares_ || (kGeneral && kConsumers == 1);
   static constexpr bool kDeals = kGeneral && kConsumers == 2;  // work among CTAs, if the plan says so: deal.cuh
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kConsumers == 1 ? 32 : 128;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kCtasPerSM = kConsumers == 1 ? 2 : 1;
+  static constexpr bool kCutsOnDevice = kShares || kDeals;
   // 64 columns of a row are the 128 bytes of one swizzle span; a tile is kHeadDim / 64 such column blocks.
   static constexpr int kSpan = 64;
   static constexpr int kSpans = kHeadDim / kSpan;
@@ -91,6 +95,7 @@ struct Traits {
     Gate gate_function;   // read by the gate warps while the consumers attend
     uint64_t full[kNumSlots], empty[kNumSlots];
     uint64_t query_read, places_full, gate_full, peers_ready, parts_full, looked;
+    int gate_items, gate_items_done;  // taken, and formed: see Gates::take_items
     int has_arrived[kConsumers], is_neighbour_there[kConsumers];  // of the other groups
     Block blocks[kGeneral ? kBlockEntries : 1];
 
