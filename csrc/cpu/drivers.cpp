@@ -1,5 +1,6 @@
-// What each thread of the CPU backend does and where its scratch lies; plan.cpp cuts attention into units of work. OpenMP is the libgomp that torch
-// has loaded; units are handed out dynamically, for the cores are shared with whatever else the machine runs.
+// What each thread of the CPU backend does and where its scratch lies; plan.cpp cuts attention into units of work.
+// OpenMP is the libgomp that torch has loaded; units are handed out dynamically, for the cores are shared with whatever
+// else the machine runs.
 #include <omp.h>
 
 #include <algorithm>
@@ -66,8 +67,10 @@ void cross_attention(const CrossAttentionParams& p, int num_threads) {
 }
 
 std::vector<std::array<int64_t, 6>> attention_units(const CrossAttentionParams& p, int num_threads) {
+  const Kernels& k = kernels();
+  const AttentionPlan plan = plan_attention(p, k.max_attention_rows, k.flat_rows, num_threads);
   std::vector<std::array<int64_t, 6>> found;
-  for (const AttentionUnit& u : plan_attention(p, kernels().max_attention_rows, kernels().flat_rows, num_threads).units) {
+  for (const AttentionUnit& u : plan.units) {
     found.push_back({u.row_begin, u.row_end, u.kv_head_begin, u.kv_head_end, u.tokens.begin, u.tokens.end});
   }
   return found;

@@ -13,7 +13,7 @@ constexpr int kMaxRows = 48;
 
 struct Interval { int64_t begin, end; };   // of a sequence's slow tokens, by their places along its pieces
 
-// From place `place` of a sequence on its slow tokens are token, token + 1, ... of the cache, up to the next run's place.
+// From place `place` of a sequence on, up to the next run's, its slow tokens are token, token + 1, ... of the cache.
 struct TokenRun { int64_t place, token; };
 
 // Rows [row_begin, row_end) of a sequence against its tokens [tokens.begin, tokens.end) for KV heads

@@ -160,8 +160,10 @@ class Planner {
     const int size = std::ilogb(double(strip.cost) * strip.tokens / parts.size());
     for (int32_t head = 0; head < p_.num_kv_heads; head += strip.head_step) {
       for (size_t i = 0; i < parts.size(); ++i) {
-        units_.push_back({size, {strip.texts, strip.runs, strip.runs_end, strip.row_begin, strip.row_end, parts[i], head,
-                                 head + strip.head_step, int64_t(i)}});
+        const AttentionUnit unit = {strip.texts,   strip.runs, strip.runs_end, strip.row_begin,
+                                    strip.row_end, parts[i],   head,           head + strip.head_step,
+                                    int64_t(i)};
+        units_.push_back({size, unit});
       }
     }
     for (int64_t text = strip.row_begin / group_; text <= (strip.row_end - 1) / group_; ++text) {
