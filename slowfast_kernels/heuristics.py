@@ -377,10 +377,8 @@ def hopper_attention_config(
     if consumers == 1:
         cluster_size, groups = _hopper_decode_splits(units, blocks, num_sms)
         config = HopperConfig(consumers, cluster_size, groups, max_tiles, kv_evict_first=evict_first)
-        if (
-            units in _HOPPER_TWO_VIDEOS and not selects
-        ):  # a look at the lengths costs them 7%: 2x1x5184 11.9 -> 12.9 us (29)
-            return config
+        if units in _HOPPER_TWO_VIDEOS and not selects:
+            return config  # a look at the lengths costs them 7%: 2x1x5184 11.9 -> 12.9 us (30)
         ctas = min(_HOPPER_SHARED_DECODE_CTAS, _HOPPER_SATURATING_CTAS_LONG + units * cluster_size // 2)
         return _sharing(config, batch, -(-ctas * num_sms // _HOPPER_SMS // cluster_size), units, blocks)
 
