@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # asked once: two threads that ask first get None
+
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "out")
 TIMEOUT_S = 300  # tests that take longer hang
@@ -63,7 +65,7 @@ class Tree:
         }
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
 
-        self.extension = folder / "slowfast_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        self.extension = folder / "slowfast_kernels" / f"_C{EXT_SUFFIX}"
 
     @contextmanager
     def changed(self, file: str, old: str, new: str) -> Iterator[None]:

@@ -188,8 +188,8 @@ struct AttentionTile {
     }
   }
 
-  // scores[t] = q . k_t for tokens [from, to) of a tile, whose keys are given. Not scaled yet: subtracting their maximum
-  // first costs large scores no precision.
+  // scores[t] = q . k_t for tokens [from, to) of a tile, whose keys are given. Not scaled yet: subtracting their
+  // maximum first costs large scores no precision.
   SLOWFAST_INLINE void scores_of(const float* q, Rows keys, int64_t from, int64_t to, const Source& next,
                                  float* scores) const {
     for (int64_t t = from; t < to; t += kDots) {
