@@ -46,7 +46,7 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     blocks = -(-max(shape.slow) // own.block_n)
     pairs_halves = own.consumers == 2 and 0 < rows % 128 <= 64
     idle = shape.batch * (heads.num_kv // 2) if pairs_halves else 0
-    slots = heuristics._HOPPER_DECODE_CTAS if own.consumers == 1 else heuristics._HOPPER_SMS
+    slots = heuristics._HOPPER_SMS * (2 if own.consumers == 1 else 1)
     most_waves = 12
     if tiles <= 100:
         most_waves = 3 if max(shape.slow) > 50000 else 1
