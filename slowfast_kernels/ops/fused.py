@@ -77,7 +77,7 @@ def slowfast_cross_attention(
     attend |= selection | {"return_lse": True}
     context, lse = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, **attend)
     mix = partial(gated_residual_mix, gate=gate, warm_up_tanh=options.warm_up_tanh, backend=backend)
-    if not tensors.attention.selects:
+    if all(x is None for x in selection.values()):  # a property of a named tuple is no bool to dynamo before torch 2.7
         return mix(state, context, text_rows, gate_weight, gate_bias, warm_up, gate_value=gate_value)
     made = Gate.of(*gating, gate, options.warm_up_tanh)
     clean = eager.without_blind_rows(state, text_rows, made, lse)

@@ -124,7 +124,7 @@ def _attention(
 
     first_slow = tl.load(cu_slow + sequence)
     last_slow = tl.load(cu_slow + sequence + 1)
-    if slow_begin is None and slow_end is None and slow_pieces is None:
+    if (slow_begin is None and slow_end is None) and slow_pieces is None:
         # Blocks are dealt out evenly; the masked block is always the last one of the last split.
         num_slow = last_slow - first_slow
         num_blocks = tl.cdiv(num_slow, BLOCK_N)
@@ -178,7 +178,7 @@ def _attention(
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     MASK_COLS: tl.constexpr = D != BLOCK_D
-    if slow_begin is not None or slow_end is not None or slow_pieces is not None:
+    if (slow_begin is not None or slow_end is not None) or slow_pieces is not None:
         acc, total, top = attend_visible(
             acc, total, top, query, keys, values, k_tile, v_tile, is_col, scale, begin, end,
             first_slow, last_slow, slow_pieces, first_block, last_block,
