@@ -159,7 +159,7 @@ def _unmasked(
     """
     if PEEL:
         start = tl.cdiv(tl.maximum(inner_low - low, 0), BLOCK_N)
-        # Not inner_high - low: it may be NEVER, and Triton 3.8's interpreter makes no tensor of a constant less a tensor.
+        # Not inner_high - low: of a constant (NEVER) less a tensor, Triton 3.8's interpreter makes no tensor.
         stop = tl.minimum(tl.maximum(-(low - inner_high), 0), count) // BLOCK_N
         start = tl.minimum(tl.maximum(start, first), last)
         return start, tl.maximum(tl.minimum(stop, last), start)
