@@ -30,6 +30,7 @@ from .params import (
     cross_attention_params,
     fill_attention,
     fill_gate,
+    fill_gated_mix,
     fill_merge,
     gated_mix_params,
     merge_params,
@@ -86,12 +87,9 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
 
     @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=8 * params.rows))
     def run(tensors: MixTensors) -> Tensor:
-        state, context, text_rows = tensors[:3]
-        out = state.new_empty(state.shape)
+        out = tensors.state.new_empty(tensors.state.shape)
         mine = copy(params)
-        mine.state, mine.context, mine.text_rows = state.data_ptr(), context.data_ptr(), text_rows.data_ptr()
-        mine.out = out.data_ptr()
-        held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel has read it
+        held = fill_gated_mix(mine, tensors, out, tensors.gate(options))  # noqa: F841  until the kernel has read it
         kernel(addressof(mine), torch.get_num_threads())
         return out
 

@@ -34,6 +34,7 @@ from .params import (
     cross_attention_params,
     fill_attention,
     fill_gate,
+    fill_gated_mix,
     fill_merge,
     gated_mix_params,
     merge_params,
@@ -77,12 +78,9 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
 
     @described(CallPlan)
     def run(tensors: MixTensors) -> Tensor:
-        state, context, text_rows = tensors[:3]
-        out = state.new_empty(state.shape)
+        out = tensors.state.new_empty(tensors.state.shape)
         mine = copy(params)
-        mine.state, mine.context, mine.text_rows = state.data_ptr(), context.data_ptr(), text_rows.data_ptr()
-        mine.out = out.data_ptr()
-        held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel is launched
+        held = fill_gated_mix(mine, tensors, out, tensors.gate(options))  # noqa: F841  until the kernel is launched
         _launch(kernel, device, mine)
         return out
 
@@ -168,8 +166,8 @@ class Attention:
     ):
         q, slow_kv, text_rows, batch = sample.q, sample.slow_kv, sample.text_rows, sample.cu_text.shape[0] - 1
         num_kv_heads, head_dim = slow_kv.shape[1], q.shape[2]
-        self.device = q.device
-        self.config = config or hopper_attention_config(
+        self.device, num_sms = q.device, _num_sms(q.device)
+        self.config = config = config or hopper_attention_config(
             text_rows.shape[0],
             slow_kv.shape[0],
             batch,
@@ -178,27 +176,18 @@ class Attention:
             head_dim,
             num_splits,
             sample.selects,
-            _num_sms(self.device),
+            num_sms,
         )
-        splits = self.config.cluster_size * self.config.num_groups
+        splits = config.cluster_size * config.num_groups
         self.params = cross_attention_params(sample, scale_of(q, softmax_scale), splits, state, gate)
+        _, grid_heads, grid_groups = config.grid(num_kv_heads)
         self.plan = SplitPlan(
-            consumers=self.config.consumers,
-            cluster_size=self.config.cluster_size,
-            num_groups=self.config.num_groups,
-            max_tiles=self.config.max_tiles,
-            whole_units=self.config.whole_units,
-            long_blocks=self.config.long_blocks,
-            kv_evict_first=self.config.kv_evict_first,
-            dealt_ctas=self.config.dealt_ctas,
-            num_sms=_num_sms(self.device) if self.config.dealt_ctas else 0,
-            share_slots=self.config.share_slots,
-            grid_heads=self.config.grid(num_kv_heads)[1],
-            grid_groups=self.config.grid(num_kv_heads)[2],
-            even_units=self.config.even_units,
-            even_blocks=self.config.even_blocks,
+            **asdict(config),
+            num_sms=num_sms if config.dealt_ctas else 0,
+            grid_heads=grid_heads,
+            grid_groups=grid_groups,
         )
-        self.workspace = self.config.workspace(num_kv_heads, head_dim) if self.config.leaves_parts else None
+        self.workspace = config.workspace(num_kv_heads, head_dim) if config.leaves_parts else None
         self.kernel = extension().cuda_cross_attention
 
     def describe(self) -> CallPlan:

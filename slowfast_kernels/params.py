@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .calls import AttentionTensors, FusedTensors, MergeTensors
+from .calls import AttentionTensors, FusedTensors, MergeTensors, MixTensors
 from .dtypes import DTYPE_CODES
 from .gate import GATE_CODES, Gate
 from .pool_plan import PoolPlan
@@ -150,6 +150,13 @@ def gated_mix_params(state: Tensor, context: Tensor, text_rows: Tensor, gate: Ga
         context_row_stride=context.stride(0),
         dtype=DTYPE_CODES[state.dtype],
     )
+
+
+def fill_gated_mix(params: GatedMixParams, inputs: MixTensors, out: Tensor, gate: Gate) -> Tensor | None:
+    """The addresses; returns what ``fill_gate`` returns."""
+    params.state, params.context = inputs.state.data_ptr(), inputs.context.data_ptr()
+    params.text_rows, params.out = inputs.text_rows.data_ptr(), out.data_ptr()
+    return fill_gate(params.gate, gate)
 
 
 def merge_params(inputs: MergeTensors) -> MergeParams:
