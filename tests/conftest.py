@@ -93,3 +93,19 @@ def seed(request) -> int:
 def rng(seed):
     """Makes a random generator on a device."""
     return lambda device="cpu": torch.Generator(device).manual_seed(seed)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """Of a benchmark on a machine with ceilings; bench is not imported before a test asks."""
+    from bench_cases import new_journal
+
+    return new_journal(tmp_path)
+
+
+@pytest.fixture
+def run(journal):
+    """A runner on ``journal`` that measures briefly."""
+    from bench_cases import quick_runner
+
+    return quick_runner(journal)

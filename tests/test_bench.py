@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from bench_cases import CPU, new_journal, quick_runner
+from bench_cases import CPU
 
 from bench import __main__ as cli
 from bench import attention, device, model, peers, runner, timing
@@ -20,16 +20,6 @@ EVEN = AttentionShape.even(2, 3, 40, Heads(4, 2, 16))
 
 
 # --------------------------------------------------------------------------------------------- runner
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return new_journal(tmp_path)
-
-
-@pytest.fixture
-def run(journal):
-    return quick_runner(journal)
 
 
 def _measure(run, who, *variants, **options):

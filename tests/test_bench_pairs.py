@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import CPU, new_journal, quick_runner
+from bench_cases import CPU
 
 from bench import attention, layer, mix, model, pool, shapes, timing
 from bench.runner import Contender, DeviceLost, Journal, Runner, Variant
@@ -16,16 +16,6 @@ from bench.shapes import TINY_MODEL, Cost
 
 SHAPES = [replace(TINY_MODEL, frames=frames, hidden=64, intermediate=128, vocab=64) for frames in (2, 5)]
 SHAPES = [replace(shape, heads=shapes.Heads(4, 2, 16), fast_frames=2, text=9) for shape in SHAPES]
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return new_journal(tmp_path)
-
-
-@pytest.fixture
-def run(journal):
-    return quick_runner(journal)
 
 
 class HeatingMachine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench_cases import CPU, new_journal, quick_runner
+from bench_cases import CPU
 from torch.nn.attention import SDPBackend
 
 from bench import attention, masked_peers, peers, plots, ragged, ranges, report, selection, verdicts
@@ -13,16 +13,6 @@ from bench.runner import Row
 from bench.shapes import AttentionShape, Heads, RaggedMix
 
 TINY = AttentionShape.even(1, 6, 300, Heads(4, 2, 16))
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return new_journal(tmp_path)
-
-
-@pytest.fixture
-def run(journal):
-    return quick_runner(journal)
 
 
 # --------------------------------------------------------------------------------------------- what is run

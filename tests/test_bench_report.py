@@ -7,18 +7,12 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+import bench_cases  # noqa: F401  it finds bench
 import pytest
-from bench_cases import new_journal
 
 from bench import __main__ as cli
 from bench import plots, report
 from bench.runner import Row
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return new_journal(tmp_path)
-
 
 # Not what the medians of the fixture below would give, 10%: pairs know better.
 ADDED = {"to": "base LLM", "median_us": 1970.0, "p20_us": 1900.0, "p80_us": 2040.0}
