@@ -236,6 +236,12 @@ def list_unknown_gate(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setitem(GATE_CODES, kind, len(GATE_CODES))
 
 
+def said(error: BaseException) -> str:
+    """What an error and those that it was raised from say: Triton's compiler puts the call first, the cause behind."""
+    causes = said(error.__cause__) if error.__cause__ else ""
+    return f"{error}\n{causes}"
+
+
 def add_ramp(inputs: Inputs, rise: float) -> None:
     """Scores of even heads gain up to ``rise`` along the slow tokens, those of odd heads lose as much."""
     dim = inputs.q.shape[2]

@@ -152,6 +152,7 @@ def test_opcheck_and_compile(target, rng):
         pytest.skip(str(limit))
     result = torch.library.opcheck(torch.ops.slowfast.merge_attention.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
+    torch._dynamo.reset()
     merge = torch.compile(
         lambda *x: sk.merge_attention(*x, backend=target.backend), fullgraph=True, backend="aot_eager"
     )
