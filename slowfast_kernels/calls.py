@@ -144,6 +144,14 @@ class MergeOptions(NamedTuple):
     backend: str | None
 
 
+class BackwardTensors(NamedTuple):
+    """What a backward pass is called with, whatever the op."""
+
+    grads: tuple[Tensor | None, ...]  # of the results that have gradients (``Op.has_gradient``); None: zero
+    results: tuple[Tensor | None, ...]  # of the forward pass, those that ``Op.saves``
+    inputs: NamedTuple  # the op's tensors
+
+
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     """The factor on q K^T; default 1 / sqrt(D)."""
     return q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale

@@ -88,9 +88,13 @@ def _unpool_cells(grad: Tensor, stride: int, grid: tuple[int, int]) -> Tensor:
 
 @_without_autocast
 def pool_backward(
-    grad_slow: Tensor, grad_fast: Tensor, frames: Tensor, plan: PoolPlan, norm_eps: float | None
+    frames: Tensor, grad_slow: Tensor | None, grad_fast: Tensor | None, plan: PoolPlan, norm_eps: float | None
 ) -> Tensor:
     """Gradient of ``pool`` with respect to ``frames``."""
+    if grad_slow is None:
+        grad_slow = frames.new_zeros(plan.num_slow, frames.shape[-1])
+    if grad_fast is None:
+        grad_fast = frames.new_zeros(plan.num_fast, frames.shape[-1])
     channels = frames.shape[-1]
     grads = []
     for video in plan.videos:
@@ -241,24 +245,31 @@ def text_cross_attention(inputs: AttentionTensors, softmax_scale: float) -> tupl
 class AttentionGradients(NamedTuple):
     """Of ``text_cross_attention``, in its arguments' shapes, dtypes and layout."""
 
-    q: Tensor
-    slow_kv: Tensor
+    q: Tensor | None
+    slow_kv: Tensor | None
     slow_values: Tensor | None
 
 
 @_without_autocast
 def text_cross_attention_backward(
-    grad_context: Tensor, grad_lse: Tensor | None, inputs: AttentionTensors, softmax_scale: float
+    inputs: AttentionTensors,
+    grad_context: Tensor | None,
+    grad_lse: Tensor | None,
+    softmax_scale: float,
+    needs: tuple[bool, ...] = (True, True, True),
 ) -> AttentionGradients:
-    """``q``'s is zero outside the text rows; scores are recomputed.
+    """``q``'s is zero outside the text rows; scores are recomputed. ``needs``: which of the three are computed.
 
     Tokens of several sequences, or of one sequence twice, get the float32 sum over their uses in the order of the
     sequences and pieces, rounded once: the same bits every time, on a GPU too.
     """
     q = inputs.q
+    if grad_context is None:
+        grad_context = q.new_zeros(()).expand(inputs.text_rows.shape[0], *q.shape[1:])
     wide = torch.promote_types(q.dtype, torch.float32)
-    grad_q = torch.zeros(q.shape, dtype=wide, device=q.device)
-    grad_k, grad_v = (torch.zeros(inputs.keys.shape, dtype=wide, device=q.device) for _ in range(2))
+    needs_q, needs_kv = needs[0], any(needs[1:])
+    grad_q = torch.zeros(q.shape, dtype=wide, device=q.device) if needs_q else None
+    grad_k, grad_v = (torch.zeros(inputs.keys.shape if needs_kv else 0, dtype=wide, device=q.device) for _ in range(2))
     for sequence in _sequences(inputs):
         keys, values, parts = _attend(inputs, sequence, softmax_scale)
         mine_k, mine_v = torch.zeros_like(keys), torch.zeros_like(values)
@@ -270,20 +281,25 @@ def text_cross_attention_backward(
             if grad_lse is not None:
                 grad_scores = grad_scores + _packed(grad_lse[part.rows].unsqueeze(-1), keys.shape[0]).to(wide)
             grad_scores = part.only_seeing(grad_scores) * probs * softmax_scale
-            rows = inputs.text_rows[part.rows].long()
-            grad_q[rows] = _unpacked(grad_scores @ keys, len(rows))
-            mine_k += grad_scores.transpose(1, 2) @ part.query
-            mine_v += probs.transpose(1, 2) @ upstream
+            if needs_q:
+                rows = inputs.text_rows[part.rows].long()
+                grad_q[rows] = _unpacked(grad_scores @ keys, len(rows))
+            if needs_kv:
+                mine_k += grad_scores.transpose(1, 2) @ part.query
+                mine_v += probs.transpose(1, 2) @ upstream
+        if not needs_kv:
+            continue
         first = 0
         for piece in sequence.pieces:
             tokens = slice(first, first + piece.stop - piece.start)
             grad_k[piece] += mine_k[:, tokens].transpose(0, 1)
             grad_v[piece] += mine_v[:, tokens].transpose(0, 1)
             first = tokens.stop
-    grad_q, grad_k, grad_v = (grad.to(q.dtype) for grad in (grad_q, grad_k, grad_v))
+    grad_q = grad_q.to(q.dtype) if needs_q else None
+    grad_k, grad_v = (grad.to(q.dtype) if needs_kv else None for grad in (grad_k, grad_v))
     if inputs.slow_values is None:
-        return AttentionGradients(grad_q, torch.stack((grad_k, grad_v), 2), None)
-    return AttentionGradients(grad_q, grad_k, grad_v)
+        return AttentionGradients(grad_q, torch.stack((grad_k, grad_v), 2) if needs_kv else None, None)
+    return AttentionGradients(grad_q, grad_k if needs[1] else None, grad_v if needs[2] else None)
 
 
 # ------------------------------------------------------------------------------------------------ merge
@@ -318,9 +334,16 @@ def merge_attention(context_a: Tensor, lse_a: Tensor, context_b: Tensor, lse_b: 
 
 @_without_autocast
 def merge_attention_backward(
-    grad_context: Tensor, grad_lse: Tensor, context_a: Tensor, lse_a: Tensor, context_b: Tensor, lse_b: Tensor
+    context_a: Tensor,
+    lse_a: Tensor,
+    context_b: Tensor,
+    lse_b: Tensor,
+    grad_context: Tensor | None,
+    grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``merge_attention`` in the order of its arguments; 0 on a side without tokens."""
+    grad_context = torch.zeros_like(context_a) if grad_context is None else grad_context
+    grad_lse = torch.zeros_like(lse_a) if grad_lse is None else grad_lse
     merged = _merge(context_a, lse_a, context_b, lse_b)
     grad, gradients = _fp32_or_wider(grad_context), []
     for context, lse, share in ((context_a, lse_a, merged.share_a), (context_b, lse_b, merged.share_b)):

@@ -35,11 +35,15 @@ class OpCall(NamedTuple):
     selects: bool = False  # rows see ranges, or sequences are in pieces
     positive_scale: bool = True
     has_sm90_kernels: bool = True  # the extension was built for sm_90a
+    backward: bool = False  # its gradients
 
 
 class BackendChoice(NamedTuple):
     backend: str
     rejected: dict[str, str]  # the faster backends that were passed over, and why
+
+
+_BACKWARD_KERNELS: dict[str, tuple[str, ...]] = {"cuda": (), "triton": (), "cpu": ()}  # ops that have one
 
 
 def unsupported_reason(backend: str, call: OpCall) -> str | None:
@@ -52,6 +56,8 @@ def unsupported_reason(backend: str, call: OpCall) -> str | None:
         return f"tensors on {call.device_type}; use backend='triton' or 'cuda'"
     if backend == "cuda" and call.device_type != "cuda":
         return f"tensors on {call.device_type}; use backend='cpu'"
+    if call.backward and call.op not in _BACKWARD_KERNELS[backend]:
+        return "its gradients have no kernel there; use backend='eager'"
     attends = call.op in ("text_cross_attention", "slowfast_cross_attention")
     if backend == "triton" and attends and call.device_type == "cpu" and call.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly; use backend='eager', float32 or float16"

@@ -394,7 +394,7 @@ def test_every_registered_op_is_counted(rng):
     calls = registered_calls(Target("eager", torch.float32, torch.device("cpu")), rng())
     context, lse = torch.ones(3, 4, 16), torch.zeros(3, 4)
     calls["merge_attention"] = (context, lse, context, lse, "eager")
-    calls["merge_attention_backward"] = (context, lse, *calls["merge_attention"])
+    calls["merge_attention_backward"] = (context, lse, [True] * 4, *calls["merge_attention"])
     for name, arguments in calls.items():
         op = getattr(torch.ops.slowfast, name)
         with torch.no_grad():

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _extension, eager, flops
-from ..calls import AttentionOptions, AttentionTensors, scale_of
+from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, scale_of
 from ..heuristics import OpCall
 from . import checks
-from .dispatch import check_backend_name, compute_capability
+from .dispatch import check_backend_name, compute_capability, follows_gradients
 from .op import Op
 
 
@@ -73,6 +73,8 @@ def text_cross_attention(
     options = _by_value(softmax_scale, return_lse, num_splits, backend)
     keys, values = keys_and_values(slow_kv)
     tensors = AttentionTensors(q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
+    if not options.return_lse and follows_gradients(tensors):
+        return _OP(tensors, AttentionOptions(options.softmax_scale, True, options.num_splits, backend))[0]
     context, lse = _OP(tensors, options)
     return (context, lse) if options.return_lse else context
 
@@ -204,7 +206,7 @@ class _Attention(Op):
     tensors, options = AttentionTensors, AttentionOptions
     returns = "(Tensor, Tensor)"
     differentiable = ("q", "slow_kv", "slow_values")
-    has_gradient = (0, 1)
+    has_gradient = saves = (0, 1)
     by_value = staticmethod(_by_value)
 
     def bind(self, given: dict[str, object]) -> tuple[AttentionTensors, AttentionOptions]:
@@ -229,12 +231,19 @@ class _Attention(Op):
         lse = q.new_empty(shape if options.return_lse else 0, dtype=torch.float32)
         return q.new_empty(*shape, q.shape[2]), lse
 
-    def gradients(self, grads, tensors: AttentionTensors, options: AttentionOptions) -> eager.AttentionGradients:
-        grad_context, grad_lse = grads
-        scale = scale_of(tensors.q, options.softmax_scale)
-        return eager.text_cross_attention_backward(
-            grad_context, grad_lse if options.return_lse else None, tensors, scale
-        )
+    def run_backward(
+        self, call: BackwardTensors, options: AttentionOptions, needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        if not options.return_lse:  # a call of the registered op that did not keep what this pass reads
+            options = options._replace(return_lse=True)
+            call = call._replace(grads=(call.grads[0], None), results=self.run(call.inputs, options))
+        return super().run_backward(call, options, needs)
+
+    def gradients(
+        self, call: BackwardTensors, options: AttentionOptions, needs: tuple[bool, ...]
+    ) -> eager.AttentionGradients:
+        scale = scale_of(call.inputs.q, options.softmax_scale)
+        return eager.text_cross_attention_backward(call.inputs, *call.grads, scale, needs)
 
     def flops(self, shapes: AttentionTensors, options: AttentionOptions) -> int:
         return flops.attention(pairs_of(shapes), *shapes.q[1:])

@@ -177,6 +177,12 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
     return False
 
 
+def follows_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
+    """A backward pass may come, which reads results of the forward: they are kept."""
+    differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return differentiated and not needs_formula(*tensors)
+
+
 def needs_formula(*tensors: Tensor | None) -> bool:
     """True where only PyTorch's own ops can carry what travels with a tensor: forward-mode tangents, torch.func.
 

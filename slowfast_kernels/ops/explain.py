@@ -120,18 +120,26 @@ def _explain(op: Op, tensors: tuple, options: tuple) -> Explanation:
     if parts:
         return _of_parts(op, tensors, options, parts)
     op.check(tensors, options)
-    facts = {"op": op.name, "call": op.call_text(tensors, options), "backward": _backward_of(op, tensors)}
+    facts = {"op": op.name, "call": op.call_text(tensors, options)}
     if needs_formula(*tensors):
         op.check_data(tensors)
         why_not = "only PyTorch's own ops can carry tangents and transforms"
         rejected = dict.fromkeys(BACKENDS[:-1], why_not)
         route = "the eager formula, whatever backend is asked for"
-        facts |= {"backward": "autograd's, of the formula"}
-        return _made(facts, "eager", "torch.func or a forward-mode tangent", rejected, route, EAGER_PLAN)
+        return _made(
+            facts | {"backward": "autograd's, of the formula"},
+            "eager",
+            "torch.func or a forward-mode tangent",
+            rejected,
+            route,
+            EAGER_PLAN,
+        )
     route = _route_of(op, tensors)
     if _has_shapes_alone(tensors):
+        facts["backward"] = "none runs"
         return _made(facts, None, "the tensors have shapes and no numbers: nothing runs", {}, route, CallPlan())
     op.check_data(tensors)
+    facts["backward"] = _backward_of(op, tensors, options)
     choice = choice_for(op.facts(tensors, options), tensors[0].device, requested_backend(options.backend))
     plan = op.plan(choice.backend, tensors, options)
     return _made(facts, choice.backend, why(choice, options.backend), choice.rejected, route, plan)
@@ -195,8 +203,9 @@ def _why_registered(op: Op, tensors: tuple) -> str:
     return "a trace is made, or a tensor's memory is not what it is (negated, all zero)"
 
 
-def _backward_of(op: Op, tensors: tuple) -> str:
-    runs = f"{op.qualified_name}_backward, the eager formula on any backend"
+def _backward_of(op: Op, tensors: tuple, options: tuple) -> str:
+    backend = op.backward_choice(tensors, options).backend
+    runs = f"{op.qualified_name}_backward, on {'the eager formula' if backend == 'eager' else backend}"
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
         return runs
     return f"none, for no argument asks for a gradient (else {runs})"

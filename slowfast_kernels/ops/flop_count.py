@@ -19,12 +19,12 @@ from .op import OPS, Op
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _formula_of(op: Op, count: Callable, num_grads: int) -> Callable[..., int]:
+def _formula_of(op: Op, count: Callable, num_before: int) -> Callable[..., int]:
     """``count``, a method of ``op``, of the registered op's arguments; tensors come as their shapes."""
     names = (*op.tensors._fields, *op.options._fields)
 
     def formula(*arguments, out_shape=None, **named) -> int:
-        given = dict(zip(names, arguments[num_grads:], strict=False)) | named
+        given = dict(zip(names, arguments[num_before:], strict=False)) | named
         shapes, options = (kind(*(given[name] for name in kind._fields)) for kind in (op.tensors, op.options))
         return count(shapes, options)
 
@@ -35,7 +35,7 @@ def _register(counter: ModuleType) -> None:
     for op in OPS.values():
         formulas = {
             op.torch_name: _formula_of(op, op.flops, 0),
-            f"{op.torch_name}_backward": _formula_of(op, op.backward_flops, len(op.has_gradient)),
+            f"{op.torch_name}_backward": _formula_of(op, op.backward_flops, op.num_given + 1),
         }
         for name, formula in formulas.items():
             packet = getattr(torch.ops.slowfast, name)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from .. import eager, flops
-from ..calls import AttentionOptions, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
+from ..calls import AttentionOptions, BackwardTensors, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
 from ..gate import GATES, Gate
 from ..heuristics import OpCall
 from . import checks
@@ -21,7 +20,7 @@ from .attention import (
     text_cross_attention,
     with_keys_and_values,
 )
-from .dispatch import check_backend_name, needs_formula
+from .dispatch import check_backend_name, follows_gradients
 from .gated_mix import check_gate, gated_residual_mix
 from .op import OPS, Op
 
@@ -71,7 +70,7 @@ def slowfast_cross_attention(
     selection = {"slow_begin": slow_begin, "slow_end": slow_end, "slow_pieces": slow_pieces}
     places = (q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
     tensors = FusedTensors(state, *places, *gating)
-    if not _keeps_context(tensors):
+    if not follows_gradients(tensors):
         return _OP(tensors, options)
     attend = {"softmax_scale": options.softmax_scale, "num_splits": options.num_splits, "backend": backend}
     attend |= selection | {"return_lse": True}
@@ -96,12 +95,6 @@ def _by_value(
     return FusedOptions(softmax_scale, num_splits, gate, warm_up_tanh, backend)
 
 
-def _keeps_context(tensors: FusedTensors) -> bool:
-    """For a backward pass, which else would compute it again: the call is then its two parts."""
-    differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    return differentiated and not needs_formula(*tensors)
-
-
 class _Fused(Op):
     name, torch_name = "slowfast_cross_attention", "cross_attention"
     tensors, options = FusedTensors, FusedOptions
@@ -114,7 +107,7 @@ class _Fused(Op):
         return super().bind(with_keys_and_values(given))
 
     def parts(self, tensors: FusedTensors, options: FusedOptions) -> list[tuple[Op, tuple, tuple]]:
-        if not _keeps_context(tensors):
+        if not follows_gradients(tensors):
             return []
         attention, mix = OPS["text_cross_attention"], OPS["gated_residual_mix"]
         attend = AttentionOptions(options.softmax_scale, True, options.num_splits, options.backend)
@@ -150,16 +143,28 @@ class _Fused(Op):
     def fake(self, tensors: FusedTensors, options: FusedOptions) -> Tensor:
         return tensors.state.new_empty(tensors.state.shape)
 
-    def gradients(self, grads, tensors: FusedTensors, options: FusedOptions) -> tuple[Tensor | None, ...]:
-        scale = scale_of(tensors.q, options.softmax_scale)
-        context, lse = eager.text_cross_attention(tensors.attention, scale)
-        clean = eager.without_blind_rows(tensors.state, tensors.text_rows, tensors.gate(options), lse)
-        mixed = eager.gated_residual_mix_backward(
-            *grads, clean.state, context.flatten(1), tensors.text_rows, clean.gate
+    def run_backward(
+        self, call: BackwardTensors, options: FusedOptions, needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Of the registered op alone, which keeps no context: by its parts. The public function has called them."""
+        tensors: FusedTensors = call.inputs
+        attention, mix = OPS["text_cross_attention"], OPS["gated_residual_mix"]
+        attend = AttentionOptions(options.softmax_scale, True, options.num_splits, options.backend)
+        needs_state, needs_attention, needs_gate = needs[0], needs[1:4], needs[4:]
+        context, lse = attention.run(tensors.attention, attend)
+        state, gate = eager.without_blind_rows(tensors.state, tensors.text_rows, tensors.gate(options), lse)[2:]
+        mixing = MixTensors(
+            state, context.flatten(1), tensors.text_rows, gate.weight, gate.bias, gate.warm_up, gate.value
         )
-        grad_context = mixed.context.reshape(context.shape)
-        attended = eager.text_cross_attention_backward(grad_context, None, tensors.attention, scale)
-        return mixed.state, *attended, *mixed[2:]
+        grad_state, grad_context, *grad_gate = mix.run_backward(
+            BackwardTensors(call.grads, (), mixing),
+            MixOptions(options.gate, options.warm_up_tanh, options.backend),
+            (needs_state, any(needs_attention), *needs_gate),
+        )
+        if not any(needs_attention):
+            return grad_state, None, None, None, *grad_gate
+        attended = BackwardTensors((grad_context.view(context.shape), None), (context, lse), tensors.attention)
+        return grad_state, *attention.run_backward(attended, attend, needs_attention), *grad_gate
 
     def flops(self, shapes: FusedTensors, options: FusedOptions) -> int:
         weighted = shapes.gate_weight is not None

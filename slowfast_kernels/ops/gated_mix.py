@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import eager, flops
-from ..calls import MixOptions, MixTensors
+from ..calls import BackwardTensors, MixOptions, MixTensors
 from ..gate import GATE_CODES, GATES, WEIGHTED_GATES, Gate
 from ..heuristics import OpCall
 from . import checks
@@ -157,8 +157,9 @@ class _Mix(Op):
     def fake(self, tensors: MixTensors, options: MixOptions) -> Tensor:
         return tensors.state.new_empty(tensors.state.shape)
 
-    def gradients(self, grads, tensors: MixTensors, options: MixOptions) -> eager.MixGradients:
-        return eager.gated_residual_mix_backward(*grads, *tensors[:3], tensors.gate(options))
+    def gradients(self, call: BackwardTensors, options: MixOptions, needs: tuple[bool, ...]) -> eager.MixGradients:
+        inputs = call.inputs
+        return eager.gated_residual_mix_backward(*call.grads, *inputs[:3], inputs.gate(options))
 
     def flops(self, shapes: MixTensors, options: MixOptions) -> int:
         return flops.mix(*shapes.context, weighted=shapes.gate_weight is not None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import eager, flops
-from ..calls import MergeOptions, MergeTensors
+from ..calls import BackwardTensors, MergeOptions, MergeTensors
 from ..heuristics import OpCall
 from . import checks
 from .dispatch import check_backend_name, compute_capability
@@ -82,8 +82,8 @@ class _Merge(Op):
         context, lse = tensors[:2]
         return context.new_empty(context.shape), lse.new_empty(lse.shape)
 
-    def gradients(self, grads, tensors: MergeTensors, options: MergeOptions) -> tuple[Tensor, ...]:
-        return eager.merge_attention_backward(*grads, *tensors)
+    def gradients(self, call: BackwardTensors, options: MergeOptions, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        return eager.merge_attention_backward(*call.inputs, *call.grads)
 
     def flops(self, shapes: MergeTensors, options: MergeOptions) -> int:
         return flops.merge(*shapes.context_a)

@@ -16,7 +16,8 @@ from torch.autograd import profiler
 
 from .. import observe
 from ..call_plan import CallPlan
-from ..heuristics import OpCall
+from ..calls import BackwardTensors
+from ..heuristics import BackendChoice, OpCall, unsupported_reason
 from .dispatch import (
     SignatureCache,
     backend_for,
@@ -56,8 +57,8 @@ class Op:
 
     ``name``: of the public function, in messages. ``torch_name``: under ``torch.ops.slowfast``, and of the backends'
     ``prepare_*``. ``returns``: the schema's result. ``differentiable``: tensors that have gradients.
-    ``has_gradient``: results that have them (default: all). ``by_value``: of the public function's options, given by
-    their names, the named tuple of what they are now.
+    ``has_gradient``: results that have them. ``saves``: results that the backward pass reads. ``by_value``: of the
+    public function's options, given by their names, the named tuple of what they are now.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Op:
     returns: str
     differentiable: tuple[str, ...]
     has_gradient: tuple[int, ...]
+    saves: tuple[int, ...] = ()
     by_value: Callable
 
     def check(self, tensors, options) -> None:
@@ -93,8 +95,8 @@ class Op:
         """Tensors of the result's shapes."""
         raise NotImplementedError
 
-    def gradients(self, grads, tensors, options) -> tuple[Tensor | None, ...]:
-        """For each of ``differentiable``; None where there was no tensor."""
+    def gradients(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """By the eager formula, as ``run_backward``; what no ``needs`` asks for may be there too."""
         raise NotImplementedError
 
     def flops(self, shapes, options) -> int:
@@ -102,7 +104,7 @@ class Op:
         raise NotImplementedError
 
     def backward_flops(self, shapes, options) -> int:
-        """Of ``gradients``."""
+        """Of a backward pass for all that is differentiable."""
         raise NotImplementedError
 
     def parts(self, tensors, options) -> list[tuple[Op, tuple, tuple]]:
@@ -113,15 +115,19 @@ class Op:
         OPS[self.name] = self
         self.qualified_name = f"slowfast::{self.torch_name}"
         arguments = f"{_schema(self.tensors)}, {_schema(self.options)}"
-        grads = ", ".join(f"Tensor? grad_{i}" for i in self.has_gradient)
+        given = [f"Tensor? grad_{i}" for i in self.has_gradient] + [f"Tensor? result_{i}" for i in self.saves]
         gradients = ", ".join(["Tensor"] * len(self.differentiable))
         gradients = gradients if len(self.differentiable) == 1 else f"({gradients})"
         self.registered = self._register("", self._registered, self._fake, f"({arguments}) -> {self.returns}")
         self.backward = self._register(
-            "_backward", self._registered_backward, self._fake_backward, f"({grads}, {arguments}) -> {gradients}"
+            "_backward",
+            self._registered_backward,
+            self._fake_backward,
+            f"({', '.join(given)}, bool[] needs, {arguments}) -> {gradients}",
         )
         self.registered.register_autograd(self._backward, setup_context=self._setup_context)
         self.prepared = SignatureCache()
+        self.prepared_backward = SignatureCache()
 
     def _register(self, suffix: str, implementation: Callable, fake: Callable, schema: str):
         op = torch.library.custom_op(f"{self.qualified_name}{suffix}", implementation, mutates_args=(), schema=schema)
@@ -182,6 +188,54 @@ class Op:
             return EAGER_PLAN
         return self._prepare_on(backend, tensors, options).describe()
 
+    # --------------------------------------------------------------------------------------- backward
+
+    def run_backward(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of ``differentiable``; None where there was no tensor or ``needs`` is False."""
+        signatures = tuple(map(signature, call))
+        key = (signatures, options, needs, requested_backend(options.backend))
+        prepared = self.prepared_backward.get(key)
+        if prepared is None:
+            prepared = self.prepared_backward.remember(key, self._prepare_backward(call, options, needs))
+        return prepared(call)
+
+    def _prepare_backward(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Callable:
+        choice = self.backward_choice(call.inputs, options)
+        if choice.backend == "eager":
+            run = lambda call: self.gradients(call, options, needs)  # noqa: E731
+        else:
+            prepare = getattr(backend_module(choice.backend), f"prepare_{self.torch_name}_backward")
+            run = prepare(call, options, needs)
+        return self._observed_backward(run, call, choice)
+
+    def backward_choice(self, tensors, options) -> BackendChoice:
+        """The backend that was asked for if it has a kernel for these gradients, else the fastest that has one."""
+        facts, device = self.facts(tensors, options)._replace(backward=True), tensors[0].device
+        asked = requested_backend(options.backend)
+        if asked is not None and unsupported_reason(asked, facts) is not None:
+            asked = None
+        return choice_for(facts, device, asked)
+
+    def _observed_backward(self, run: Callable, call: BackwardTensors, choice: BackendChoice) -> Callable:
+        if not observe.IS_ON:
+            return run
+        names = tuple(f"grad_{i}" for i in self.has_gradient) + tuple(f"result_{i}" for i in self.saves)
+        names += self.tensors._fields
+        if observe.LOG:
+            flat = (*call.grads, *call.results, *call.inputs)
+            passed_over = "".join(f"; not {name}: {limit}" for name, limit in choice.rejected.items())
+            observe.log_once(f"{self.name} backward({observe.listed(names, flat)}): {choice.backend}{passed_over}")
+
+        def run_flat(tensors: tuple) -> tuple[Tensor | None, ...]:
+            num_grads, num_given = len(self.has_gradient), self.num_given
+            given = (tensors[:num_grads], tensors[num_grads:num_given], self.tensors(*tensors[num_given:]))
+            return run(BackwardTensors(*given))
+
+        seen = observe.observed(run_flat, f"{self.name} backward", names, f"{self.qualified_name}_backward")
+        return lambda call: seen((*call.grads, *call.results, *call.inputs))
+
+    # ------------------------------------------------------------------------------------------- seen
+
     def observed(self, call: Callable, tensors, options) -> Callable:
         """``call``, a function of tensors, as the environment wants it seen (``observe``)."""
         if observe.LOG:
@@ -213,7 +267,8 @@ class Op:
 
     def _split(self, arguments: tuple):
         count = len(self.tensors._fields)
-        return self.tensors(*arguments[:count]), self.options(*arguments[count:])
+        options = (tuple(x) if isinstance(x, list) else x for x in arguments[count:])
+        return self.tensors(*arguments[:count]), self.options(*options)
 
     def _registered(self, *arguments):
         tensors, options = self._split(arguments)
@@ -225,38 +280,52 @@ class Op:
         self.check(tensors, options)
         return self.fake(tensors, options)
 
+    def _split_backward(self, arguments: tuple) -> tuple[BackwardTensors, tuple, tuple[bool, ...]]:
+        """(what it is called with, options, needs) of the registered backward's arguments."""
+        num_grads, num_given = len(self.has_gradient), self.num_given
+        grads, results = arguments[:num_grads], arguments[num_grads:num_given]
+        tensors, options = self._split(arguments[num_given + 1 :])
+        return BackwardTensors(grads, results, tensors), options, tuple(arguments[num_given])
+
+    @property
+    def num_given(self) -> int:
+        """Arguments of the registered backward before ``needs`` and those of the op."""
+        return len(self.has_gradient) + len(self.saves)
+
     def _registered_backward(self, *arguments):
-        grads, rest = arguments[: len(self.has_gradient)], arguments[len(self.has_gradient) :]
-        tensors, options = self._split(rest)
-        refuse_tangents(*grads, *tensors)
-        names = (*(f"grad_{i}" for i in self.has_gradient), *self.tensors._fields)
-        if observe.LOG:
-            observe.log_once(f"{self.name} backward({observe.listed(names, (*grads, *tensors))}): eager, the formula")
-
-        def formula(_):
-            return self.gradients(grads, tensors, options)
-
-        backward = observe.observed(formula, f"{self.name} backward", names, f"{self.qualified_name}_backward")
-        gradients = _present(tensors[0], backward((*grads, *tensors)))
+        call, options, needs = self._split_backward(arguments)
+        refuse_tangents(*call.grads, *call.inputs)
+        gradients = _present(call.inputs[0], self.run_backward(call, options, needs))
         return gradients[0] if len(gradients) == 1 else gradients
 
     def _fake_backward(self, *arguments):
-        tensors, _ = self._split(arguments[len(self.has_gradient) :])
-        inputs = (getattr(tensors, name) for name in self.differentiable)
-        gradients = _present(tensors[0], tuple(None if x is None else x.new_empty(x.shape) for x in inputs))
+        call, _, needs = self._split_backward(arguments)
+        inputs = (getattr(call.inputs, name) if is_needed else None for name, is_needed in self._wanted(needs))
+        gradients = _present(call.inputs[0], tuple(None if x is None else x.new_empty(x.shape) for x in inputs))
         return gradients[0] if len(gradients) == 1 else gradients
 
+    def _wanted(self, needs: tuple[bool, ...]) -> zip[tuple[str, bool]]:
+        return zip(self.differentiable, needs, strict=True)
+
     def _setup_context(self, ctx, inputs, output):
-        tensors, ctx.options = self._split(inputs)
-        ctx.save_for_backward(*tensors)
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i not in self.has_gradient))
+        tensors, options = self._split(inputs)
+        ctx.options = options._replace(backend=requested_backend(options.backend))  # what is around it now
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_backward(*tensors, *(results[i] for i in self.saves))
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(results) if i not in self.has_gradient))
+        ctx.set_materialize_grads(False)
 
     def _backward(self, ctx, *grads):
-        tensors = self.tensors(*ctx.saved_tensors)
-        found = self.backward(*(grads[i] for i in self.has_gradient), *tensors, *ctx.options)
+        grads = [grads[i] for i in self.has_gradient]
+        if all(grad is None for grad in grads):
+            return (None,) * (len(self.tensors._fields) + len(ctx.options))
+        count, saved = len(self.tensors._fields), ctx.saved_tensors  # which can be read once, under checkpointing
+        tensors, results = self.tensors(*saved[:count]), saved[count:]
+        asked = dict(zip(tensors._fields, ctx.needs_input_grad[:count], strict=True))
+        needs = [asked[name] for name in self.differentiable]
+        found = self.backward(*grads, *results, needs, *tensors, *ctx.options)
         found = dict(zip(self.differentiable, found if isinstance(found, (tuple, list)) else (found,), strict=True))
-        gradients = (None if x is None else found.get(name) for name, x in zip(tensors._fields, tensors, strict=True))
+        gradients = (found.get(name) if asked[name] else None for name in tensors._fields)
         return *gradients, *[None] * len(ctx.options)
 
 

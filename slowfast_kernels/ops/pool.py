@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import eager, flops, observe
 from ..call_plan import CallPlan
-from ..calls import PoolCallOptions, PoolTensors
+from ..calls import BackwardTensors, PoolCallOptions, PoolTensors
 from ..heuristics import OpCall
 from ..pool_plan import PoolOptions, check_pool_arguments, describe_pool, token_counts
 from . import checks
@@ -136,8 +136,8 @@ class _Pool(Op):
         slow, fast = (frames.new_empty(sum(column), frames.shape[2]) for column in zip(*tokens, strict=True))
         return slow, prefix, fast, torch.empty_like(prefix)
 
-    def gradients(self, grads, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor]:
-        return (eager.pool_backward(*grads, tensors.frames, options.plan, options.norm_eps),)
+    def gradients(self, call: BackwardTensors, options: PoolCallOptions, needs: tuple[bool, ...]) -> tuple[Tensor]:
+        return (eager.pool_backward(call.inputs.frames, *call.grads, options.plan, options.norm_eps),)
 
     def flops(self, shapes: PoolTensors, options: PoolCallOptions) -> int:
         return flops.pool(options.plan, shapes.frames[2], options.norm_eps is not None)
