@@ -202,7 +202,11 @@ class Op:
     def _prepare_backward(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Callable:
         choice = self.backward_choice(call.inputs, options)
         if choice.backend == "eager":
-            run = lambda call: self.gradients(call, options, needs)  # noqa: E731
+
+            def run(call: BackwardTensors) -> tuple[Tensor | None, ...]:
+                found = self.gradients(call, options, needs)
+                return tuple(x if is_needed else None for x, is_needed in zip(found, needs, strict=True))
+
         else:
             prepare = getattr(backend_module(choice.backend), f"prepare_{self.torch_name}_backward")
             run = prepare(call, options, needs)
