@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="torch fin
 TARGETS = on_gpu()
 VIDEO = Video((8, 1, 5), (6, 6), 64, 2, 1, 4, 1)
 DECODE = Shape(((1, 500), (1, 320), (1, 0)), (28, 4), 128, 0)
-OPS = ["pool", "attention", "mix", "fused"]
+OPS = ["pool", "attention", "mix", "fused", "ranges", "pieces"]
+PIECES = 3  # of a sequence
 SHAPES = pytest.mark.parametrize("shape", [RAGGED, DECODE], ids=["ragged", "decode"])
 
 
@@ -31,6 +32,25 @@ class Call:
         self.context = torch.randn(
             len(self.inputs.text_rows), self.inputs.state.shape[1], generator=generator, device=self.device
         ).to(target.dtype)
+        self.selection = self.new_selection()
+        if op == "pieces":
+            batch = len(self.inputs.cu_slow) - 1
+            self.inputs.cu_slow = PIECES * torch.arange(batch + 1, dtype=torch.int32, device=self.device)
+
+    def new_selection(self) -> dict[str, torch.Tensor]:
+        """Random ranges; random pieces of the whole cache, which may overlap."""
+
+        def integers(*size: int) -> torch.Tensor:
+            return torch.randint(-5, 120, size, generator=self.generator, device=self.device, dtype=torch.int32)
+
+        if self.op not in ("ranges", "pieces"):
+            return {}
+        num_text, num_slow = len(self.inputs.text_rows), len(self.inputs.slow_kv)
+        ranges = {"slow_begin": integers(num_text), "slow_end": integers(num_text) * 2}
+        if self.op == "ranges":
+            return ranges
+        pieces = integers((len(self.inputs.cu_text) - 1) * PIECES, 2).clamp(0, num_slow)
+        return ranges | {"slow_pieces": pieces.sort(1).values}
 
     def __call__(self) -> tuple[torch.Tensor, ...]:
         run, inputs = self.target.run, self.inputs
@@ -41,15 +61,18 @@ class Call:
             return run(sk.text_cross_attention, *inputs.attention, return_lse=True)
         if self.op == "mix":
             return (run(sk.gated_residual_mix, inputs.state, self.context, inputs.text_rows, *inputs.gating),)
-        assert self.op == "fused"
-        return (run(sk.slowfast_cross_attention, *inputs.fused),)
+        assert self.op in ("fused", "ranges", "pieces")
+        return (run(sk.slowfast_cross_attention, *inputs.fused, **self.selection),)
 
     def refill(self) -> None:
         """New numbers, new text rows and new sequence lengths of the same totals, in place."""
         other = make_inputs(self.shape, self.target.dtype, self.device, self.generator)
-        for mine, new in zip(self.inputs.fused, other.fused, strict=True):
-            mine.copy_(new)
-        # Tokens move from the second sequence to the first.
+        for name, new in vars(other).items():
+            if name != "cu_slow":
+                getattr(self.inputs, name).copy_(new)
+        for name, new in self.new_selection().items():
+            self.selection[name].copy_(new)
+        # Tokens, or pieces, move from the second sequence to the first.
         self.inputs.cu_slow[1] = (self.inputs.cu_slow[1] + self.inputs.cu_slow[2]) // 2
         self.frames.copy_(make_frames(VIDEO, self.target.dtype, self.device, self.generator))
         self.context.normal_(generator=self.generator)
@@ -74,6 +97,59 @@ def test_a_captured_graph_replays_on_new_data(target, op, shape, rng):
         call.refill()
         graph.replay()
         assert same(captured, call())
+
+
+def leaves_of(call: Call) -> list[torch.Tensor]:
+    """What a training step of ``call`` differentiates; the call's own tensors from here on."""
+    call.frames.requires_grad_()
+    call.context.requires_grad_()
+    for x in (call.inputs.state, call.inputs.q, call.inputs.slow_kv, *call.inputs.gating):
+        x.requires_grad_()
+    inputs = call.inputs
+    return {
+        "pool": [call.frames],
+        "attention": [inputs.q, inputs.slow_kv],
+        "mix": [inputs.state, call.context, *inputs.gating],
+    }.get(call.op, [inputs.state, inputs.q, inputs.slow_kv, *inputs.gating])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_captured_training_step_replays_on_new_data(target, op, rng):
+    call = Call(target, op, RAGGED, rng(target.device))
+    leaves = leaves_of(call)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        results = [x for x in call() if x.requires_grad]
+        return *results, *torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
+
+    side = torch.cuda.Stream(target.device)
+    with torch.cuda.stream(side):
+        step()  # compiles, uploads tables
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            call.refill()
+        graph.replay()
+        assert same([x.detach() for x in captured], [x.detach() for x in step()])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_backward_pass_never_makes_the_host_wait(target, op, rng):
+    call = Call(target, op, RAGGED, rng(target.device))
+    leaves = leaves_of(call)
+
+    def step() -> None:
+        results = [x for x in call() if x.requires_grad]
+        torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
+
+    step()
+    with no_sync():
+        step()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -151,6 +227,7 @@ def test_a_second_gpu_is_used_where_the_tensors_are(target, op, rng):
     first = Call(target, op, RAGGED, rng("cuda:0"), torch.device("cuda:0"))
     second = Call(target, op, RAGGED, rng("cuda:0"), torch.device("cuda:0"))  # the same numbers
     second.inputs = type(first.inputs)(**{name: x.to("cuda:1") for name, x in vars(first.inputs).items()})
+    second.selection = {name: x.to("cuda:1") for name, x in first.selection.items()}
     second.frames, second.context = first.frames.to("cuda:1"), first.context.to("cuda:1")
     with torch.cuda.device(0):
         expected, found = first(), second()
