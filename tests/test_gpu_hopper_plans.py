@@ -93,7 +93,7 @@ def check(inputs, config, relative_lse=0.0):
 
 
 @pytest.mark.parametrize("head_dim", [128, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_is_accurate_and_repeatable(plan, dtype, head_dim, rng):
     shape, config = PLANS[plan]
@@ -105,7 +105,7 @@ def test_every_plan_is_accurate_and_repeatable(plan, dtype, head_dim, rng):
 
 
 @pytest.mark.parametrize("head_dim", [128, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("plan", ["whole", "groups 2", "cluster 2", "ragged", "one warpgroup", "decode, one CTA"])
 @pytest.mark.parametrize("rise", [30, 300, 3000])
 def test_scores_may_rise_or_fall_from_block_to_block(plan, rise, dtype, head_dim, rng):

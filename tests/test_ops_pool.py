@@ -62,6 +62,16 @@ def videos(draw):
     )
 
 
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize(("channels", "width"), [(64, 65), (60, 64)], ids=["odd rows", "odd channels"])
+def test_frames_may_be_some_channels_of_wider_rows(target, channels, width, rng):
+    """Frames begin at multiples of 16 bytes in either case; of the tokens, or of the channels, 16 bytes are no unit."""
+    video = Video((3, 1), (4, 4), channels, 2, 1, 2, 1)
+    wide = make_frames(video._replace(channels=width), target.dtype, target.device, rng(target.device))
+    wide[..., channels:] = float("nan")
+    check(target, wide[..., :channels], video, 1e-5)
+
+
 @pytest.mark.parametrize("target", KERNELS)
 @given(video=videos(), layout=st.sampled_from(LAYOUTS), norm_eps=st.sampled_from([None, 1e-5]))
 def test_random_videos_are_accurate(target, rng, video, layout, norm_eps):
