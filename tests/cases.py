@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
     sequences: tuple[tuple[int, int], ...]
     heads: tuple[int, int] = (4, 2)  # Hq, Hkv
-    dim: int = 16
+    dim: int = 64
     other_rows: int = 3
 
     @property

@@ -155,7 +155,7 @@ def test_poison_in_gradients_of_rows_without_text_stays_there(target, fused, rng
 
 @pytest.mark.parametrize("target", ALL)
 def test_one_tensor_may_be_two_inputs(target, rng):
-    shape = Shape(((3, 20), (4, 9)), (4, 2), 16, 0)
+    shape = Shape(((3, 20), (4, 9)), (4, 2), 64, 0)
     inputs = make_inputs(shape, target.dtype, target.device, rng(target.device))
     indices, one = inputs.attention[2:], inputs.slow_kv[:, :, 0].contiguous()
 
