@@ -64,6 +64,7 @@ class Contender(NamedTuple):
     cost: Cost
     kind: str = "peer"
     capturable: bool = True  # a call that waits for the host is not
+    tolerance: float | None = None  # of the answer's error, in the place of the dtype's
     facts: Mapping[str, float] = MappingProxyType({})  # go to the row's ``extra``
 
 
@@ -242,6 +243,7 @@ class Runner:
         base: str | None = None,
         sustained: bool = False,
         lane: Callable[..., Lane] | None = None,
+        observe: Callable[[Call], dict] | None = None,
     ) -> list[Row]:
         """Time the fastest right variant of each contender, all in turns; the rows of those that had none before.
 
@@ -252,6 +254,7 @@ class Runner:
             base: the contender to which the others add something: their rows tell how much, by turns.
             sustained: adds the figure without rests.
             lane: what makes a variant's calls a lane, in the place of ``make_lane``.
+            observe: what it finds of the chosen variant's call, before that is timed, goes to the row's ``extra``.
         """
         racers = [
             _Racer(contender, Row(op, shape, dtype, contender.who, contender.kind, extra=dict(contender.facts)))
@@ -262,7 +265,7 @@ class Runner:
             print(f"{op} {shape} {dtype}: {', '.join(racer.row.who for racer in racers)} in turns", flush=True)
         try:
             for racer in racers:
-                self._make_ready(racer, lane)
+                self._make_ready(racer, lane, observe)
             with no_collection():
                 self._take_turns(racers, paired=base is not None)
             for racer in racers:
@@ -280,7 +283,9 @@ class Runner:
         fields = ("op", "shape", "dtype", "who", "kind")
         self.journal.write(begin={name: getattr(row, name) for name in fields})
 
-    def _make_ready(self, racer: _Racer, lane: Callable[..., Lane] | None) -> None:
+    def _make_ready(
+        self, racer: _Racer, lane: Callable[..., Lane] | None, observe: Callable[[Call], dict] | None
+    ) -> None:
         """Choose the variant and give the racer its lane; a row that can't have one has a status that says why."""
         self._begin(racer.row)
         capturable = racer.contender.capturable
@@ -295,7 +300,13 @@ class Runner:
         else:
             tried = [(found, variant) for variant in racer.variants if (found := self._try(racer, variant, trial))]
             racer.chosen = min(tried, key=lambda each: each[0].median_us)[1] if tried else None
-        racer.lane = self._try(racer, racer.chosen, make) if racer.chosen else None
+
+        def observed(calls: list[Call]) -> Lane:
+            if observe:
+                racer.row.extra |= observe(calls[0])
+            return make(calls)
+
+        racer.lane = self._try(racer, racer.chosen, observed) if racer.chosen else None
         if racer.lane is None:
             # a winner's problem is the last one: it passed its trial and then failed
             problems = racer.problems or ["unsupported: no variant takes this shape"]
@@ -303,7 +314,7 @@ class Runner:
 
     def _try(self, racer: _Racer, variant: Variant, use: Callable[[list[Call]], T]) -> T | None:
         """What ``use`` makes of a variant's calls once their answer is right; None with a problem noted if it can't."""
-        tolerance = TOLERANCE[racer.row.dtype]
+        tolerance = racer.contender.tolerance or TOLERANCE[racer.row.dtype]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:

@@ -110,6 +110,25 @@ def test_a_lane_of_a_comparison_s_own_is_made_of_the_variant_s_calls(run):
     assert (row.method, row.samples, row.median_us) == ("wall", 3, 2.0)
 
 
+def test_what_is_observed_of_the_chosen_variant_s_call_is_in_the_row(run):
+    seen = []
+
+    def observe(call):
+        seen.append(call())
+        return {"seen": seen[-1]}
+
+    slow = _variant("slow", 0.0, lambda: time.sleep(0.003))
+    row = _measure(run, "peer", slow, _variant("fast", 0.0, lambda: "fast"), observe=observe)
+    assert row.extra == {"seen": "fast"}
+    assert seen == ["fast"]
+
+
+def test_a_contender_may_have_a_tolerance_of_its_own(run):
+    contender = Contender("who", [_variant("", 0.05)], Cost(1, 1, 0), tolerance=0.1)
+    (row,) = run.compare("op", "shape", "float32", [contender])
+    assert (row.status, row.error) == ("ok", 0.05)
+
+
 def test_a_wrong_answer_is_not_timed(run):
     row = _measure(run, "peer", _variant("", float("nan"), lambda: pytest.fail("timed")))
     assert row.status.startswith("wrong")

@@ -138,7 +138,7 @@ class FakeCuda:
     """Streams, graphs and events of a GPU whose time only replays and eager launches move, in milliseconds."""
 
     def __init__(self, monkeypatch, refuses_capture: bool = False) -> None:
-        self.ms, self.capturing, self.replays = 0.0, None, 0
+        self.ms, self.capturing, self.replays, self.sleeps = 0.0, None, 0, []
         fake, nothing = self, contextlib.nullcontext()
 
         class Graph:
@@ -172,16 +172,24 @@ class FakeCuda:
         stream = types.SimpleNamespace(wait_stream=lambda other: None)
         names = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda s: nothing}
         names |= {"CUDAGraph": Graph, "graph": capture, "Event": Event, "synchronize": lambda: None}
+        names |= {"_sleep": self._sleep}
         for name, value in names.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(timing, "REST_S", 0.0)
 
-    def call(self, ms: float):
+    def _sleep(self, cycles: int) -> None:
+        self.ms, self.sleeps = self.ms + cycles / timing.SLEEP_HZ * 1e3, [*self.sleeps, cycles]
+
+    def call(self, ms: float, host_ms: float = 0.0):
+        """Which takes the device ``ms``; only what it sleeps meanwhile keeps it from waiting for the host."""
+
         def call():
             if self.capturing:
                 self.capturing.ms += ms
-            else:
-                self.ms += ms
+                return
+            ahead_ms = self.sleeps[-1] / timing.SLEEP_HZ * 1e3 if self.sleeps else 0.0
+            time.sleep(host_ms / 1e3)
+            self.ms += ms + max(0.0, host_ms - ahead_ms)
 
         return call
 
@@ -202,6 +210,19 @@ def test_a_call_that_no_graph_holds_is_timed_by_events_and_has_no_sustained_figu
         lane = timing.make_lane([fake.call(0.5)], torch.device("cuda"), budget_s=0.15, capturable=capturable)
         assert (lane.method, lane.sustain) == ("events", None)
         assert timing.time_lane(lane, sustained=True).median_us == pytest.approx(500)
+
+
+def test_the_host_s_time_is_no_part_of_a_call_that_no_graph_holds(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    lane = timing.make_lane([fake.call(0.5, host_ms=4.0)], torch.device("cuda"), budget_s=0.15, capturable=False)
+    assert lane.turn() == pytest.approx([0.0005] * len(lane.turn()))
+    assert all(4.0 < cycles / timing.SLEEP_HZ * 1e3 <= timing.MOST_SLEEP_S * 1e3 for cycles in fake.sleeps)
+
+
+def test_a_graph_is_replayed_without_sleeps(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    timing.make_lane([fake.call(0.5)], torch.device("cuda"), budget_s=0.15).turn()
+    assert fake.sleeps == []
 
 
 def test_a_sleep_is_timed_as_such_and_calls_rotate():
