@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 from .shapes import (
     ATTENTION,
+    ATTENTION_BACKWARD,
     MIX,
     MODEL_FRAMES,
     MODEL_FRAMES_ON_CPU,
@@ -19,12 +21,15 @@ from .shapes import (
     RAGGED,
     RANGES,
     TINY_MODEL,
+    TRAIN,
+    TRAIN_ON_CPU,
     AttentionShape,
     Heads,
     MixShape,
     ModelShape,
     PoolShape,
     RaggedMix,
+    TrainShape,
 )
 
 MOST = 2**20  # of anything that is counted in a shape; row and token counts are int32
@@ -89,6 +94,22 @@ def parse_frames(text: str) -> int | None:
     return int(match[1])
 
 
+def parse_train(text: str, base: TrainShape = TRAIN[0]) -> TrainShape | None:
+    """``BATCHxTEXTxFRAMESf``, of the model of ``base``."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)f", text)
+    if match is None:
+        return None
+    batch, rows, frames = (int(match[i]) for i in (1, 2, 3))
+    _check(text, samples=batch, text_rows=rows, frames=frames)
+    return replace(base, batch=batch, model=replace(base.model, text=rows, frames=frames))
+
+
+def train_shapes(wanted: Iterable[str], on_cpu: bool) -> list[TrainShape]:
+    """On a CPU of a tiny model."""
+    registry, wanted = TRAIN_ON_CPU if on_cpu else TRAIN, list(wanted)
+    return select(registry, wanted, partial(parse_train, base=registry[0]), False) if wanted else list(registry)
+
+
 def _parsed(parse: Callable, text: str):
     """None for what is no shape here: ``check_shapes`` has seen that it is one of another op."""
     try:
@@ -139,11 +160,17 @@ OPS = {
     "pool": (POOL, parse_pool),
     "mix": (MIX, parse_mix),
     "model": ((), parse_frames),
+    "train": (TRAIN, parse_train),
+}
+BACKWARD_OPS = {
+    "attention": (ATTENTION_BACKWARD, parse_attention),
+    "pool": OPS["pool"],
+    "mix": OPS["mix"],
 }
 
 
-def check_shapes(wanted: Iterable[str], ops: Iterable[str]) -> None:
-    """See that each text names a shape of one of ``ops``.
+def check_shapes(wanted: Iterable[str], ops: Iterable[str], backward: bool = False) -> None:
+    """See that each text names a shape of one of ``ops``; ``backward``: of their gradients.
 
     Raises:
         ValueError: naming the first that doesn't.
@@ -152,7 +179,7 @@ def check_shapes(wanted: Iterable[str], ops: Iterable[str]) -> None:
         problem, found = "", False
         for op in ops:
             try:
-                registry, parse = OPS[op]
+                registry, parse = (BACKWARD_OPS if backward else OPS)[op]
                 found |= parse(text) is not None or bool(select(registry, [text], parse, on_cpu=False))
             except ValueError as error:
                 problem = str(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slowfast_kernels import flops
 from slowfast_kernels.pool_plan import PoolPlan, make_pool_plan
@@ -225,6 +225,28 @@ class ModelShape:
         return -(-self.layers // self.every)
 
 
+@dataclass(frozen=True)
+class TrainShape:
+    """Optimizer steps over ``batch`` samples, each a video and the model's text rows."""
+
+    model: ModelShape
+    batch: int
+    vision_channels: int = 3072  # of the released towers; two linear layers bring them to the model's
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.model.text}x{self.model.frames}f"
+
+    @property
+    def rows(self) -> int:
+        return self.model.text + self.model.num_fast
+
+    @property
+    def vision_size(self) -> tuple[int, int, int]:
+        """Of one video's features, before the projector and the pooling by 2."""
+        return self.model.frames, (2 * self.model.slow_side) ** 2, self.vision_channels
+
+
 # ---------------------------------------------------------------------------------------------- formulas
 
 
@@ -241,12 +263,33 @@ def attention_cost(shape: AttentionShape, dtype: str, fused: bool) -> Cost:
     return cost
 
 
-def pool_cost(shape: PoolShape, dtype: str) -> Cost:
-    """One read of the vision features that are used, one write of the slow and of the fast tokens; with the norm."""
+def attention_backward_cost(shape: AttentionShape, dtype: str) -> Cost:
+    """Gradients of Q, K and V from those, the context, its gradient and the log-sum-exp of each row and head."""
+    size, heads = BYTES[dtype], shape.heads
+    rows, kv = shape.num_text * heads.channels * size, shape.kv_bytes(dtype)
+    products = float(flops.attention_backward(shape.num_pairs, heads.num_q, heads.dim))
+    return Cost(products, kv + 3 * rows + shape.num_text * heads.num_q * 4, kv + rows)
+
+
+def _used_features(shape: PoolShape) -> int:
+    """Numbers that tokens are made of: floor pooling drops the rest."""
+    tokens = sum(v.num_frames * v.slow_grid[0] * v.slow_grid[1] * v.pool_stride**2 for v in shape.plan.videos)
+    return tokens * shape.channels
+
+
+def pool_cost(shape: PoolShape, dtype: str, normed: bool = True) -> Cost:
+    """One read of the vision features that are used, one write of the slow and of the fast tokens."""
     size, plan = BYTES[dtype], shape.plan
-    used = sum(v.num_frames * v.slow_grid[0] * v.slow_grid[1] * v.pool_stride**2 for v in plan.videos)
-    sums = float(flops.pool(plan, shape.channels, normed=True))
-    return Cost(sums, used * shape.channels * size, (plan.num_slow + plan.num_fast) * shape.channels * size)
+    sums = float(flops.pool(plan, shape.channels, normed))
+    return Cost(sums, _used_features(shape) * size, (plan.num_slow + plan.num_fast) * shape.channels * size)
+
+
+def pool_backward_cost(shape: PoolShape, dtype: str, normed: bool) -> Cost:
+    """Gradients of slow and fast tokens read, that of all features written; through a norm the features are read."""
+    size, plan = BYTES[dtype], shape.plan
+    read = (plan.num_slow + plan.num_fast) * shape.channels + normed * _used_features(shape)
+    written = sum(shape.frames) * shape.grid[0] * shape.grid[1] * shape.channels
+    return Cost(float(flops.pool_backward(plan, shape.channels, normed)), read * size, written * size)
 
 
 def mix_cost(shape: MixShape, dtype: str) -> Cost:
@@ -255,6 +298,16 @@ def mix_cost(shape: MixShape, dtype: str) -> Cost:
     read = (shape.rows + shape.num_text + 1) * shape.channels * size
     mixed = float(flops.mix(shape.num_text, shape.channels, weighted=True))
     return Cost(mixed, read, shape.rows * shape.channels * size)
+
+
+def mix_backward_cost(shape: MixShape, dtype: str) -> Cost:
+    """The gradient read and that of the state written, on all rows; on text rows state and context read, and the
+    context's gradient written; the gate's weight and its gradient.
+    """
+    size = BYTES[dtype]
+    work = float(flops.mix_backward(shape.num_text, shape.channels, weighted=True))
+    read = (shape.rows + 2 * shape.num_text + 1) * shape.channels * size
+    return Cost(work, read, (shape.rows + shape.num_text + 1) * shape.channels * size)
 
 
 def projection_cost(tokens: int, channels: int, heads: Heads, dtype: str) -> Cost:
@@ -288,6 +341,28 @@ def model_cost(shape: ModelShape, dtype: str, rows: int, slow: int, decode: bool
     return Cost(work, read, written)
 
 
+def train_cost(shape: TrainShape, dtype: str, slow_path: bool = True) -> Cost:
+    """Products of one optimizer step and the bytes of its weights: read in both passes, their gradients written.
+
+    A linear layer's backward pass is twice its forward pass (but for the first of the projector, whose input is given),
+    attention's 2.5 times. ``slow_path``: with the hybrid layers' keys and values, and attention of the slow tokens.
+    """
+    model, heads = shape.model, shape.model.heads
+    width, channels = heads.num_kv * heads.dim, model.hidden
+    layer_weights = channels * (2 * heads.channels + 2 * width + 3 * model.intermediate)
+    weights = model.layers * layer_weights + channels * model.vocab
+    pairs = shape.rows * (shape.rows + 1) // 2 * model.layers
+    vision = shape.vision_size[0] * shape.vision_size[1]
+    linear = 6.0 * shape.rows * weights + vision * channels * (4.0 * shape.vision_channels + 6.0 * channels)
+    if slow_path:
+        weights += model.num_hybrid * 2 * width * channels
+        pairs += model.text * model.num_slow * model.num_hybrid
+        linear += 6.0 * model.num_slow * channels * 2 * width * model.num_hybrid
+    attended = flops.attention(pairs, heads.num_q, heads.dim) + flops.attention_backward(pairs, heads.num_q, heads.dim)
+    size = BYTES[dtype] * (weights + channels * (shape.vision_channels + channels))
+    return Cost(shape.batch * (linear + attended), 2.0 * size, 1.0 * size)
+
+
 # ---------------------------------------------------------------------------------------------- registry
 
 _CPU_ATTENTION = {
@@ -317,6 +392,15 @@ for _name, _heads in HEADS.items():
     if _heads != QWEN2_7B:
         _on_cpu = _name in ("Qwen2-0.5B", "Llama-3-8B")
         ATTENTION += [AttentionShape.even(1, n, 10368, _heads, on_cpu=_on_cpu and n == 1) for n in (1, 64)]
+
+
+# Forward + backward: training and long chats, over the released models' lengths and longer videos.
+ATTENTION_BACKWARD: list[AttentionShape] = [
+    AttentionShape.even(1, 64, 10368, on_cpu=True),
+    *[AttentionShape.even(*s) for s in ((1, 256, 10368), (4, 256, 10368), (8, 512, 5184), (1, 64, 98304))],
+    AttentionShape.even(1, 256, 98304),
+    AttentionShape.even(1, 1024, 41472, HEADS["Llama-3-8B"]),
+]
 
 
 # Where a split of slow tokens that assumes even lengths goes wrong. A label tells slow tokens, and text rows after "@".
@@ -382,4 +466,7 @@ MODEL_FRAMES = (16, 32, 64, 128, 256, 512, 1024, 1536)
 CLOSER_FRAMES = (128, 1536)  # where decode is compiled too, half a minute a time, and a prefill's kernels are timed
 MODEL_FRAMES_ON_CPU = (16, 64, 256, 512, 1536)
 QWEN2_7B_MODEL = ModelShape(128, 3584, 18944, 28, QWEN2_7B, 152064, every=8)
+QWEN2_1_5B_MODEL = ModelShape(128, 1536, 8960, 28, HEADS["Qwen2-1.5B"], 151936, every=8, text=256, slow_side=9)
 TINY_MODEL = ModelShape(128, 256, 704, 4, Heads(4, 2, 64), 1024, every=2, text=16, slow_side=3)
+TRAIN: list[TrainShape] = [TrainShape(QWEN2_1_5B_MODEL, 4)]
+TRAIN_ON_CPU: list[TrainShape] = [TrainShape(replace(TINY_MODEL, frames=32), 2, vision_channels=64)]

@@ -16,7 +16,7 @@ H100 = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 762})
 TINY_HEADS = Heads(4, 2, 16)
 
 
-@pytest.mark.parametrize("registry", ["ATTENTION", "POOL", "MIX", "LAYER", "RAGGED", "RANGES", "PIECES"])
+@pytest.mark.parametrize("registry", ["ATTENTION", "POOL", "MIX", "LAYER", "RAGGED", "RANGES", "PIECES", "ATTENTION_BACKWARD"])
 def test_a_registry_names_each_shape_once_and_has_some_for_a_cpu(registry):
     registered = getattr(shapes, registry)
     names = [shape.name for shape in registered]
@@ -74,6 +74,58 @@ def test_pooling_is_not_charged_for_rows_that_floor_pooling_drops():
     assert shapes.pool_cost(PoolShape((8,), (5, 5), channels=4), "float32").read == 8 * 16 * 4 * 4
 
 
+@pytest.mark.parametrize(
+    ("batch", "text", "slow", "heads", "floor_us"),
+    [
+        (1, 64, 10368, "28/4/128", 46),
+        (1, 256, 10368, "28/4/128", 185),
+        (4, 256, 10368, "28/4/128", 740),
+        (8, 512, 5184, "28/4/128", 1480),
+        (1, 64, 98304, "28/4/128", 439),
+        (1, 256, 98304, "28/4/128", 1754),
+        (1, 1024, 41472, "32/8/128", 3383),
+    ],
+)
+def test_floors_of_forward_and_backward_are_those_of_the_target_table(batch, text, slow, heads, floor_us):
+    shape = selection.parse_attention(f"{batch}x{text}x{slow}@{heads}")
+    assert shape in shapes.ATTENTION_BACKWARD
+    step = shapes.attention_cost(shape, "bfloat16", fused=False) + shapes.attention_backward_cost(shape, "bfloat16")
+    ceilings = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 720})
+    assert step.floor_us(ceilings, "bfloat16") == pytest.approx(floor_us, rel=0.02)
+
+
+def test_the_backward_pass_of_attention_reads_k_and_v_and_writes_their_gradients():
+    cost = shapes.attention_backward_cost(AttentionShape.even(2, 3, 10, TINY_HEADS), "bfloat16")
+    rows, kv = 6 * 4 * 16 * 2, 20 * 2 * 2 * 16 * 2
+    assert cost == Cost(10 * 2 * 30 * 4 * 16, kv + 3 * rows + 6 * 4 * 4, kv + rows)  # q, context, its gradient; lse
+
+
+def test_the_backward_pass_of_pooling_writes_every_feature_and_reads_them_only_through_a_norm():
+    shape = PoolShape((8,), (5, 5), channels=4)
+    plain, normed = (shapes.pool_backward_cost(shape, "float32", norm) for norm in (False, True))
+    assert plain.written == normed.written == 8 * 25 * 4 * 4
+    assert plain.read == (8 * 4 + 2 * 4) * 4 * 4
+    assert normed.read - plain.read == 8 * 16 * 4 * 4
+    assert normed.flops > plain.flops
+
+
+def test_the_backward_pass_of_the_mix_moves_gradients_on_all_rows_and_state_and_context_on_text_rows():
+    cost = shapes.mix_backward_cost(MixShape(64, 1360), "bfloat16")
+    assert (cost.read, cost.written) == ((1360 + 128 + 1) * 3584 * 2, (1360 + 64 + 1) * 3584 * 2)
+
+
+@pytest.mark.parametrize("slow_path", [False, True])
+def test_a_training_step_multiplies_by_every_weight_three_times_and_attends_three_and_a_half_times(slow_path):
+    model = shapes.ModelShape(2, 64, 100, 3, TINY_HEADS, 500, every=2, text=5, slow_side=3, fast_frames=1)
+    shape = shapes.TrainShape(model, 7, vision_channels=48)
+    rows, weights = 5 + 9, 64 * (2 * 64 + 2 * 32 + 3 * 100)
+    flops = 6 * rows * (3 * weights + 500 * 64) + 2 * 36 * (4 * 48 * 64 + 6 * 64 * 64)
+    flops += 14 * (rows * (rows + 1) // 2) * 64 * 3
+    if slow_path:
+        flops += 14 * 5 * 18 * 64 * 2 + 6 * 18 * 64 * 64 * 2  # two hybrid layers: attention of the text, K and V
+    assert shapes.train_cost(shape, "float32", slow_path).flops == 7 * flops
+
+
 def test_mix_moves_state_twice_and_context_once():
     cost = shapes.mix_cost(MixShape(64, 1360), "bfloat16")
     assert (cost.read, cost.written) == ((1360 + 64 + 1) * 3584 * 2, 1360 * 3584 * 2)
@@ -127,6 +179,7 @@ def test_slow_tokens_cost_a_small_part_of_what_self_attention_over_them_costs():
         (shapes.ATTENTION, selection.parse_attention, "1x1x9@4/2/16", "1x1x9@4/2/16"),
         (shapes.POOL, selection.parse_pool, "7x6x6/p3", "7x6x6/p3/t4@3584"),
         (shapes.MIX, selection.parse_mix, "3of5@64", "3of5@64"),
+        (shapes.TRAIN, selection.parse_train, "2x9x8f", "2x9x8f"),
     ],
 )
 def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, name):
@@ -139,6 +192,7 @@ def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, na
         ("4x3x5", {"attention", "ranges"}),
         ("1x1x8@28/4/128", {"attention", "ranges"}),
         ("2of3", {"mix"}),
+        ("2x64x16f", {"train"}),
         ("16", {"attention", "pool", "model"}),  # a part of names, and a number of frames
         ("16 frames", {"model"}),
         ("1x64x*", {"attention", "ranges"}),
@@ -161,6 +215,7 @@ def test_among_all_benchmarks_a_shape_of_one_is_enough_and_the_others_pass_it_by
         *[("pool", text) for text in ("0x4x4", "4x4x4/t0", "4x4x4/p0", "4x0x0")],
         *[("mix", text) for text in ("0of5", "5of0", "5of6@0")],
         *[("model", text) for text in ("0", "-1", "2000000000")],
+        *[("train", text) for text in ("0x1x8f", "1x0x8f", "1x1x0f")],
     ],
 )
 def test_a_size_that_cannot_be_is_refused_by_name(op, text):
@@ -175,6 +230,22 @@ def test_shapes_are_selected_by_pattern_or_part_of_the_name_even_those_too_large
     assert names("1x1024x*") == ["1x1024x98304@28/4/128"]
     assert names("14/2/64") == ["1x1x10368@14/2/64", "1x64x10368@14/2/64"]
     assert names("nothing") == []
+
+
+def test_gradients_of_attention_have_shapes_of_their_own():
+    selection.check_shapes(["8x512x5184*"], ["attention"], backward=True)
+    with pytest.raises(ValueError, match="8x512x5184"):
+        selection.check_shapes(["8x512x5184*"], ["attention"])
+    with pytest.raises(ValueError, match="ragged"):
+        selection.check_shapes(["ragged"], ["attention"], backward=True)
+
+
+def test_training_is_of_the_1_5b_model_on_a_gpu_and_of_a_tiny_one_on_a_cpu():
+    (shape,) = selection.train_shapes([], on_cpu=False)
+    assert (shape.name, shape.model.num_slow, shape.rows) == ("4x256x128f", 10368, 256 + 1296)
+    assert str(shape.model.heads) == "12/2/128"
+    assert selection.train_shapes(["1x8x16f"], on_cpu=False)[0].model.layers == 28
+    assert selection.train_shapes(["1x8x16f"], on_cpu=True)[0].model.layers == 4
 
 
 def test_a_cpu_run_keeps_only_the_shapes_that_a_cpu_finishes():
