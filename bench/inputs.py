@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,17 +93,60 @@ def reference_context(inputs: AttentionInputs, begin: Tensor | None = None, end:
         keys, values = (x.float() for x in inputs.slow_kv[first_token : first_token + tokens].permute(2, 1, 0, 3))
         for start in range(first_row, first_row + rows, REFERENCE_ROWS):
             stop = min(start + REFERENCE_ROWS, first_row + rows)
-            query = inputs.q[start:stop].float().unflatten(1, (-1, heads_per_kv)).permute(1, 2, 0, 3).flatten(1, 2)
+            query = _packed(inputs.q[start:stop].float(), heads_per_kv)
             scores = query @ keys.transpose(1, 2) * scale  # [Hkv, heads_per_kv * rows, tokens]
             if begin is None or end is None:
                 probs = scores.softmax(-1)
             else:
                 hidden = ~visible(begin[start:stop], end[start:stop], tokens).repeat(heads_per_kv, 1)
                 probs = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
-            mine = (probs @ values).unflatten(1, (heads_per_kv, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-            context[start:stop] = mine
+            context[start:stop] = _unpacked(probs @ values, heads_per_kv)
         first_row, first_token = first_row + rows, first_token + tokens
     return context
+
+
+def _packed(x: Tensor, heads_per_kv: int) -> Tensor:
+    """[rows, Hq, D] -> [Hkv, heads_per_kv * rows, D]"""
+    return x.unflatten(1, (-1, heads_per_kv)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _unpacked(x: Tensor, heads_per_kv: int) -> Tensor:
+    """Back again."""
+    return x.unflatten(1, (heads_per_kv, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+class Gradients(NamedTuple):
+    """What a step of attention gives."""
+
+    context: Tensor  # [Nt, Hq, D]
+    q: Tensor
+    keys: Tensor  # [Ns, Hkv, D]
+    values: Tensor
+
+
+def reference_gradients(inputs: AttentionInputs, upstream: Tensor) -> Gradients:
+    """For the gradient ``upstream`` [Nt, Hq, D] of the context; float32 (float64 of float32), a few rows at a time."""
+    shape, scale = inputs.shape, inputs.shape.heads.dim**-0.5
+    heads_per_kv = shape.heads.num_q // shape.heads.num_kv
+    wide = torch.float64 if inputs.q.dtype == torch.float32 else torch.float32
+    query_like, kv_like = (torch.empty_like(x, dtype=wide) for x in (inputs.q, inputs.slow_kv[:, :, 0]))
+    found = Gradients(*(torch.zeros_like(x) for x in (query_like, query_like, kv_like, kv_like)))
+    first_row = first_token = 0
+    for rows, tokens in zip(shape.text, shape.slow, strict=True):
+        mine = slice(first_token, first_token + tokens)
+        keys, values = (x.to(wide) for x in inputs.slow_kv[mine].permute(2, 1, 0, 3))  # [Hkv, tokens, D]
+        for start in range(first_row, first_row + rows, REFERENCE_ROWS):
+            part = slice(start, min(start + REFERENCE_ROWS, first_row + rows))
+            query, grad = (_packed(x[part].to(wide), heads_per_kv) for x in (inputs.q, upstream))
+            probs = (query @ keys.transpose(1, 2) * scale).softmax(-1)
+            context = probs @ values
+            grad_scores = probs * (grad @ values.transpose(1, 2) - (grad * context).sum(-1, keepdim=True)) * scale
+            found.context[part] = _unpacked(context, heads_per_kv)
+            found.q[part] = _unpacked(grad_scores @ keys, heads_per_kv)
+            found.keys[mine] += (grad_scores.transpose(1, 2) @ query).transpose(0, 1)
+            found.values[mine] += (probs.transpose(1, 2) @ grad).transpose(0, 1)
+        first_row, first_token = first_row + rows, first_token + tokens
+    return found
 
 
 def visible(begin: Tensor, end: Tensor, tokens: int) -> Tensor:

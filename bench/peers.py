@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .inputs import AttentionInputs, prefix_sums
-from .runner import Variant, relative_error
+from .runner import Runner, Variant, relative_error
 from .shapes import QWEN2_7B
 
 Sets = list[AttentionInputs]
@@ -164,13 +164,13 @@ def _flex_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
 # -------------------------------------------------------------------------------------- FlashAttention
 
 
-def _accepted(function: Callable, **options) -> dict:
+def accepted(function: Callable, **options) -> dict:
     """Options that this release of a package knows."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in known}
 
 
-def _out(result) -> Tensor:
+def first_of(result) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -180,11 +180,11 @@ def _flash_call(module, inputs: AttentionInputs, **options) -> Callable[[], Tens
     if shape.is_even:
         q, k, v = (x.contiguous() for x in (inputs.query, inputs.keys, inputs.values))
         function = module.flash_attn_func
-        bound = partial(function, q, k, v, **_accepted(function, **options))
-        return lambda: _out(bound()).flatten(0, 1)
+        bound = partial(function, q, k, v, **accepted(function, **options))
+        return lambda: first_of(bound()).flatten(0, 1)
     k, v = (x.contiguous() for x in inputs.slow_kv.unbind(2))
     function = module.flash_attn_varlen_func
-    known = _accepted(
+    known = accepted(
         function,
         cu_seqlens_q=prefix_sums(shape.text, inputs.q.device),
         cu_seqlens_k=prefix_sums(shape.slow, inputs.q.device),
@@ -193,7 +193,7 @@ def _flash_call(module, inputs: AttentionInputs, **options) -> Callable[[], Tens
         **options,
     )
     bound = partial(function, inputs.q, k, v, **known)
-    return lambda: _out(bound())
+    return lambda: first_of(bound())
 
 
 def _flash_cache_call(module, inputs: AttentionInputs, **options) -> Callable[[], Tensor]:
@@ -201,8 +201,8 @@ def _flash_cache_call(module, inputs: AttentionInputs, **options) -> Callable[[]
     _needs_even([inputs])
     q, k, v = (x.contiguous() for x in (inputs.query, inputs.keys, inputs.values))
     function = module.flash_attn_with_kvcache
-    bound = partial(function, q, k, v, **_accepted(function, **options))
-    return lambda: _out(bound()).flatten(0, 1)
+    bound = partial(function, q, k, v, **accepted(function, **options))
+    return lambda: first_of(bound()).flatten(0, 1)
 
 
 def _fa2_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
@@ -225,14 +225,14 @@ def _fa4_variants(sets: Sets, reference: Tensor) -> Iterator[Variant]:
     module = importlib.import_module("flash_attn.cute")
     # each way to pack compiles for seconds, a number of splits doesn't
     ways = [(None, 1), (False, 1), (True, 0)] if sets[0].shape.heads == QWEN2_7B else [(None, 1)]
-    if _splits(module, sets[0]):
+    if splits_keys(module, sets[0]):
         ways += [(None, splits) for splits in SPLITS if splits > 1]
     for pack, splits in ways:
         bind = partial(_flash_call, module, num_splits=splits, pack_gqa=pack)
         yield peer_variant(f"num_splits={splits} pack_gqa={pack}", sets, reference, bind, lambda out: out)
 
 
-def _splits(module, inputs: AttentionInputs) -> bool:
+def splits_keys(module, inputs: AttentionInputs) -> bool:
     """Whether this release splits keys on this GPU: some refuse to, each time anew."""
     try:
         _flash_call(module, inputs, num_splits=2)()
@@ -306,4 +306,15 @@ OTHER_PEERS = {
     "torch-compile": "torch.compile of that composition",
     "official": "the released code's sequence of operations for one hybrid layer, in eager PyTorch",
 }
+
+
+def compositions(runner: Runner, op: str) -> list[str]:
+    """Names of the peers of pool and mix that take part; one row says why of each other."""
+    names = [name for name in ("torch", "torch-compile") if runner.wants_peer(name)]
+    if not runner.is_gpu and "torch-compile" in names:
+        runner.absent(op, "torch-compile", "timed on a GPU only (its C++ compilation would outlast the run)")
+        names.remove("torch-compile")
+    return names
+
+
 PEER_NAMES = tuple(dict.fromkeys([*(peer.name for peer in PEERS), *OTHER_PEERS]))

@@ -143,10 +143,11 @@ def short(error: BaseException) -> str:
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """||got - want|| / ||want|| in float32; infinity if anything is not finite or the shape is another."""
+    """||got - want|| / ||want|| in float32 or wider; infinity if anything is not finite or the shape is another."""
     if got.shape != want.shape:
         return float("inf")
-    got, want = got.float(), want.float()
+    wide = torch.promote_types(want.dtype, torch.float32)
+    got, want = got.to(wide), want.to(wide)
     error = float((got - want).norm() / want.norm().clamp_min(1e-30))
     return error if error == error else float("inf")
 
