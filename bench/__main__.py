@@ -1,4 +1,5 @@
-"""``python -m bench [all|model|attention|ranges|pool|mix]``: run benchmarks, print the table, write JSON and plots.
+"""``python -m bench [all|model|attention|ranges|pool|mix|train]``: run benchmarks, print the table, write JSON, plots.
+``--backward`` measures the gradients of attention, pool and mix instead.
 
 The measuring happens in a worker process that journals each row. If it dies (a peer's segmentation fault, a lost CUDA
 context) this parent starts another on the same journal, which records the crash and goes on with the next row.
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 MAX_WORKERS = 12
-BENCHMARKS = ("model", "attention", "ranges", "pool", "mix")
+BENCHMARKS = ("model", "attention", "ranges", "pool", "mix", "train")
+WITH_GRADIENTS = ("attention", "pool", "mix")
 OUT = Path(__file__).resolve().parent / "out"
 
 
@@ -41,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="comma-separated patterns or parts of shape names, or explicit shapes: "
         "attention and ranges BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL], mix TEXTofROWS[@C], "
-        "model FRAMES; 'ragged' of attention: uneven batches, which run only when named",
+        "model FRAMES, train BATCHxTEXTxFRAMESf; 'ragged' of attention: uneven batches, which run only when named",
+    )
+    p.add_argument(
+        "--backward",
+        action="store_true",
+        help=f"{', '.join(WITH_GRADIENTS)}: forward + backward, and the backward pass alone, with peak memory",
     )
     p.add_argument("--peers", help=f"comma-separated, or 'none'; default all: {','.join(PEER_NAMES)}")
     p.add_argument("--dtype", help="comma-separated; default bfloat16 on a GPU, float32,bfloat16 on a CPU")
@@ -96,16 +103,21 @@ def _words(text: str) -> list[str]:
     return list(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
 
 
-def _chosen(what: str) -> tuple[str, ...]:
-    return BENCHMARKS if what == "all" else (what,)
+def _chosen(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.what != "all":
+        return (args.what,)
+    return WITH_GRADIENTS if args.backward else BENCHMARKS
 
 
 def _check(args: argparse.Namespace, error) -> None:
     """Refuse what a run would stumble over after minutes."""
     from .selection import check_shapes
 
+    chosen = _chosen(args)
+    if args.backward and not set(chosen) <= set(WITH_GRADIENTS):
+        error(f"--backward: got it for {args.what}, want one of {', '.join(WITH_GRADIENTS)} or all")
     try:
-        check_shapes(_words(args.shapes), _chosen(args.what))
+        check_shapes(_words(args.shapes), chosen, args.backward)
     except ValueError as problem:
         error(f"--shapes: got {problem}")
     _dtypes(args.dtype, _device(args.device, error).type == "cpu", error)
@@ -126,7 +138,7 @@ def worker(args: argparse.Namespace, error) -> int:
     """Measure what the journal lacks. Exit code 0, DEVICE_LOST, or whatever a crash makes of it."""
     import torch
 
-    from . import attention, layer, mix, model, pool, ragged, ranges
+    from . import attention, attention_backward, layer, mix, model, pool, ragged, ranges, train
     from .runner import DEVICE_LOST, DeviceLost, Journal, Runner
 
     torch.set_grad_enabled(False)
@@ -141,10 +153,17 @@ def worker(args: argparse.Namespace, error) -> int:
         "ranges": [lambda: ranges.run(runner)],
         "pool": [lambda: pool.run(runner)],
         "mix": [lambda: mix.run(runner)],
+        "train": [lambda: train.run(runner)],
     }
+    if args.backward:
+        steps = {
+            "attention": [lambda: attention_backward.run(runner)],
+            "pool": [lambda: pool.run_backward(runner)],
+            "mix": [lambda: mix.run_backward(runner)],
+        }
     failed = False
     try:
-        for name in _chosen(args.what):
+        for name in _chosen(args):
             print(f"-- {name} ({time.monotonic() - runner.started:.0f} s)", flush=True)
             for step in steps[name]:
                 failed |= not _finished(step, runner)
@@ -214,9 +233,9 @@ def finish(args: argparse.Namespace, meta: dict, rows: list, argv: list[str]) ->
     report.save_json(target, meta, rows)
     print(f"wrote {target}")
     _draw(Path(args.plot) if args.plot else OUT, meta, rows)
-    wrong = [row for row in rows if row.kind == "ours" and row.is_broken]
+    wrong = [row for row in rows if row.kind == "ours" and (row.is_broken or row.varies)]
     for row in wrong:
-        print(f"FAILED: {row.op} {row.shape} {row.dtype} {row.who}: {row.status}")
+        print(f"FAILED: {row.op} {row.shape} {row.dtype} {row.who}: {row.status}" + ", other bits again" * row.varies)
     return 1 if wrong else 0
 
 

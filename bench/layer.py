@@ -55,7 +55,7 @@ def _with_kv(inputs: AttentionInputs, slow_kv: Tensor) -> AttentionInputs:
     return AttentionInputs(**{**vars(inputs), "slow_kv": slow_kv})
 
 
-def _official_norm(x: Tensor, weight: Tensor) -> Tensor:
+def official_norm(x: Tensor, weight: Tensor) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return weight * wide.to(x.dtype)
@@ -65,25 +65,33 @@ def official_layer(layer: LayerInputs, text_mask: Tensor) -> Tensor:
     """One batch of padded sequences [B, L] the way the released code goes about it -> new state [B * L, C]."""
     inputs = layer.attention
     batch, heads = inputs.shape.batch, inputs.shape.heads
-    heads_per_kv = heads.num_q // heads.num_kv
-    normalised = _official_norm(layer.slow, layer.norm_weight)
+    normalised = official_norm(layer.slow, layer.norm_weight)
     kv = F.linear(normalised, layer.kv_weight).view(batch, -1, heads.num_kv, 2, heads.dim)
+    query = inputs.q.view(batch, -1, heads.num_q, heads.dim)
+    state = inputs.state.view(batch, -1, heads.channels)
+    gating = inputs.gate_weight, inputs.gate_bias, inputs.warm_up
+    return official_cross_attention(state, query, kv, text_mask, *gating).flatten(0, 1)
+
+
+def official_cross_attention(
+    state: Tensor, query: Tensor, kv: Tensor, text_mask: Tensor, weight: Tensor, bias: Tensor, warm_up: Tensor
+) -> Tensor:
+    """state [B, L, C], query [B, L, Hq, D], kv [B, N, Hkv, 2, D], text_mask [B, L] bool -> new state [B, L, C]"""
+    heads_per_kv = query.shape[2] // kv.shape[2]
     keys, values = (x.repeat_interleave(heads_per_kv, 2) for x in kv.unbind(3))  # repeat_kv, materialised
     lengths = text_mask.sum(1)
     longest = int(lengths.max().item())  # the first host sync
-    query = inputs.q.view(batch, -1, heads.num_q, heads.dim)
     unpadded = query[text_mask]  # boolean indexing: the second
-    padded = query.new_zeros(batch, longest, heads.num_q, heads.dim)
+    padded = query.new_zeros(len(query), longest, *query.shape[2:])
     valid = torch.arange(longest, device=query.device) < lengths[:, None]
     padded[valid] = unpadded
     context = F.scaled_dot_product_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
     context = context.transpose(1, 2)[valid].flatten(1)
-    state = inputs.state.view(batch, -1, heads.channels)
     picked = state[text_mask]
-    gate = torch.tanh(F.linear(picked, inputs.gate_weight, inputs.gate_bias)) * torch.tanh(inputs.warm_up)
+    gate = torch.tanh(F.linear(picked, weight, bias)) * torch.tanh(warm_up)
     scattered = torch.zeros_like(state)
     scattered[text_mask] = gate * context
-    return (state + scattered).flatten(0, 1)
+    return state + scattered
 
 
 def run(runner: Runner) -> None:
@@ -131,7 +139,7 @@ def _run_shape(runner: Runner, shape: AttentionShape, dtype: str, backends: list
         at_decode.append(Contender("official", [variant], decode, capturable=False))
 
         def normalise_and_project() -> Tensor:
-            return F.linear(_official_norm(layer.slow, layer.norm_weight), layer.kv_weight)
+            return F.linear(official_norm(layer.slow, layer.norm_weight), layer.kv_weight)
 
         def error() -> float:
             return relative_error(normalise_and_project(), project().flatten(1))

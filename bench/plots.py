@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from .report import OP_TITLES, by_shape
+from .cells import by_shape
+from .report import OP_TITLES
 from .runner import Row
 from .verdicts import BASES, EMPTY, FULL, MOST_RATIO, beside
 
@@ -37,6 +40,7 @@ _COLOURS = {"cuda": "#2a7f2a", "triton": "#1f5fb4", "cpu": "#c03a2b", "eager": "
 _COLOURS |= {"torch": "#e08214", "torch-compile": "#8073ac", "base LLM": "#1f77b4", "all tokens": "#ff7f0e"}
 _COLOURS |= {"sdpa-flash": "#17becf", "sdpa-cudnn": "#ff7f0e", "sdpa-efficient": "#bcbd22", "sdpa-math": "#d62728"}
 _COLOURS |= {"fa4": "#9467bd", "fa3": "#e377c2", "fa2": "#7f7f7f", "flex": "#8c564b"}
+_COLOURS |= {"auto": "#2a7f2a", "auto+triton": "#66c2a5", "official": "#d62728", "no slow path": "#1f77b4"}
 
 
 def _style(row: Row) -> dict:
@@ -70,9 +74,9 @@ def _finish_axis(axis, xlabel: str, ylabel: str, title: str) -> None:
 
 
 def _legend_below(figure, axes) -> None:
-    """One legend for all panels, where it covers no curve."""
-    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(10, len(lines)), fontsize=7)
+    """One legend for all panels, where it covers nothing."""
+    drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(10, len(drawn)), fontsize=7)
 
 
 def _first_dtype(rows: list[Row], op: str) -> str | None:
@@ -109,27 +113,90 @@ def _plot_attention(plt, rows: list[Row]):
     return figure
 
 
-def _plot_share(plt, rows: list[Row]):
+def _bars(axis, rows: list[Row], op: str, value: Callable[[Row], float | None], xlabel: str, held_to: float | None):
+    """A group of bars a shape, one for each row of ``op`` that has a value; a line at what they are held to."""
+    groups = by_shape([row for row in rows if value(row) is not None], op)
+    names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        found = [
+            (y + i * height, value(row))
+            for y, members in enumerate(groups.values())
+            for row in members
+            if row.who == name
+        ]
+        style = {"color": _COLOURS.get(name)}
+        if name not in _COLOURS:  # a mode of the peer that it begins with
+            style = {"color": _COLOURS.get(name.split()[0]), "hatch": "///", "alpha": 0.6}
+        axis.barh(*zip(*found, strict=True), height, label=name, **style)
+    axis.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], [f"{s} {d}" for s, d in groups], fontsize=7)
+    axis.invert_yaxis()
+    if held_to is not None:
+        axis.axvline(held_to, color="black", linewidth=1)
+    axis.set(xlabel=xlabel)
+
+
+def _plot_share(plt, rows: list[Row], suffix: str = ""):
     """Pooling and mix: share of the measured ceiling that each competitor reaches."""
-    panels = [op for op in ("pool", "mix") if any(row.op == op and row.percent for row in rows)]
+
+    def share(row: Row) -> float | None:
+        return row.percent if row.ok else None
+
+    panels = [op + suffix for op in ("pool", "mix") if any(row.op == op + suffix and share(row) for row in rows)]
     if not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False, layout="constrained")
     for axis, op in zip(axes[0], panels, strict=True):
-        groups = by_shape(rows, op)
-        names = sorted({row.who for row in rows if row.op == op and row.percent}, key=list(_COLOURS).index)
-        height = 0.8 / len(names)
-        for i, name in enumerate(names):
-            shares = [next((r.percent or 0 for r in members if r.who == name), 0) for members in groups.values()]
-            axis.barh(
-                [y + i * height for y in range(len(groups))], shares, height, label=name, color=_COLOURS.get(name)
-            )
-        axis.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], [f"{s} {d}" for s, d in groups], fontsize=7)
-        axis.invert_yaxis()
-        axis.axvline(100, color="black", linewidth=1)
-        axis.set(xlabel="% of the ceiling measured in this run")
+        _bars(axis, rows, op, share, "% of the ceiling measured in this run", 100)
         axis.set_title(op, fontsize=10)
-        axis.legend(fontsize=7)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def _plot_gradients(plt, rows: list[Row]):
+    """Attention's steps and backward passes: times over that of the automatic choice, which is 1."""
+    ours = {(row.op, row.shape, row.dtype): row.median_us for row in rows if row.who == "auto" and row.ok}
+
+    def ratio(row: Row) -> float | None:
+        of = ours.get((row.op, row.shape, row.dtype))
+        return row.median_us / of if row.ok and of else None
+
+    parts = ("attention-step", "attention-backward")
+    panels = [op for op in parts if any(row.op == op and ratio(row) for row in rows)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 8), squeeze=False, layout="constrained")
+    for axis, op in zip(axes[0], panels, strict=True):
+        _bars(axis, rows, op, ratio, "time over ours (auto)", 1)
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        axis.set_xlim(min(low, 0.5), high)
+        ticks = _value_ticks(*axis.get_xlim())
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.set_title(OP_TITLES[op], fontsize=9)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def _plot_train(plt, rows: list[Row]):
+    """An optimizer step: wall time, and on a GPU the peak memory over weights, optimizer and batch."""
+
+    def wall(row: Row) -> float | None:
+        return row.median_us / 1e3 if row.ok else None
+
+    def peak(row: Row) -> float | None:
+        return row.extra["peak_bytes"] / 2**30 if row.ok and "peak_bytes" in row.extra else None
+
+    values = {"milliseconds": wall, "peak GiB over weights, optimizer and batch": peak}
+    panels = [each for each in values.items() if any(row.op == "train" and each[1](row) for row in rows)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, (xlabel, value) in zip(axes[0], panels, strict=True):
+        _bars(axis, rows, "train", value, xlabel, None)
+    axes[0][0].set_title(OP_TITLES["train"], fontsize=10)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -203,23 +270,9 @@ def _plot_against_base(plt, rows: list[Row]):
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 5), squeeze=False, layout="constrained")
     for axis, op in zip(axes[0], panels, strict=True):
-        groups = by_shape([row for row in rows if "ratio" in row.extra], op)
-        names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
-        height = 0.8 / len(names)
-        for i, name in enumerate(names):
-            bars = [
-                (y + i * height, row.extra["ratio"])
-                for y, members in enumerate(groups.values())
-                for row in members
-                if row.who == name
-            ]
-            axis.barh(*zip(*bars, strict=True), height, label=name, color=_COLOURS.get(name))
-        axis.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], [f"{s} {d}" for s, d in groups], fontsize=7)
-        axis.invert_yaxis()
-        axis.axvline(MOST_RATIO[op], color="black", linewidth=1)
-        axis.set(xlabel="time over that of the base")
+        _bars(axis, rows, op, lambda row: row.extra.get("ratio"), "time over that of the base", MOST_RATIO[op])
         axis.set_title(op, fontsize=10)
-        axis.legend(fontsize=7)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -229,4 +282,7 @@ _PLOTS = {
     "model": _plot_model,
     "ranges": _plot_ranges,
     "pieces_ragged": _plot_against_base,
+    "attention_backward": _plot_gradients,
+    "pool_mix_backward": partial(_plot_share, suffix="-backward"),
+    "train": _plot_train,
 }

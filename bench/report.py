@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from . import verdicts
+from . import backward_tables, verdicts
+from .cells import ADDED, added_cells, best_of, by_shape, milliseconds, time_or_status
 from .runner import Row, format_us, short
 
 OP_TITLES = {
@@ -23,6 +24,14 @@ OP_TITLES = {
     "ragged": "Uneven batches against even ones of as much work (with gate and mix)",
     "pool": "Slow-fast pooling with the slow tokens' norm",
     "mix": "Gate and residual mix alone",
+    "attention-step": "Attention, forward + backward (attention alone; peers are given K and V apart)",
+    "attention-backward": "Attention, the backward pass alone",
+    "pool-step": "Slow-fast pooling, forward + backward",
+    "pool-backward": "Slow-fast pooling, the backward pass alone",
+    "mix-step": "Gate and residual mix, forward + backward",
+    "mix-backward": "Gate and residual mix, the backward pass alone",
+    "train": "One optimizer step (batch x text rows x frames): wall time",
+    "train-gpu": "One optimizer step: GPU time",
     "prefill": "Model prefill, one video",
     "decode": "Model decode, one token",
     "decode-compiled": "Model decode, one token, the step fused by torch.compile",
@@ -31,7 +40,7 @@ OP_TITLES = {
     "demo": "Real video: fast backends against eager",
 }
 SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
-TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met")
+TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met", *backward_tables.TEXT_COLUMNS)
 MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
 METHODS = {
     "wall": "Wall time, from a call to its answer.",
@@ -42,7 +51,6 @@ PAIRED = (
     "its 20th and 80th percentile."
 )
 ALONE = "All tokens: alone, after the pairs."
-ADDED = ["added ms", "p20 .. p80", "added", "pairs"]
 NOT_PAIRED = (
     "Slow-fast and base LLM were not measured in pairs here, but minutes apart: what the slow path adds can't be told "
     "from these times. `python -m bench model` measures it."
@@ -84,29 +92,6 @@ def load_json(path: Path) -> tuple[dict, list[Row]]:
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def best_of(rows: list[Row], kind: str, figure: str = "median_us") -> Row | None:
-    timed = [row for row in rows if row.kind == kind and row.ok and getattr(row, figure)]
-    return min(timed, key=lambda row: getattr(row, figure), default=None)
-
-
-def by_shape(rows: list[Row], op: str) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.op == op and row.shape != "all":
-            groups.setdefault((row.shape, row.dtype), []).append(row)
-    return groups
-
-
-def _time_or_status(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return format_us(row.median_us) if row.ok else _status_word(row)
-
-
-def _status_word(row: Row) -> str:
-    return row.status.split(":")[0]
-
-
 def table(rows: list[Row], op: str) -> list[list[str]]:
     """Header and cells of one op: microseconds for each competitor, our share of the ceiling, best peer over ours."""
     groups = by_shape(rows, op)
@@ -119,7 +104,7 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
         line = [shape, dtype]
-        line += [_time_or_status(of.get(name)) for name in names]
+        line += [time_or_status(of.get(name)) for name in names]
         ours, peer = best_of(members, "ours"), best_of(members, "peer")
         if floors:
             line += (
@@ -180,13 +165,6 @@ def sustained_table(rows: list[Row], op: str) -> list[list[str]] | None:
     return [[*header, f"{names[0]} us", "best peer", "peer us", f"best peer / {names[0]}"], *cells]
 
 
-def _cell(row: Row | None, figure: str = "median_us") -> str:
-    """Milliseconds with four digits, or the word for why there are none."""
-    if row is None or (row.ok and getattr(row, figure) is None):
-        return ""
-    return f"{getattr(row, figure) / 1e3:#.4g}".rstrip(".") if row.ok else _status_word(row)
-
-
 def model_table(rows: list[Row], op: str) -> list[list[str]]:
     """Milliseconds against frames; what slow-fast adds to the base LLM only where it was measured in pairs."""
     groups = by_shape(rows, op)
@@ -202,16 +180,11 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
         ours = of.get("slow-fast")
         line = [shape.removesuffix(" frames"), *[dtype] * several]
         line += [str(members[0].extra.get("slow_tokens", ""))] * counted
-        line += [_cell(of.get(who)) for who in pair]
-        line += (_added(ours) if ours and ours.added else ["-"] * len(ADDED)) * paired
-        line += [_cell(of.get(who)) for who in alone]
-        cells.append([*line, _cell(ours, "floor_us") if ours and ours.ok else ""])
+        line += [milliseconds(of.get(who)) for who in pair]
+        line += (added_cells(ours) if ours and ours.added else ["-"] * len(ADDED)) * paired
+        line += [milliseconds(of.get(who)) for who in alone]
+        cells.append([*line, milliseconds(ours, "floor_us") if ours and ours.ok else ""])
     return cells
-
-
-def _added(row: Row) -> list[str]:
-    ms, low, high = (f"{row.added[name] / 1e3:+.3f}" for name in ("median_us", "p20_us", "p80_us"))
-    return [ms, f"{low} .. {high}", f"{row.added['percent']:+.1f}%", str(row.added["pairs"])]
 
 
 def _how_measured(rows: list[Row], op: str) -> str | None:
@@ -289,11 +262,14 @@ def _render(
                 cells = model_table(rows, op)
             elif op in verdicts.OPS:
                 cells = verdicts.table(rows, op)
+            elif op in backward_tables.TABLES:
+                cells = backward_tables.TABLES[op](rows, op, brief)
             elif brief and op in BRIEF_OPS:
                 cells = brief_table(rows, op)
             else:
                 cells = demo_table(rows) if op == "demo" else table(rows, op)
-            said = f"{how}\n\n" if op in MODEL_OPS and (how := _how_measured(rows, op)) else ""
+            how = _how_measured(rows, op) if op in MODEL_OPS else backward_tables.NOTES.get(op)
+            said = f"{how}\n\n" if how else ""
             parts.append(f"{heading}{title}\n\n{said}{draw(cells)}")
             sustained = sustained_table(rows, op)
             if sustained:

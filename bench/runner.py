@@ -102,6 +102,11 @@ class Row:
         return self.status == "ok"
 
     @property
+    def varies(self) -> bool:
+        """Calls alike gave other bits."""
+        return self.extra.get("same_bits") is False
+
+    @property
     def is_broken(self) -> bool:
         """Neither measured nor refused for a stated limit; running out of memory is a limit."""
         return self.status.startswith(("wrong", "failed", "crashed")) and "out of memory" not in self.status
