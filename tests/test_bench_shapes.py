@@ -16,7 +16,9 @@ H100 = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 762})
 TINY_HEADS = Heads(4, 2, 16)
 
 
-@pytest.mark.parametrize("registry", ["ATTENTION", "POOL", "MIX", "LAYER", "RAGGED", "RANGES", "PIECES", "ATTENTION_BACKWARD"])
+@pytest.mark.parametrize(
+    "registry", ["ATTENTION", "POOL", "MIX", "LAYER", "RAGGED", "RANGES", "PIECES", "ATTENTION_BACKWARD"]
+)
 def test_a_registry_names_each_shape_once_and_has_some_for_a_cpu(registry):
     registered = getattr(shapes, registry)
     names = [shape.name for shape in registered]

@@ -209,16 +209,17 @@ def test_readme_names_the_triton_that_was_tested_with_the_torch_it_installs():
     assert re.search(rf"^\| {torch_version} \| {triton_version[1]} \|", README, re.MULTILINE)
 
 
-COMMANDS = re.findall(r"python -m bench (attention|ranges|pool|mix|model) --shapes (\S+)", README)
+COMMANDS = re.findall(rf"python -m bench ({'|'.join(BENCHMARKS)})( --backward)? --shapes (\S+)", README)
 
 
-@pytest.mark.parametrize(("what", "shapes"), COMMANDS)
-def test_readmes_own_shapes_are_shapes(what, shapes):
-    check_shapes(shapes.split(","), (what,))
+@pytest.mark.parametrize(("what", "backward", "shapes"), COMMANDS)
+def test_readmes_own_shapes_are_shapes(what, backward, shapes):
+    check_shapes(shapes.split(","), (what,), bool(backward))
 
 
-def test_readme_shows_a_shape_of_your_own_for_every_benchmark():
-    assert {what for what, _ in COMMANDS} == set(BENCHMARKS)
+def test_readme_shows_a_shape_of_your_own_for_every_benchmark_and_for_gradients():
+    assert {what for what, backward, _ in COMMANDS if not backward} == set(BENCHMARKS)
+    assert any(backward for _, backward, _ in COMMANDS)
 
 
 def test_the_result_files_that_readme_prints_are_there():
