@@ -74,6 +74,7 @@ class Lane(NamedTuple):
     turns: int  # how many it has
     method: str
     sustain: Callable[[], float] | None = None  # seconds of a call after a while without rest
+    calls: Sequence[Call] = ()  # kept: a graph of them reads what they hold, and holds none of it itself
 
 
 class Plan(NamedTuple):
@@ -123,7 +124,8 @@ def num_input_sets(bytes_per_set: float, cache_bytes: float) -> int:
 
 def make_lane(calls: Sequence[Call], device: torch.device, budget_s: float, capturable: bool = True) -> Lane:
     """One op whose rotated input sets are bound in ``calls``; its turns take about ``budget_s``, rests not counted."""
-    return _cuda_lane(calls, budget_s, capturable) if device.type == "cuda" else clock_lane(calls, budget_s)
+    lane = _cuda_lane(calls, budget_s, capturable) if device.type == "cuda" else clock_lane(calls, budget_s)
+    return lane._replace(calls=calls)
 
 
 def time_calls(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import time
 import types
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -217,6 +220,20 @@ def test_the_host_s_time_is_no_part_of_a_call_that_no_graph_holds(monkeypatch):
     lane = timing.make_lane([fake.call(0.5, host_ms=4.0)], torch.device("cuda"), budget_s=0.15, capturable=False)
     assert lane.turn() == pytest.approx([0.0005] * len(lane.turn()))
     assert all(4.0 < cycles / timing.SLEEP_HZ * 1e3 <= timing.MOST_SLEEP_S * 1e3 for cycles in fake.sleeps)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_what_a_call_holds_lives_as_long_as_its_lane_for_a_graph_holds_none_of_it(monkeypatch, capturable):
+    fake, held = FakeCuda(monkeypatch), torch.ones(1)
+    alive = weakref.ref(held)
+    call = partial(lambda ran, held: ran(), fake.call(0.5), held)
+    lane = timing.make_lane([call], torch.device("cuda"), budget_s=0.15, capturable=capturable)
+    del call, held
+    gc.collect()
+    assert alive() is not None
+    del lane
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_graph_is_replayed_without_sleeps(monkeypatch):
