@@ -12,16 +12,20 @@ TEXT_COLUMNS = ("who", "how", "step", "deterministic peer", "same bits", "ours: 
 MEMORY_FACTOR, MEMORY_BYTES = 1.15, 64 << 20
 
 
-_STEPS = (
-    "`held` are weights, optimizer and batch. A layer saves what the layers before it do not hold already; figures are "
-    "of the hybrid layers in their order."
-)
-_TURNS = "All took turns; `added` is the median of the turns' differences to a step without a slow path."
-NOTES = {
-    "attention-step": "Peak memory is over the inputs; allowed are 1.15 x (context + gradients) + 64 MiB.",
-    "train": f"Wall time of a step. {_TURNS} {_STEPS}",
-    "train-gpu": f"The time in which kernels and copies keep the GPU busy (profiler). {_TURNS}",
-}
+PEAK = f"Memory is over the inputs; allowed are {MEMORY_FACTOR} x results + {MEMORY_BYTES >> 20} MiB."
+TURNS = "All took turns; `added` is the median of the turns' differences to a step without a slow path."
+SAVED = "A layer saves what the layers before it do not hold already; figures are of the hybrid layers in their order."
+HELD = "Held are weights, optimizer and batch."
+TIMES = {"train": "Wall time.", "train-gpu": "The time in which kernels and copies keep the GPU busy (profiler)."}
+
+
+def note(rows: Sequence[Row], op: str) -> str:
+    """What one has to know to read the table of ``op``."""
+    seen = {name for row in rows if row.op == op for name in row.extra}
+    if op not in TIMES:
+        return PEAK * ("peak_bytes" in seen)
+    said = [TIMES[op], TURNS, HELD * ("held_bytes" in seen), SAVED * ("saved_bytes" in seen)]
+    return " ".join(filter(None, said))
 
 
 def allowed_bytes(row: Row) -> float | None:

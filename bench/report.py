@@ -268,7 +268,7 @@ def _render(
                 cells = brief_table(rows, op)
             else:
                 cells = demo_table(rows) if op == "demo" else table(rows, op)
-            how = _how_measured(rows, op) if op in MODEL_OPS else backward_tables.NOTES.get(op)
+            how = (_how_measured if op in MODEL_OPS else backward_tables.note)(rows, op)
             said = f"{how}\n\n" if how else ""
             parts.append(f"{heading}{title}\n\n{said}{draw(cells)}")
             sustained = sustained_table(rows, op)

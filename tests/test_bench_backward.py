@@ -272,13 +272,18 @@ def test_triton_s_backward_pass_is_measured_behind_the_automatic_forward_pass_to
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_passes_on_backends_of_their_own_give_the_reference(attention, part):
+def test_passes_on_backends_of_their_own_give_the_reference(attention, part, monkeypatch):
     sets, upstream, reference = attention
+    op, asked = attention_backward.OPS[attention_backward.NAME], []
+    for name in ("run", "run_backward"):
+        made = getattr(op, name)
+        monkeypatch.setattr(
+            op, name, lambda x, options, *needs, made=made: asked.append(options) or made(x, options, *needs)
+        )
     choice = Choice(attention_backward.IN_PARTS, "cpu", "cpu", "eager")
     (error,) = errors(attention_backward.ours(choice, sets, upstream), part, reference).values()
     assert error < 1e-5
-    passes = attention_backward._passes(choice, sets[0], upstream[0])
-    assert (passes.forward_backend, passes.backward_backend) == ("cpu", "eager")
+    assert [(options.backend, options.return_lse) for options in asked] == [("cpu", True), ("eager", True)]
 
 
 # ------------------------------------------------------------------------------------------------- runs
@@ -331,10 +336,11 @@ def test_pooling_s_gradients_are_measured_with_the_norm_and_without(run):
     }
 
 
-def test_a_wrong_gradient_is_not_timed(run, monkeypatch):
-    monkeypatch.setattr(mix, "added_rows", lambda state, *rest: state + 0 * mix.copied_rows(state, *rest))
-    monkeypatch.setattr(mix, "_ways", lambda shape: [mix.added_rows])
-    monkeypatch.setattr(mix.added_rows, "__name__", "added_rows")
+def test_a_wrong_gradient_is_not_timed_though_the_result_is_right(run, monkeypatch):
+    def loses_a_gradient(state, *rest):
+        return mix.copied_rows(state.detach(), *rest) + 0 * state
+
+    monkeypatch.setattr(mix, "_ways", lambda shape: [loses_a_gradient])
     run.shapes = ["2of3@8"]
     mix.run_backward(run)
     assert rows_of(run, "mix-step")["torch"].status.startswith("wrong")
@@ -460,7 +466,7 @@ def test_reports_print_gradients_with_what_their_memory_is_held_to(rows, journal
     for text in (report.markdown(journal.meta, rows, brief), report.terminal(journal.meta, rows)):
         for op in ("attention-step", "attention-backward", "pool-backward", "mix-backward"):
             assert report.OP_TITLES[op] in text
-        assert backward_tables.NOTES["attention-step"] in text
+        assert text.count(backward_tables.PEAK) == 2  # pool's and mix's rows have no memory here
         assert "sdpa-cudnn deterministic failed: no kernel: cuDNN SDPA is not deterministic." in text
 
 
