@@ -155,14 +155,15 @@ def test_nan_in_a_sequence_reaches_its_own_text_rows(target, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
-def test_nan_in_text_rows_stays_there(target, rng):
+@pytest.mark.parametrize("num_splits", [0, 1])
+def test_nan_in_text_rows_stays_there(target, num_splits, rng):
     """The others' scores rise from block to block meanwhile, so that their running maxima must move: of row 2, whose
     packed rows share threads of the Hopper kernel with those of rows 0 and 1, too.
     """
     inputs = make_inputs(Shape(((4, 700),), (14, 2)), target.dtype, target.device, rng(target.device))
     add_ramp(inputs, 30)
     inputs.q[inputs.text_rows[:2].long()] = float("nan")
-    context = attend(target, inputs)
+    context = attend(target, inputs, num_splits=num_splits)
     plain, exact = sk.text_cross_attention(*inputs.attention, backend="eager"), reference.attention(*inputs.attention)
     assert torch.isnan(context[:2]).all()
     reference.assert_accurate(context[2:], plain[2:], exact.context[2:], exact.noise[2:])
