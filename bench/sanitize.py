@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck python -m bench.sanitize     (also racecheck, synccheck, initcheck)
 
 Every way that the Hopper attention cuts a call (one and two consumers, half tiles paired and alone, clusters of 1 to
-8, groups, whole units and uneven groups), both head dimensions and half dtypes, ragged batches with empty sequences;
-ranges, pieces, K and V apart, merging; pool and mix.
+8, groups, whole units and uneven groups, shares of uneven sequences, blocks dealt out), both head dimensions and half
+dtypes, ragged batches with empty sequences; ranges, pieces, K and V apart, merging; pool and mix.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from slowfast_kernels.gate import WEIGHTED_GATES, Gate
 from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
 
 RAGGED = (((1, 70), (3, 0), (0, 40), (2, 33)), ((30, 400), (7, 180), (1, 5)))
+# Lengths that the device shares out: rows of question and of decode, beside sequences with nothing to do.
+UNEVEN = (((24, 1380), (1, 60), (0, 300), (40, 0), (3, 200)), ((1, 1500), (1, 0), (0, 90), (1, 70), (2, 650)))
+SHARED = (
+    (HopperConfig(2, 1, 1, 8, share_slots=16, even_units=20), HopperConfig(2, 4, 1, 8, share_slots=30, even_units=20)),
+    (HopperConfig(1, 1, 1, 6, share_slots=60, even_units=10), HopperConfig(1, 2, 1, 6, share_slots=60, even_units=10)),
+)
 
 
 def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> None:
@@ -94,8 +100,12 @@ def main() -> None:
     for splits in (1, 2, 7, 8):
         config = hopper_attention_config(40, 900, 2, 8, 8, 64, splits)
         attention(((39, 500), (1, 400)), (8, 8), 64, torch.bfloat16, config)
+    for head_dim, (sequences, configs) in product((64, 128), zip(UNEVEN, SHARED, strict=True)):
+        for config in configs:
+            attention(sequences, (14, 2), head_dim, torch.bfloat16, config)
     for rows, pair, pieces, splits in product((1, 40), (False, True), (False, True), (0, 3)):
         selection((rows, 3), 64 if pair else 128, pair, pieces, splits)
+    selection((150, 3), 128, False, True, 0)  # dealt out
     frames = torch.randn(14, 36, 96, device="cuda", dtype=torch.bfloat16)
     sk.slowfast_pool(frames, [8, 1, 5], (6, 6), pool_stride=2, temporal_stride=4, norm_eps=1e-6, backend="cuda")
     state = torch.randn(20, 96, device="cuda", dtype=torch.bfloat16)

@@ -167,6 +167,8 @@ class Attention:
         q, slow_kv, text_rows, batch = sample.q, sample.slow_kv, sample.text_rows, sample.cu_text.shape[0] - 1
         num_kv_heads, head_dim = slow_kv.shape[1], q.shape[2]
         self.device, num_sms = q.device, _num_sms(q.device)
+        # All rows of one sequence see the same blocks of its pieces, as they do of one run.
+        has_ranges = sample.slow_begin is not None or sample.slow_end is not None
         self.config = config = config or hopper_attention_config(
             text_rows.shape[0],
             slow_kv.shape[0],
@@ -175,7 +177,7 @@ class Attention:
             num_kv_heads,
             head_dim,
             num_splits,
-            sample.selects,
+            has_ranges or (sample.slow_pieces is not None and batch > 1),
             num_sms,
         )
         splits = config.cluster_size * config.num_groups

@@ -364,7 +364,8 @@ def hopper_attention_config(
 ) -> HopperConfig:
     """Tile and splits of a call. A fixed ``num_splits`` fixes every choice that a row's bits depend on.
 
-    ``selects``: rows see ranges, or sequences are in pieces, so that tiles differ in ways that only the device knows.
+    ``selects``: rows see ranges, or several sequences are in pieces, so that tiles differ in ways that only the device
+    knows.
     """
     heads_per_kv = num_q_heads // num_kv_heads
     rows = -(-num_text // batch) * heads_per_kv  # packed rows of a KV head, a sequence
@@ -393,13 +394,14 @@ def hopper_attention_config(
         *_direct_plans(units, idle, blocks, _HOPPER_BLOCK_US[head_dim], num_sms),
         *_cluster_plans(units - idle, blocks, head_dim, clusters),
     ]
-    if selects:
+    # A deal looks at every sequence and tile, which takes its time, and makes short groups by itself.
+    deals = selects and batch <= _HOPPER_DEALT_BATCH and max_tiles <= _HOPPER_DEALT_TILES
+    if selects and not deals:
         plans = [plan for plan in plans if not plan[1].get("long_blocks")]
     _, choice = min(plans, key=lambda plan: plan[0])
+    if deals and choice["cluster_size"] == 1:  # clusters add up faster than a deal makes good
+        choice = {"cluster_size": 1, "num_groups": 2, "dealt_ctas": max_tiles * num_kv_heads + num_sms}
     config = HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, **choice)
-    # Clusters add up faster than a deal makes good; a deal looks at every sequence and tile, which takes its time.
-    if selects and config.cluster_size == 1 and batch <= _HOPPER_DEALT_BATCH and max_tiles <= _HOPPER_DEALT_TILES:
-        return replace(config, num_groups=2, dealt_ctas=max_tiles * num_kv_heads + num_sms)
     if selects:
         return config
     slots = ({1: num_sms} | clusters)[config.cluster_size]
@@ -413,9 +415,10 @@ def _hopper_clusters(num_sms: int) -> dict[int, int]:
 
 def _sharing(config: HopperConfig, batch: int, slots: int, units: int, blocks: int) -> HopperConfig:
     """The same plan for even lengths, and ``slots`` groups that run at once among which the device shares others."""
+    config = replace(config, even_blocks=blocks if config.long_blocks else 0)
     if not 1 < batch <= _HOPPER_SHARED_BATCH:
         return config
-    return replace(config, share_slots=slots, even_units=units, even_blocks=blocks if config.long_blocks else 0)
+    return replace(config, share_slots=slots, even_units=units)
 
 
 def _direct_plans(units: int, idle: int, blocks: int, block_us: float, num_sms: int) -> Iterator[tuple[float, dict]]:

@@ -206,6 +206,21 @@ def test_a_launch_is_given_the_arguments_of_the_call(inputs, launched):
     assert isinstance(launched[0][1], SplitPlan)
 
 
+def test_one_sequence_in_pieces_is_cut_as_one_run_and_ranges_or_several_are_dealt_out(rng, launched):
+    def config_of(sequences, **selection):
+        given = make_inputs(Shape(sequences, (14, 2), 64, 0), torch.bfloat16, CPU, rng())
+        return cuda.Attention(given.tensors._replace(**selection)).config
+
+    one, two = ((300, 900),), ((300, 900), (300, 900))
+    pieces = torch.tensor([[0, 500], [600, 900]], dtype=torch.int32)
+    ends = torch.full((300,), 800, dtype=torch.int32)
+    assert config_of(one, slow_pieces=pieces) == config_of(one)
+    assert config_of(one, slow_pieces=pieces, slow_end=ends).dealt_ctas > 0
+    assert config_of(one, slow_begin=ends).dealt_ctas > 0
+    assert config_of(two, slow_pieces=pieces).dealt_ctas > 0
+    assert config_of(two).dealt_ctas == 0
+
+
 # -------------------------------------------------------------------------------------- what no kernel is asked for
 
 

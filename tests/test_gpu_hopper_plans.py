@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -67,9 +69,9 @@ PLANS = {
 }
 
 
-def attend(inputs, config):
+def attend(inputs, config, **selection):
     """context, lse and the mixed state of one launch."""
-    tensors, q = inputs.tensors, inputs.q
+    tensors, q = inputs.tensors._replace(**selection), inputs.q
     context = torch.full((len(inputs.text_rows), *q.shape[1:]), float("nan"), dtype=q.dtype, device="cuda")
     lse = torch.full(context.shape[:2], float("nan"), device="cuda")
     out = inputs.state.clone()
@@ -113,3 +115,37 @@ def test_scores_may_rise_or_fall_from_block_to_block(plan, rise, dtype, head_dim
     inputs = make_inputs(shape._replace(dim=head_dim), dtype, torch.device("cuda"), rng("cuda"))
     add_ramp(inputs, rise)
     check(inputs, config, relative_lse=1e-6)
+
+
+# 14 blocks: 700 tokens are 6, the last of them short; 130 .. 1050 are 8.
+PIECES = [(680, 1380), (3, 3), (0, 1), (130, 1050)]
+IN_PIECES = {
+    "groups 3": HopperConfig(2, 1, 3, 2),
+    "a short group": HopperConfig(2, 1, 3, 2, long_blocks=6, even_blocks=15),
+    "a short group of a plan for fewer": HopperConfig(2, 1, 3, 2, long_blocks=3, even_blocks=7),
+    "a short group of a plan for many more": HopperConfig(2, 1, 3, 2, long_blocks=400, even_blocks=1000),
+    "whole units first": HopperConfig(2, 1, 2, 2, whole_units=2, long_blocks=7, even_blocks=11),
+    "cluster 8": HopperConfig(2, 8, 1, 2),
+    "decode": HopperConfig(1, 4, 2, 3),
+    "dealt out": HopperConfig(2, 1, 2, 2, dealt_ctas=4 + 132),
+    "dealt out among few": HopperConfig(2, 1, 2, 2, dealt_ctas=7),
+}
+
+
+@pytest.mark.parametrize("rows", ["all see all", "a growing prefix"])
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("plan", IN_PIECES)
+def test_one_sequence_in_pieces_may_take_any_plan(plan, head_dim, rows, rng):
+    inputs = make_inputs(ONE._replace(dim=head_dim), torch.bfloat16, torch.device("cuda"), rng("cuda"))
+    inputs = replace(inputs, cu_slow=torch.tensor([0, len(PIECES)], dtype=torch.int32, device="cuda"))
+    selection = {"slow_pieces": torch.tensor(PIECES, dtype=torch.int32, device="cuda")}
+    if rows == "a growing prefix":
+        length, count = sum(end - begin for begin, end in PIECES), len(inputs.text_rows)
+        selection["slow_end"] = (torch.arange(1, count + 1, device="cuda") * length // count).int()
+    context, lse, _ = got = attend(inputs, IN_PIECES[plan], **selection)
+    exact = reference.visible_attention(*inputs.attention, **selection)
+    plain, plain_lse = sk.text_cross_attention(*inputs.attention, **selection, return_lse=True, backend="eager")
+    reference.assert_accurate(context, plain, exact.context, exact.noise)
+    reference.assert_lse_accurate(lse, plain_lse, exact.lse)
+    again = attend(inputs, IN_PIECES[plan], **selection)
+    assert all(reference.same_bits(a, b) for a, b in zip(again, got, strict=True))

@@ -172,6 +172,12 @@ def test_a_batch_leaves_room_for_groups_that_uneven_lengths_ask_for(num_text, nu
     assert counters >= parts * (config.cluster_size if config.cluster_size > 1 else config.consumers)
 
 
+@pytest.mark.parametrize(("num_text", "batch"), [(256, 1), (512, 8)])
+def test_uneven_groups_say_of_how_many_blocks_they_are_a_share(num_text, batch):
+    config = hopper_attention_config(num_text, 10368 * batch, batch, 28, 4, 128)
+    assert 0 < config.long_blocks < config.even_blocks == 81
+
+
 def test_lengths_that_are_known_are_not_looked_at():
     assert hopper_attention_config(64, 10368, 1, 28, 4, 128).share_slots == 0, "one sequence"
     assert hopper_attention_config(64, 10368, 8, 28, 4, 128, 4).share_slots == 0, "a fixed number of splits"

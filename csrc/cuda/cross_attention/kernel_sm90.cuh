@@ -26,8 +26,10 @@ template <typename Traits>
 __device__ __forceinline__ bool find_tile(const CrossAttentionParams& p, int heads_per_kv, int tile_index, int lane,
                                           const Sequence& sequence, Tile& tile) {
   int num_text = static_cast<int>(p.num_text);
+  // One sequence owns everything, but perhaps not all pieces: nothing to read, and the first TMA can go.
   tile = {0, tile_index * Traits::kBlockM, 0, 0, static_cast<int>(p.num_slow)};
-  if (reads_sequences<Traits>(p)) {
+  if (Traits::kGeneral && p.slow_pieces != nullptr && p.batch == 1) tile.num_slow = __ldg(p.cu_slow + 1);
+  if (p.batch > 1) {
     int passed = 0;
     bool found = false;
     for (int first = 0; first < p.batch && !found; first += 32) {
@@ -57,7 +59,7 @@ template <typename Traits>
 __device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const SplitPlan& plan,
                                           typename Traits::SharedStorage& shared, int lane, Unit& unit, Tile& tile) {
   Sequence sequence = {0, 0, 0, 0};
-  if (reads_sequences<Traits>(p)) sequence = load_sequence(p, 0, lane);
+  if (p.batch > 1) sequence = load_sequence(p, 0, lane);
   if constexpr (Traits::kDeals) {
     if (plan.dealt_ctas > 0) {
       int tile_index = 0;
@@ -87,6 +89,7 @@ __device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const S
   unit.group = blockIdx.z;
   unit.num_groups = is_whole ? 1 : plan.num_groups;
   unit.first_part = unit.index * plan.num_groups;
+  unit.long_blocks = plan.long_blocks;
   unit.is_cut_alike = true;
   unit.paired = false;
   if (unit.group >= unit.num_groups || !find_tile<Traits>(p, plan.heads_per_kv, tile_index, lane, sequence, tile)) return false;

@@ -15,7 +15,7 @@ struct SplitPlan {
   int32_t whole_units;   // the first units (by KV head, then tile), a CTA each without a split; 0 unless cluster_size is 1
   int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
   // A general call (see below) with two consumers and clusters of one may leave it to the device how blocks are dealt out
-  // (deal.cuh): to as many of dealt_ctas CTAs, at least max_tiles * Hkv, as it likes; 0: num_groups groups a unit. Its workspace
+  // (deal.cuh): to as many of dealt_ctas CTAs, at least max_tiles * Hkv, as it likes; 0: as above. Its workspace
   // has dealt_ctas parts in the place of [units, num_groups], gates of max_tiles * Hkv units, dealt_ctas * kConsumers counters.
   int32_t dealt_ctas;
   int32_t num_sms;       // of the device; where blocks are dealt out
@@ -48,7 +48,7 @@ void cross_attention_sm90_d128(const CrossAttentionParams& params, const SplitPl
 void cross_attention_sm90_shares_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 void cross_attention_sm90_shares_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 // Of these, the general calls, which with two consumers take no share_slots: with ranges, with pieces, with K and V so far apart or so unlike that one tensor map cannot hold
-// both, or dealt out. Their plans have equal groups: long_blocks = whole_units = 0.
+// both, or dealt out. With even_blocks, long_blocks is so much of that many, and as large a share of how many there are.
 void cross_attention_sm90_general_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 void cross_attention_sm90_general_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 

@@ -130,4 +130,11 @@ void launch_head_dim(const CrossAttentionParams& p, const SplitPlan& plan, cudaS
   throw std::invalid_argument("cross_attention: a number of consumers that has no kernel");
 }
 
+// Of the general kernels, those of two consumers deal instead of sharing.
+template <int kHeadDim>
+void launch_general(const CrossAttentionParams& p, const SplitPlan& plan, cudaStream_t stream) {
+  if (plan.consumers == 1 && plan.share_slots > 0) return launch_dtype<kHeadDim, 1, true, true>(p, plan, stream);
+  launch_head_dim<kHeadDim, true, false>(p, plan, stream);
+}
+
 }  // namespace slowfast::cuda

@@ -311,15 +311,21 @@ struct Mainloop {
       v = k;
       k = ring.next();
       wait(k);
-      const bool v_is_seen = is_seen;
-      if constexpr (Traits::kGeneral) look(block);
+      if constexpr (Traits::kGeneral) {
+        if (!is_seen) {  // before the products are issued, which nothing must come between
+          Ring ahead = ring;
+          const Ring::Turn of_v = Traits::kLoadsTogether ? v : ahead.next();
+          wait(of_v);
+          clear(of_v, block - 1);
+        }
+        look(block);
+      }
       wait_turn();
       issue_qk(scores, q, keys(k));
       if (!Traits::kLoadsTogether) {
         v = ring.next();
         wait(v);
       }
-      if (Traits::kGeneral && !v_is_seen) clear(v, block - 1);
       issue_pv(rows, probs, values(v));
       // Not before the last product: the other's would go ahead of it, and then this warpgroup's softmax would wait for all of
       // them. Now and then a CTA got into that rhythm and kept to it, 24% slower.

@@ -14,14 +14,18 @@ template <typename Traits>
 __device__ __forceinline__ BlockRange find_blocks(const SplitPlan& plan, const Unit& unit, int total) {
   const int splits = unit.size * unit.num_groups, split = unit.group * unit.size + unit.rank;
   if (splits == 1) return {0, total};
+  if (unit.long_blocks > 0) {
+    int each = unit.long_blocks;
+    if (Traits::kGeneral && unit.is_cut_alike && plan.even_blocks > 0) {  // the plan's share of what there is
+      each = __float2int_ru(__fdividef(static_cast<float>(each) * total, plan.even_blocks) - 1e-3f);
+    }
+    const int begin = min(total, unit.group * each);
+    return {begin, unit.group + 1 == unit.num_groups ? total : min(total, begin + each)};
+  }
   if (Traits::kCutsOnDevice && !unit.is_cut_alike) {
     const int each = total / splits, rest = total - each * splits;  // the first ones get one more: the last may need a mask
     const auto begin_of = [&](int i) { return each * i + min(i, rest); };
     return {begin_of(split), begin_of(split + 1)};
-  }
-  if (plan.long_blocks > 0) {
-    const int begin = min(total, unit.group * plan.long_blocks);
-    return {begin, unit.group + 1 == unit.num_groups ? total : min(total, begin + plan.long_blocks)};
   }
   int each = __umulhi(total, plan.splits_reciprocal);  // of each split's blocks, or one too many
   if (each * splits > total) --each;
@@ -154,17 +158,10 @@ struct GeneralProducer {
   __device__ __forceinline__ void load_k(int i) {
     Range tokens;
     source = walk.next(tokens);
-    Ring::Turn turn, of_next_kv_head;
+    walk.describe(tokens, shared.blocks[i % Traits::kBlockEntries]);  // while the slot is not free yet
     if (lane == 0) {
-      turn = wait(0);
-      if (unit.paired) of_next_kv_head = wait(1);
-    }
-    __syncwarp();  // the entry is free
-    walk.describe(tokens, shared.blocks[i % Traits::kBlockEntries]);
-    __syncwarp();
-    if (lane == 0) {
-      load(0, 0, source, turn);
-      if (unit.paired) load(1, 0, source, of_next_kv_head);
+      load(0, 0, source, wait(0));
+      if (unit.paired) load(1, 0, source, wait(1));
     }
     __syncwarp();
   }

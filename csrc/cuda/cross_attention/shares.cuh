@@ -17,12 +17,6 @@ __device__ __forceinline__ Sequence load_sequence(const CrossAttentionParams& p,
   const int slow_begin = p.cu_slow[b], slow_end = p.cu_slow[b + 1];
   return {text_begin, first + lane < p.batch ? text_end - text_begin : 0, slow_begin, slow_end - slow_begin};
 }
-// One sequence owns everything, but perhaps not all pieces: nothing to read, and the first TMA can go.
-template <typename Traits>
-__device__ __forceinline__ bool reads_sequences(const CrossAttentionParams& p) {
-  return p.batch > 1 || (Traits::kGeneral && p.slow_pieces != nullptr);
-}
-
 // The first look: the longest sequence is little longer than all are on average, in slow tokens and in text rows. False where
 // another look is needed.
 template <typename Traits>
@@ -222,6 +216,7 @@ class Shares {
     unit.first_part = of_source(begin) + number * unit.num_groups;
     unit.index = unit.first_part;
     unit.kv_head = is_half ? 2 * (number - tiles * p_.num_kv_heads) : quotient(number, tiles);
+    unit.long_blocks = 0;
     unit.is_cut_alike = false;
     unit.paired = is_half && unit.kv_head + 1 < p_.num_kv_heads;
     tile.row_begin = (is_half ? tiles : number - unit.kv_head * tiles) * Traits::kBlockM;

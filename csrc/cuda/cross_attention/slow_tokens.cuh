@@ -27,6 +27,8 @@ __device__ __forceinline__ int inclusive_sum_of_warp(int x, int lane) {
 // The tokens that text row `text` of the call sees, of the `length` that there are; begin >= end: none.
 struct Range {
   int begin, end;
+
+  __device__ __forceinline__ int length() const { return max(0, end - begin); }
 };
 __device__ __forceinline__ Range range_of(const CrossAttentionParams& p, int64_t text, int length) {
   return {p.slow_begin == nullptr ? 0 : max(0, __ldg(p.slow_begin + text)),
@@ -46,31 +48,42 @@ struct Pieces {
   const CrossAttentionParams& p;
   const int first, num;  // pieces of the sequence, or its slow tokens
 
-  __device__ __forceinline__ Pieces(const CrossAttentionParams& p, const Tile& tile)
-      : p(p), first(tile.slow_begin), num(tile.num_slow) {}
+  __device__ __forceinline__ Pieces(const CrossAttentionParams& p, int first, int num) : p(p), first(first), num(num) {}
 
   __device__ __forceinline__ int count() const { return p.slow_pieces == nullptr ? 1 : num; }
-  // Among all slow tokens; nothing from count() on.
+  // Among all slow tokens; nothing from count() on, which is not waited for: `num` may come with the pieces.
   __device__ __forceinline__ Range load(int i) const {
-    if (i >= count()) return {0, 0};
-    if (p.slow_pieces == nullptr) return {first, first + num};
-    const int2 piece = __ldg(reinterpret_cast<const int2*>(p.slow_pieces) + first + i);
-    return {piece.x, piece.y};
+    Range piece = {first, first + num};
+    if (p.slow_pieces != nullptr && first + i < p.num_pieces) {
+      const int2 found = __ldg(reinterpret_cast<const int2*>(p.slow_pieces) + first + i);
+      piece = {found.x, found.y};
+    }
+    return i < count() ? piece : Range{0, 0};
   }
   __device__ __forceinline__ PieceWindow window(int first, int base, int lane) const {
     const Range piece = load(first + lane);
-    const int length = max(0, piece.end - piece.begin), end = base + inclusive_sum_of_warp(length, lane);
+    const int length = piece.length(), end = base + inclusive_sum_of_warp(length, lane);
     return {first, base, __shfl_sync(0xffffffffu, end, 31), end - length, end, piece.begin};
   }
-  // Tokens of the sequence.
-  __device__ __forceinline__ int length(int lane) const {
-    int sum = 0;
-#pragma unroll 4
-    for (int i = lane; i < count(); i += 32) {
-      const Range piece = load(i);
-      sum += max(0, piece.end - piece.begin);
+  // Of the sequence: its tokens, and the blocks that they make where all are seen.
+  struct Size {
+    int tokens, blocks;
+  };
+  __device__ __forceinline__ Size size(int block, int lane) const {
+    constexpr int kLoads = 4;  // in flight together
+    Size sum = {0, 0};
+#pragma unroll 1
+    for (int first = lane; first < count(); first += 32 * kLoads) {
+      int lengths[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) lengths[i] = load(first + 32 * i).length();
+#pragma unroll
+      for (int length : lengths) {
+        sum.tokens += length;
+        sum.blocks += (length + block - 1) / block;
+      }
     }
-    return __reduce_add_sync(0xffffffffu, sum);
+    return {__reduce_add_sync(0xffffffffu, sum.tokens), __reduce_add_sync(0xffffffffu, sum.blocks)};
   }
 };
 
@@ -79,20 +92,32 @@ template <typename Traits>
 struct Sight {
   static constexpr int kRows = Traits::kBlockM / 32, kBlockN = Traits::kBlockN;
   Range rows[kRows];
+  const bool has_ranges;  // otherwise all rows see all tokens
+  int length = kNoToken;  // of the sequence
 
-  __device__ __forceinline__ Sight(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int length, int lane) {
+  // Rows may end behind the sequence before `clamp`: their ranges are read beside its length.
+  __device__ __forceinline__ Sight(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int lane)
+      : has_ranges(p.slow_begin != nullptr || p.slow_end != nullptr) {
     const int first = text_of(plan, tile.row_begin), last = text_of(plan, tile.row_begin + tile.num_rows - 1);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int text = first + lane + 32 * i;
       rows[i] = {0, 0};
-      if (text <= last) rows[i] = range_of(p, tile.text_begin + text, length);
+      if (text <= last) rows[i] = range_of(p, tile.text_begin + text, kNoToken);
+    }
+  }
+  __device__ __forceinline__ void clamp(int num_tokens) {
+    length = num_tokens;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      rows[i].end = min(rows[i].end, length);
       if (rows[i].begin >= rows[i].end) rows[i] = {kNoToken, 0};
     }
   }
 
   // The first token from `token` on that some row sees, or kNoToken.
   __device__ __forceinline__ int next(int token) const {
+    if (!has_ranges) return token < length ? token : kNoToken;
     int first = kNoToken;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -102,6 +127,7 @@ struct Sight {
   }
   // Where the stretch that begins with `token` ends.
   __device__ __forceinline__ int stretch_end(int token) const {
+    if (!has_ranges) return length;
     int end = token;
     while (true) {
       int reach = end;
@@ -116,6 +142,7 @@ struct Sight {
   }
   // A row that sees `token` sees all from there to this end; `token` itself if there is none.
   __device__ __forceinline__ int end_of_one(int token) const {
+    if (!has_ranges) return length;
     int end = token;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -157,32 +184,49 @@ class BlockWalk {
   static constexpr int kBlockN = Traits::kBlockN;
 
   __device__ __forceinline__ BlockWalk(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int lane)
-      : pieces_(p, tile), length_(pieces_.length(lane)), sight_(p, plan, tile, length_, lane), lane_(lane),
-        window_(pieces_.window(0, 0, lane)) {}
+      : pieces_(p, tile.slow_begin, tile.num_slow), sight_(p, plan, tile, lane), lane_(lane),
+        window_(pieces_.window(0, 0, lane)) {
+    if (pieces_.count() == 1) {
+      size_ = {window_.next, (window_.next + kBlockN - 1) / kBlockN};
+    } else {
+      size_ = pieces_.size(kBlockN, lane);
+    }
+    sight_.clamp(size_.tokens);
+  }
 
-  __device__ __forceinline__ int length() const { return length_; }
+  __device__ __forceinline__ int length() const { return size_.tokens; }
 
-  // Blocks of the tile.
+  // Blocks of the tile. The walk stands at the first.
   __device__ __forceinline__ int count() {
+    if (!sight_.has_ranges) {
+      stretch_end_ = size_.tokens;
+      first_blocks_ = size_.blocks;
+      return size_.blocks;
+    }
     int total = 0;
     for (int begin = sight_.next(0); begin != kNoToken;) {
-      const int end = sight_.stretch_end(begin);
-      total += count_of(begin, end);
+      const int end = sight_.stretch_end(begin), blocks = count_of(begin, end);
+      if (total == 0) {
+        token_ = begin;
+        stretch_end_ = end;
+        first_blocks_ = blocks;
+      }
+      total += blocks;
       begin = sight_.next(end);
     }
     return total;
   }
 
-  // To block `number`, which there is.
+  // From the first block to block `number`, which there is.
   __device__ __forceinline__ void seek(int number) {
-    token_ = sight_.next(0);
-    while (true) {
-      stretch_end_ = sight_.stretch_end(token_);
-      if (number == 0) return;
-      const int blocks = count_of(token_, stretch_end_);
-      if (number < blocks) break;
+    for (int blocks = first_blocks_; number >= blocks; blocks = count_of(token_, stretch_end_)) {
       number -= blocks;
       token_ = sight_.next(stretch_end_);
+      stretch_end_ = sight_.stretch_end(token_);
+    }
+    if (pieces_.count() == 1) {
+      token_ += number * kBlockN;
+      return;
     }
     rewind();
     while (true) {
@@ -244,13 +288,14 @@ class BlockWalk {
   }
 
   const Pieces pieces_;
-  const int length_;  // tokens of the sequence
-  const Sight<Traits> sight_;
+  Sight<Traits> sight_;
   const int lane_;
   PieceWindow window_;
+  Pieces::Size size_;
   int token_ = 0;        // the next block begins here,
-  int stretch_end_ = 0;  // in this stretch
+  int stretch_end_ = 0;  // in this stretch,
   int run_end_ = 0;      // and run,
+  int first_blocks_ = 0; // of the first stretch
   int to_source_ = 0;    // what to add for its place among all slow tokens
   int seen_end_ = 0;     // a row that sees the begin of an earlier block sees all from there to here
 };

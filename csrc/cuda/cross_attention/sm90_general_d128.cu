@@ -4,7 +4,7 @@
 namespace slowfast::cuda {
 
 void cross_attention_sm90_general_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream) {
-  launch_head_dim<128, true, false>(params, plan, static_cast<cudaStream_t>(stream));
+  launch_general<128>(params, plan, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace slowfast::cuda

@@ -4,7 +4,7 @@
 namespace slowfast::cuda {
 
 void cross_attention_sm90_general_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream) {
-  launch_head_dim<64, true, false>(params, plan, static_cast<cudaStream_t>(stream));
+  launch_general<64>(params, plan, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace slowfast::cuda

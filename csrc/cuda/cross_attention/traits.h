@@ -22,7 +22,7 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kConsumers_;
   static constexpr bool kGeneral = kGeneral_;
-  static constexpr bool kShares = kShares_ || (kGeneral && kConsumers == 1);
+  static constexpr bool kShares = kShares_;
   static constexpr bool kDeals = kGeneral && kConsumers == 2;  // work among CTAs, if the plan says so: deal.cuh
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kConsumers == 1 ? 32 : 128;
@@ -75,11 +75,13 @@ struct Traits {
     bool is_seen;  // all of it, by some row each
     uint32_t seen[kBlockN / 32];
   };
-  // Block i of a CTA is described in entry i % kBlockEntries, which is written anew before K of block i + kBlockEntries comes.
-  // So far ahead the producer gets only when V of block i + 1 is used up, and hence all warps have read the entry: K of block
-  // i is load 2 i - 1 of its ring, V load 2 i + 2, and load n waits for the release of load n - kRingSlots.
+  // Block i of a CTA is described in entry i % kBlockEntries, before the producer waits for a slot for its K, and the
+  // entry is written anew for block i + kBlockEntries. So far ahead the producer gets only when V of block i is used up,
+  // and hence all warps have read the entry: V of block i is load 2 i + 2 of its ring, load n waits for the release of
+  // load n - kRingSlots, and load 2 i - 2 has been asked for when block i is described; where K and V come together,
+  // load i - 1.
   static constexpr int kBlockEntries = 16;
-  static_assert(kLoadsTogether ? kBlockEntries > kRingSlots : 2 * kBlockEntries - 1 - kRingSlots >= 4);
+  static_assert(kLoadsTogether ? kBlockEntries > kRingSlots : 2 * kBlockEntries - 4 >= kRingSlots);
   template <template <typename> class General, template <typename> class Plain>
   using Choose = std::conditional<kGeneral, General<Traits>, Plain<Traits>>;
   struct SharedStorage {
