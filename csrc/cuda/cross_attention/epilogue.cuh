@@ -24,7 +24,7 @@ struct Unit {
   int kv_head;     // the first of two if paired
   int group;       // of this CTA
   int num_groups;  // that work on the unit
-  int long_blocks; // KV blocks of every group but the last, which gets the rest; 0: equal groups
+  int long_blocks; // if kGeneral: as in the plan, of this unit
   int size;        // CTAs of a group: the cluster
   int rank;        // of this CTA in its cluster
   bool is_cut_alike;  // as all units are, by the plan; else the device has cut it
@@ -130,7 +130,10 @@ struct Gates {
 
   // The groups among which the rows are shared out. A short group has no time for them: its CTAs are the many that run one
   // after another, and gates take longer than their few KV blocks.
-  __device__ __forceinline__ bool has_short_group() const { return unit.num_groups > 1 && unit.long_blocks > 0; }
+  __device__ __forceinline__ bool has_short_group() const {
+    if constexpr (Traits::kGeneral) return unit.num_groups > 1 && unit.long_blocks > 0;
+    return unit.num_groups > 1 && plan.long_blocks > 0 && (!Traits::kCutsOnDevice || unit.is_cut_alike);
+  }
   __device__ __forceinline__ int gate_groups() const { return unit.num_groups - has_short_group(); }
   __device__ __forceinline__ bool forms_gates() const { return p.state != nullptr && unit.group < gate_groups(); }
   __device__ __forceinline__ bool forms_all_gates() const { return forms_gates() && gate_groups() == 1; }

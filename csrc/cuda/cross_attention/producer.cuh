@@ -14,19 +14,23 @@ template <typename Traits>
 __device__ __forceinline__ BlockRange find_blocks(const SplitPlan& plan, const Unit& unit, int total) {
   const int splits = unit.size * unit.num_groups, split = unit.group * unit.size + unit.rank;
   if (splits == 1) return {0, total};
-  if (unit.long_blocks > 0) {
-    int each = unit.long_blocks;
-    if (Traits::kGeneral && unit.is_cut_alike && plan.even_blocks > 0) {  // the plan's share of what there is
-      each = __float2int_ru(__fdividef(static_cast<float>(each) * total, plan.even_blocks) - 1e-3f);
-    }
+  const auto in_long_groups = [&](int each) -> BlockRange {
     const int begin = min(total, unit.group * each);
     return {begin, unit.group + 1 == unit.num_groups ? total : min(total, begin + each)};
+  };
+  if (Traits::kGeneral && unit.long_blocks > 0) {
+    int each = unit.long_blocks;
+    if (unit.is_cut_alike && plan.even_blocks > 0) {  // the plan's share of what there is
+      each = __float2int_ru(__fdividef(static_cast<float>(each) * total, plan.even_blocks) - 1e-3f);
+    }
+    return in_long_groups(each);
   }
   if (Traits::kCutsOnDevice && !unit.is_cut_alike) {
     const int each = total / splits, rest = total - each * splits;  // the first ones get one more: the last may need a mask
     const auto begin_of = [&](int i) { return each * i + min(i, rest); };
     return {begin_of(split), begin_of(split + 1)};
   }
+  if (!Traits::kGeneral && plan.long_blocks > 0) return in_long_groups(plan.long_blocks);
   int each = __umulhi(total, plan.splits_reciprocal);  // of each split's blocks, or one too many
   if (each * splits > total) --each;
   const int rest = total - each * splits;
