@@ -177,7 +177,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     ptx::mbarrier_init(&shared.full[i], 1);
     ptx::mbarrier_init(&shared.empty[i], Traits::kConsumers);
   }
-  ptx::mbarrier_init(&shared.query_read, 4 * Traits::kConsumers);
+  ptx::mbarrier_init(&shared.query_read, Traits::kQueryReaders * Traits::kConsumers);
   ptx::mbarrier_init(&shared.places_full, 32 * Traits::kGateWarps);
   ptx::mbarrier_init(&shared.gate_full, 32 * Traits::kGateWarps);
   ptx::mbarrier_init(&shared.peers_ready, cluster_size * 4 * Traits::kConsumers);

@@ -243,7 +243,8 @@ struct Mainloop {
     const QueryOperand<Traits> q(shared.query(warpgroup), thread);
     if (own_blocks) {
       __syncwarp();
-      if (thread % 32 == 0) ptx::mbarrier_arrive(&shared.query_read);  // V of a block comes into its place
+      // V of a block comes into its place.
+      if (thread % (128 / Traits::kQueryReaders) == 0) ptx::mbarrier_arrive(&shared.query_read);
     }
     Ring ring = make_ring<Traits>(own_blocks, warpgroup, num_blocks);
     Scores scores;

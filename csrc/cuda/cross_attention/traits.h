@@ -36,6 +36,9 @@ struct Traits {
   // Two warpgroups of 128 threads hold Q, S, P and O (32 + 64 + 32 + 64 registers); the producer's threads give theirs up.
   // One warpgroup has too few for Q, and reads it from shared memory in every block.
   static constexpr bool kQueryInRegisters = kConsumers == 2;
+  // Threads of a warpgroup that tell when Q is read. General kernels write to its place with their own stores, and racecheck
+  // follows arrivals thread by thread: there it is all of them.
+  static constexpr int kQueryReaders = kGeneral ? 128 : 4;
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "more than a CTA is launched with: it would wait for ever");
   static constexpr int kGateWarps = 3;
