@@ -58,8 +58,10 @@ PYBIND11_MODULE(_C, m) {
   sizes["GateParams"] = sizeof(GateParams);
   sizes["CrossAttentionParams"] = sizeof(CrossAttentionParams);
   sizes["GatedMixParams"] = sizeof(GatedMixParams);
+  sizes["GatedMixBackwardParams"] = sizeof(GatedMixBackwardParams);
   sizes["MergeParams"] = sizeof(MergeParams);
   sizes["PoolParams"] = sizeof(PoolParams);
+  sizes["PoolBackwardParams"] = sizeof(PoolBackwardParams);
   m.attr("struct_sizes") = sizes;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_cross_attention",

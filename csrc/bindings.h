@@ -37,6 +37,14 @@ inline const GatedMixParams& read_gated_mix(Address address) {
   return params;
 }
 
+inline const GatedMixBackwardParams& read_gated_mix_backward(Address address) {
+  const auto& params = *static_cast<const GatedMixBackwardParams*>(pointer(address));
+  check(params.dtype);
+  check(params.value_dtype);
+  check(params.gate);
+  return params;
+}
+
 inline const MergeParams& read_merge(Address address) {
   const auto& params = *static_cast<const MergeParams*>(pointer(address));
   check(params.dtype);
@@ -45,6 +53,12 @@ inline const MergeParams& read_merge(Address address) {
 
 inline const PoolParams& read_pool(Address address) {
   const auto& params = *static_cast<const PoolParams*>(pointer(address));
+  check(params.dtype);
+  return params;
+}
+
+inline const PoolBackwardParams& read_pool_backward(Address address) {
+  const auto& params = *static_cast<const PoolBackwardParams*>(pointer(address));
   check(params.dtype);
   return params;
 }

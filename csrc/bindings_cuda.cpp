@@ -42,6 +42,12 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_pool", [](Address params, Address stream) { cuda::pool(read_pool(params), pointer(stream)); }, no_gil);
   m.def("cuda_gated_mix",
         [](Address params, Address stream) { cuda::gated_mix(read_gated_mix(params), pointer(stream)); }, no_gil);
+  m.def("cuda_gated_mix_backward", [](Address params, Address stream) {
+    cuda::gated_mix_backward(read_gated_mix_backward(params), pointer(stream));
+  }, no_gil);
+  m.def("cuda_pool_backward", [](Address params, Address stream) {
+    cuda::pool_backward(read_pool_backward(params), pointer(stream));
+  }, no_gil);
   m.def("cuda_merge", [](Address params, Address stream) { cuda::merge(read_merge(params), pointer(stream)); }, no_gil);
 #ifdef SLOWFAST_WITH_SM90
   m.attr("struct_sizes")["SplitPlan"] = sizeof(cuda::SplitPlan);

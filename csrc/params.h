@@ -69,6 +69,30 @@ struct GatedMixParams {
   DType dtype;
 };
 
+// Gradients of that for the gradient of `out`; nullptr: not asked for, as for an argument that the call did not have.
+// Those of weight, bias and warm_up are sums over the text rows: each of num_blocks CTAs writes its share into a row of
+// `partials`, C floats (none if grad_weight is not asked for) and, 4 and 3 before the row's end, those of bias and
+// warm_up; a second kernel adds up the rows in a fixed order.
+struct GatedMixBackwardParams {
+  const void* grad;       // [rows, C]
+  const void* state;      // [rows, C]
+  const void* context;    // [Nt, C]
+  const int32_t* text_rows;  // [Nt], distinct
+  void* grad_state;       // [rows, C], contiguous
+  void* grad_context;     // [Nt, C], contiguous
+  void* grad_weight;      // [C], dtype gate.dtype
+  void* grad_bias;        // [1], likewise
+  void* grad_warm_up;     // [1], likewise
+  void* grad_value;       // [Nt], dtype `value_dtype`
+  float* partials;        // [num_blocks, partial_stride], 16-byte aligned; nullptr if no sum is asked for
+  GateParams gate;
+  int64_t rows, num_text, channels;
+  int64_t grad_row_stride, state_row_stride, context_row_stride;
+  int64_t partial_stride; // a multiple of 4
+  int32_t num_blocks;
+  DType value_dtype, dtype;
+};
+
 // Attention over the tokens of a and of b from attention over each. lse -inf: no token, and a context of any content.
 struct MergeParams {
   const void* context_a;  // [Nt, Hq, D]
@@ -103,6 +127,27 @@ struct PoolParams {
   int32_t num_items;
   int32_t max_cells_h, max_cells_w;   // over items: ceil(slow_h / spatial_stride), likewise w
   float norm_eps;         // < 0: slow tokens are not normalised
+  DType dtype;
+};
+
+// Gradient of the slow and fast tokens' gradients with respect to the frames. Work is by frames, and so is the table:
+//   frame_table [F, 8] first_window, num_windows, slow_base, pool_stride, slow_h, slow_w, fast_h, fast_w
+//   windows     [m, 2] fast_base, num_frames: of the windows that a frame is in, one after the other
+// Every feature is written once: a slow token's gradient and the fast ones' that it is averaged into, or 0.
+struct PoolBackwardParams {
+  const void* frames;     // [F, H * W, C], read if norm_eps >= 0
+  const int32_t* frame_table;
+  const int32_t* windows;
+  const void* grad_slow;  // [Ns, C], or nullptr: 0
+  const void* grad_fast;  // [Nf, C], or nullptr: 0
+  void* grad_frames;      // [F, H * W, C], contiguous
+  int64_t frame_stride, token_stride;
+  int64_t slow_row_stride, fast_row_stride;
+  int64_t num_frames, channels;
+  int32_t grid_h, grid_w;
+  int32_t spatial_stride;
+  int32_t max_cells_h, max_cells_w;   // over frames: ceil(grid_h / pool_stride), likewise w
+  float norm_eps;         // < 0: slow tokens were not normalised
   DType dtype;
 };
 

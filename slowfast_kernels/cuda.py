@@ -18,16 +18,19 @@ from .call_plan import CallPlan, described, nothing_to_attend
 from .calls import (
     AttentionOptions,
     AttentionTensors,
+    BackwardTensors,
     FusedOptions,
     FusedTensors,
     MergeOptions,
     MergeTensors,
     MixOptions,
     MixTensors,
+    PoolCallOptions,
     scale_of,
 )
 from .gate import Gate
-from .heuristics import HopperConfig, hopper_attention_config
+from .gradients import mix_differentiable, mix_needs, new_gradients, row_major
+from .heuristics import HopperConfig, cuda_mix_backward_blocks, hopper_attention_config
 from .params import (
     SplitPlan,
     copy,
@@ -35,9 +38,12 @@ from .params import (
     fill_attention,
     fill_gate,
     fill_gated_mix,
+    fill_gated_mix_backward,
     fill_merge,
+    gated_mix_backward_params,
     gated_mix_params,
     merge_params,
+    pool_backward_params,
     pool_params,
 )
 from .pool_plan import PoolPlan, describe_pool
@@ -83,6 +89,47 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
         held = fill_gated_mix(mine, tensors, out, tensors.gate(options))  # noqa: F841  until the kernel is launched
         _launch(kernel, device, mine)
         return out
+
+    return run
+
+
+def prepare_gated_residual_mix_backward(
+    sample: BackwardTensors, options: MixOptions, needs: tuple[bool, ...]
+) -> Callable:
+    """A function of tensors alike: gradients of state, context, gate_weight, gate_bias, warm_up and gate_value."""
+    inputs, device = sample.inputs, sample.inputs.state.device
+    needs = mix_needs(inputs, needs)
+    rows = inputs.state if needs[0] else inputs.text_rows  # rows without text have no other gradient
+    num_blocks = cuda_mix_backward_blocks(rows.shape[0], _num_sms(device))
+    params = gated_mix_backward_params(inputs, inputs.gate(options), needs[2], num_blocks)
+    num_floats = num_blocks * params.partial_stride if any(needs[2:5]) else 0
+    kernel = extension().cuda_gated_mix_backward
+
+    @described(lambda: CallPlan(grid=(num_blocks,), workspace_bytes=4 * num_floats))
+    def run(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
+        inputs, grad = tensors.inputs, row_major(tensors.grads[0])
+        gradients = new_gradients(mix_differentiable(inputs), needs)
+        partials = torch.empty(num_floats, dtype=torch.float32, device=device) if num_floats else None
+        mine, gate = copy(params), inputs.gate(options)
+        held = fill_gated_mix_backward(mine, grad, inputs, gate, gradients, partials)  # noqa: F841  until it is launched
+        _launch(kernel, device, mine)
+        return gradients
+
+    return run
+
+
+def prepare_pool_backward(sample: BackwardTensors, options: PoolCallOptions, needs: tuple[bool, ...]) -> Callable:
+    """A function of tensors alike: the gradient of frames, which is needed."""
+    plan, device = options.plan, sample.inputs.frames.device
+    kernel = extension().cuda_pool_backward
+
+    @described(lambda: describe_pool(plan))
+    def run(tensors: BackwardTensors) -> tuple[Tensor | None]:
+        (frames,) = tensors.inputs
+        grad_frames = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
+        grads = [None if x is None else row_major(x) for x in tensors.grads]
+        _launch(kernel, device, pool_backward_params(frames, plan, options.norm_eps, *grads, grad_frames))
+        return (grad_frames,)
 
     return run
 

@@ -43,7 +43,11 @@ class BackendChoice(NamedTuple):
     rejected: dict[str, str]  # the faster backends that were passed over, and why
 
 
-_BACKWARD_KERNELS: dict[str, tuple[str, ...]] = {"cuda": (), "triton": (), "cpu": ()}  # ops that have one
+_BACKWARD_KERNELS: dict[str, tuple[str, ...]] = {  # ops that have one
+    "cuda": ("slowfast_pool", "gated_residual_mix"),
+    "triton": ("slowfast_pool", "gated_residual_mix"),
+    "cpu": (),
+}
 
 
 def unsupported_reason(backend: str, call: OpCall) -> str | None:
@@ -93,7 +97,8 @@ MIX_ROWS_FOR_TRITON = 4096  # 8192 rows of 3584 on an H100: 59.9 us, CUDA 66.5; 
 
 def _slower_reason(backend: str, call: OpCall) -> str | None:
     """Why a backend that supports a call is passed over for the next one, by measured crossover."""
-    if backend == "cuda" and call.op == "gated_residual_mix" and call.num_text >= MIX_ROWS_FOR_TRITON:
+    is_mix = call.op == "gated_residual_mix" and not call.backward  # there: 8192 rows 110.5 us, Triton 112.5
+    if backend == "cuda" and is_mix and call.num_text >= MIX_ROWS_FOR_TRITON:
         return f"Triton's mix is faster from {MIX_ROWS_FOR_TRITON} rows on"
     return None
 
@@ -160,6 +165,14 @@ class RowConfig:
 
     block_c: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class RowSumConfig(RowConfig):
+    """And takes rows one after the other, ``num_stages - 1`` of them under way, of which it keeps a sum."""
+
+    num_programs: int
+    num_stages: int
 
 
 # (bytes an element, head dimension padded to a power of 2) -> (rows a sequence up to, (block_m, block_n, num_warps,
@@ -266,6 +279,37 @@ def triton_row_config(channels: int) -> RowConfig:
     """For the pool and the mix: a program holds whole rows, because a norm or a gate needs them."""
     block_c = next_power_of_2(channels)
     return RowConfig(block_c, min(16, max(1, block_c // 512)))
+
+
+def triton_mix_backward_config(
+    num_text: int, channels: int, dtype_bytes: int, num_sms: int, shared_bytes: int = 227 * 1024
+) -> RowSumConfig:
+    """Every program leaves a row of sums, so there are no more of them than keep the memory busy.
+
+    On an H100, 8192 rows of 3584: a program an SM with 4 stages 117 us, two with 2 stages 113; 1024: 19.5 and 22.0.
+    """
+    row = triton_row_config(channels)
+    programs_an_sm, num_stages = (1, 4) if num_text < 16 * num_sms else (2, 2)
+    row_bytes = 3 * row.block_c * dtype_bytes  # of gradient, state and context
+    while num_stages > 1 and programs_an_sm * (num_stages - 1) * row_bytes + 1024 > shared_bytes:
+        num_stages -= 1
+    num_programs = max(1, min(num_text, programs_an_sm * num_sms))
+    return RowSumConfig(row.block_c, row.num_warps, num_programs, num_stages)
+
+
+# ---------------------------------------------------------------------------------------------- cuda: mix
+
+_MIX_ROWS_A_BLOCK = 2048  # kMaxTasks of csrc/cuda/common/mix_rows.cuh
+
+
+def cuda_mix_backward_blocks(num_rows: int, num_sms: int) -> int:
+    """CTAs of the mix's backward over so many rows. Each leaves a row of sums, which few rows must make good.
+
+    On an H100 with one and two an SM: 256 rows of 3584 9.8 and 10.5 us, 1024 19.4 and 18.2, 2048 34.8 and 33.6, 4096
+    59.4 and 61.1, 8192 110.5 and 112.0.
+    """
+    blocks = 2 * num_sms if 4 * num_sms <= num_rows < 24 * num_sms else num_sms
+    return max(1, min(num_rows, blocks), -(-num_rows // _MIX_ROWS_A_BLOCK))
 
 
 # ------------------------------------------------------------------------------------- cuda: Hopper attention

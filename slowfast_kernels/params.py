@@ -8,6 +8,7 @@ the original.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_bool, c_float, c_int32, c_int64, c_uint32, c_void_p
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from .calls import AttentionTensors, FusedTensors, MergeTensors, MixTensors
 from .dtypes import DTYPE_CODES
 from .gate import GATE_CODES, Gate
+from .gradients import mix_partial_stride
 from .pool_plan import PoolPlan
 
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
@@ -56,6 +58,16 @@ class GatedMixParams(ctypes.Structure):
     ]
 
 
+class GatedMixBackwardParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(c_void_p, "grad state context text_rows grad_state grad_context grad_weight grad_bias grad_warm_up"),
+        *_fields(c_void_p, "grad_value partials"),
+        ("gate", GateParams),
+        *_fields(c_int64, "rows num_text channels grad_row_stride state_row_stride context_row_stride partial_stride"),
+        *_fields(c_int32, "num_blocks value_dtype dtype"),
+    ]
+
+
 class MergeParams(ctypes.Structure):
     _fields_ = [
         *_fields(c_void_p, "context_a lse_a context_b lse_b context lse"),
@@ -75,6 +87,16 @@ class PoolParams(ctypes.Structure):
     ]
 
 
+class PoolBackwardParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(c_void_p, "frames frame_table windows grad_slow grad_fast grad_frames"),
+        *_fields(c_int64, "frame_stride token_stride slow_row_stride fast_row_stride num_frames channels"),
+        *_fields(c_int32, "grid_h grid_w spatial_stride max_cells_h max_cells_w"),
+        ("norm_eps", c_float),
+        ("dtype", c_int32),
+    ]
+
+
 class SplitPlan(ctypes.Structure):
     """csrc/cuda/cross_attention/launch.h; the launch fills the last three."""
 
@@ -88,7 +110,16 @@ class SplitPlan(ctypes.Structure):
     ]
 
 
-STRUCTS = (GateParams, CrossAttentionParams, GatedMixParams, MergeParams, PoolParams, SplitPlan)
+STRUCTS = (
+    GateParams,
+    CrossAttentionParams,
+    GatedMixParams,
+    GatedMixBackwardParams,
+    MergeParams,
+    PoolParams,
+    PoolBackwardParams,
+    SplitPlan,
+)
 
 
 def copy(struct: _Struct) -> _Struct:
@@ -139,6 +170,40 @@ def pool_params(frames: Tensor, plan: PoolPlan, norm_eps: float | None, slow: Te
     )
 
 
+def pool_backward_params(
+    frames: Tensor,
+    plan: PoolPlan,
+    norm_eps: float | None,
+    grad_slow: Tensor | None,
+    grad_fast: Tensor | None,
+    grad_frames: Tensor,
+) -> PoolBackwardParams:
+    """Of the gradient of ``pool(frames, plan, norm_eps)`` into ``grad_frames``, with the plan's tables."""
+    frame_table, windows = plan.backward_tables(frames.device)
+    cells_h, cells_w = plan.backward_cells
+    return PoolBackwardParams(
+        frames=frames.data_ptr(),
+        frame_table=frame_table.data_ptr(),
+        windows=windows.data_ptr(),
+        grad_slow=address(grad_slow),
+        grad_fast=address(grad_fast),
+        grad_frames=grad_frames.data_ptr(),
+        frame_stride=frames.stride(0),
+        token_stride=frames.stride(1),
+        slow_row_stride=0 if grad_slow is None else grad_slow.stride(0),
+        fast_row_stride=0 if grad_fast is None else grad_fast.stride(0),
+        num_frames=frames.shape[0],
+        channels=frames.shape[2],
+        grid_h=plan.grid[0],
+        grid_w=plan.grid[1],
+        spatial_stride=plan.spatial_stride,
+        max_cells_h=cells_h,
+        max_cells_w=cells_w,
+        norm_eps=-1.0 if norm_eps is None else norm_eps,
+        dtype=DTYPE_CODES[frames.dtype],
+    )
+
+
 def gated_mix_params(state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate) -> GatedMixParams:
     """All but the addresses."""
     return GatedMixParams(
@@ -156,6 +221,42 @@ def fill_gated_mix(params: GatedMixParams, inputs: MixTensors, out: Tensor, gate
     """The addresses; returns what ``fill_gate`` returns."""
     params.state, params.context = inputs.state.data_ptr(), inputs.context.data_ptr()
     params.text_rows, params.out = inputs.text_rows.data_ptr(), out.data_ptr()
+    return fill_gate(params.gate, gate)
+
+
+def gated_mix_backward_params(
+    inputs: MixTensors, gate: Gate, sums_weight: bool, num_blocks: int
+) -> GatedMixBackwardParams:
+    """All but the addresses and the stride of the gradient."""
+    return GatedMixBackwardParams(
+        gate=gate_params(gate),
+        rows=inputs.state.shape[0],
+        num_text=inputs.text_rows.shape[0],
+        channels=inputs.state.shape[1],
+        state_row_stride=inputs.state.stride(0),
+        context_row_stride=inputs.context.stride(0),
+        partial_stride=mix_partial_stride(inputs.state.shape[1], sums_weight),
+        num_blocks=num_blocks,
+        value_dtype=DTYPE_CODES[torch.float32 if gate.value is None else gate.value.dtype],
+        dtype=DTYPE_CODES[inputs.state.dtype],
+    )
+
+
+def fill_gated_mix_backward(
+    params: GatedMixBackwardParams,
+    grad: Tensor,
+    inputs: MixTensors,
+    gate: Gate,
+    gradients: Sequence[Tensor | None],
+    partials: Tensor | None,
+) -> Tensor | None:
+    """The rest; ``gradients`` in the order of the op's. Returns what ``fill_gate`` returns."""
+    params.grad, params.grad_row_stride = grad.data_ptr(), grad.stride(0)
+    params.state, params.context = inputs.state.data_ptr(), inputs.context.data_ptr()
+    params.text_rows, params.partials = inputs.text_rows.data_ptr(), address(partials)
+    state, context, weight, bias, warm_up, value = map(address, gradients)
+    params.grad_state, params.grad_context, params.grad_value = state, context, value
+    params.grad_weight, params.grad_bias, params.grad_warm_up = weight, bias, warm_up
     return fill_gate(params.gate, gate)
 
 

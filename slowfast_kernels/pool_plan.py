@@ -6,9 +6,9 @@ counts and strides. Those branches are resolved here, once, into a table; every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -68,6 +68,16 @@ class PoolTables(NamedTuple):
     cu_fast: torch.Tensor  # [B + 1]
 
 
+class PoolBackwardTables(NamedTuple):
+    """The same by frames, int32 (layout: ``PoolBackwardParams`` in csrc/params.h)."""
+
+    frames: torch.Tensor  # [F, 8]
+    windows: torch.Tensor  # [m, 2], those of a frame one after the other
+
+
+_Tables = TypeVar("_Tables", PoolTables, PoolBackwardTables)
+
+
 @dataclass(frozen=True, slots=True, eq=False)  # equal only to itself: hashing a batch would cost more than pooling it
 class PoolPlan:
     """All videos of a call: where each one's frames lie, and where its slow and fast tokens go."""
@@ -90,21 +100,31 @@ class PoolPlan:
         The tensors are shared between calls: copy ``cu_*`` before handing them to a user. Those that a CUDA graph is
         captured with are kept for good, since its replays read them.
         """
-        found = _tables.get((self, device)) or self._upload(device)
+        return self._kept(PoolTables, device, self._rows)
+
+    def backward_tables(self, device: torch.device) -> PoolBackwardTables:
+        """The work table of the backward pass, likewise."""
+        return self._kept(PoolBackwardTables, device, self._rows_by_frame)
+
+    @property
+    def backward_cells(self) -> tuple[int, int]:
+        """Most (vertical, horizontal) squares that pooling cuts a frame's features into, dropped ones counted."""
+        strides = {video.pool_stride for video in self.videos}
+        return tuple(max(-(-side // stride) for stride in strides) for side in self.grid)
+
+    def _kept(self, kind: type[_Tables], device: torch.device, rows: Callable[[], tuple]) -> _Tables:
+        key = (self, device, kind)
+        found = _tables.get(key)
+        if found is None:
+            with plain_tensors():
+                found = kind(*(torch.tensor(r, dtype=torch.int32, device=device) for r in rows()))
+            num_bytes = self.num_bytes + sum(_TENSOR_BYTES + x.numel() * x.element_size() for x in found)
+            found = _tables.put(key, found, num_bytes)
         if _is_capturing(device):
-            _captured[self, device] = found
+            _captured[key] = found
         return found
 
-    def _upload(self, device: torch.device) -> PoolTables:
-        cu_slow = [*(video.first_slow for video in self.videos), self.num_slow]
-        cu_fast = [*(video.first_fast for video in self.videos), self.num_fast]
-        with plain_tensors():
-            rows = (*self._rows(), cu_slow, cu_fast)
-            tables = PoolTables(*(torch.tensor(r, dtype=torch.int32, device=device) for r in rows))
-        num_bytes = self.num_bytes + sum(_TENSOR_BYTES + x.numel() * x.element_size() for x in tables)
-        return _tables.put((self, device), tables, num_bytes)
-
-    def _rows(self) -> tuple[list[list[int]], list[list[int]]]:
+    def _rows(self) -> tuple[list, list, list[int], list[int]]:
         items, entries = [], []
         for video in self.videos:
             slow_area = video.slow_grid[0] * video.slow_grid[1]
@@ -121,7 +141,24 @@ class PoolPlan:
                     slow_base = -1 if t in written else video.first_slow + t * slow_area
                     written.add(t)
                     entries.append([video.first_frame + t, slow_base])
-        return items, entries
+        cu_slow = [*(video.first_slow for video in self.videos), self.num_slow]
+        cu_fast = [*(video.first_fast for video in self.videos), self.num_fast]
+        return items, entries, cu_slow, cu_fast
+
+    def _rows_by_frame(self) -> tuple[list[list[int]], list[list[int]]]:
+        frames, windows = [], []
+        for video in self.videos:
+            slow_area = video.slow_grid[0] * video.slow_grid[1]
+            fast_area = video.fast_grid[0] * video.fast_grid[1]
+            seen_in = [[] for _ in range(video.num_frames)]
+            for i, window in enumerate(video.windows):
+                for t in window:
+                    seen_in[t].append([video.first_fast + i * fast_area, len(window)])
+            for t, mine in enumerate(seen_in):
+                grids = (*video.slow_grid, *video.fast_grid)
+                frames.append([len(windows), len(mine), video.first_slow + t * slow_area, video.pool_stride, *grids])
+                windows += mine
+        return frames, windows
 
 
 # Of Python objects, by tracemalloc on Python 3.10 to 3.14 and rounded up: a plan with its key, a video of one, and what
@@ -129,8 +166,8 @@ class PoolPlan:
 _PLAN_BYTES, _VIDEO_BYTES, _TENSOR_BYTES = 1024, 640, 1024
 # A video of 1536 frames makes a table of some 24 kB: several hundred such batches stay.
 _plans: BoundedCache[PoolPlan] = BoundedCache(4 * 2**20)
-_tables: BoundedCache[PoolTables] = BoundedCache(16 * 2**20)  # over all devices
-_captured: dict[tuple[PoolPlan, torch.device], PoolTables] = {}
+_tables: BoundedCache[PoolTables | PoolBackwardTables] = BoundedCache(16 * 2**20)  # over all devices
+_captured: dict[tuple[PoolPlan, torch.device, type], PoolTables | PoolBackwardTables] = {}
 
 
 def _is_capturing(device: torch.device) -> bool:

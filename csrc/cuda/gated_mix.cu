@@ -4,8 +4,6 @@
 // 64 rows move 1.4 MB, less than a launch takes, so there only the chain of latencies counts. A block holds a row in
 // registers between the dot product and the mix, so state is read once, and loads its next row before it reduces the
 // current one. The gate's weight stays in registers for all rows of the block.
-// Which rows are text rows is device data: each block looks for its own rows in text_rows (a few KB from L2) and keeps
-// what it finds in shared memory, so every row is written once, by one block, with no order among blocks.
 #include <algorithm>
 #include <type_traits>
 
@@ -14,55 +12,18 @@
 #include "common/gate.cuh"
 #include "common/launchers.h"
 #include "common/memory.cuh"
+#include "common/mix_rows.cuh"
 #include "common/reduce.cuh"
 #include "common/row_block.cuh"
 
 namespace slowfast::cuda {
 namespace {
 
-constexpr int kMaxTasks = 2048;  // rows of a block, bounded by their shared memory
-
-// The rows of this block, numbered by k. If every row is a text row the block takes text rows blockIdx.x,
-// blockIdx.x + gridDim.x, ...; otherwise rows of the state with that step, so that text and copied rows, whose costs
-// differ, are spread over all blocks.
-class RowTasks {
- public:
-  __device__ RowTasks(const GatedMixParams& p, int32_t* text_of) : p_(p), text_of_(text_of) {
-    count_ = (static_cast<unsigned>(p.rows) - blockIdx.x + gridDim.x - 1) / gridDim.x;
-    if (all_text()) return;
-    for (int k = threadIdx.x; k < count_; k += blockDim.x) text_of[k] = -1;
-    __syncthreads();
-    for (int i = threadIdx.x; i < p.num_text; i += blockDim.x) {
-      const unsigned row = __ldg(p.text_rows + i);
-      if (row % gridDim.x == blockIdx.x) text_of[row / gridDim.x] = i;
-    }
-    __syncthreads();
-  }
-
-  __device__ int count() const { return count_; }
-  // Index into text_rows and context; -1: the row is copied.
-  __device__ int text(int k) const { return all_text() ? index(k) : text_of_[k]; }
-  __device__ int row(int k) const { return all_text() ? __ldg(p_.text_rows + index(k)) : index(k); }
-
- private:
-  __device__ bool all_text() const { return p_.num_text == p_.rows; }
-  __device__ int index(int k) const { return blockIdx.x + k * gridDim.x; }
-
-  const GatedMixParams& p_;
-  const int32_t* text_of_;
-  int count_;
-};
-
 template <typename T, int kVectors>
 struct Row {
   int row, text;
   uint4 state[kVectors], context[kVectors];
 };
-
-template <typename T>
-__device__ __forceinline__ int64_t channel_of(int v) {
-  return static_cast<int64_t>(v * blockDim.x + threadIdx.x) * kVectorSize<T>;
-}
 
 // `row` comes in, not from `tasks`, so that its own load can run a row ahead of those that need it.
 template <typename T, int kVectors>
@@ -82,48 +43,6 @@ __device__ __forceinline__ Row<T, kVectors> load_row(const GatedMixParams& p, in
   }
   return r;
 }
-
-// The gate's weight for this thread's channels, of type W = T or float, kept as it lies in memory.
-template <typename T, typename W, int kVectors>
-class Weight {
- public:
-  __device__ __forceinline__ explicit Weight(const GatedMixParams& p) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t channel = channel_of<T>(v);
-      const uint4* bits = reinterpret_cast<const uint4*>(static_cast<const W*>(p.gate.weight) + channel);
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        bits_[v][part] = channel < p.channels ? __ldg(bits + part) : make_uint4(0, 0, 0, 0);
-      }
-    }
-  }
-
-  __device__ __forceinline__ float dot(const Row<T, kVectors>& r) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float state[kVectorSize<T>];
-      unpack<T>(r.state[v], state);
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        float weight[kVectorSize<W>];
-        unpack<W>(bits_[v][part], weight);
-#pragma unroll
-        for (int i = 0; i < kVectorSize<W>; ++i) sum += state[part * kVectorSize<W> + i] * weight[i];
-      }
-    }
-    return sum;
-  }
-
- private:
-  static constexpr int kParts = sizeof(W) / sizeof(T);
-  uint4 bits_[kVectors][kParts];
-};
-
-struct NoWeight {
-  __device__ __forceinline__ explicit NoWeight(const GatedMixParams&) {}
-};
 
 template <typename T, int kVectors>
 __device__ __forceinline__ void mix(Row<T, kVectors>& r, float g) {
@@ -147,8 +66,9 @@ __global__ void __launch_bounds__(kMaxRowThreads, min_blocks(kVectors * kVectorS
   BlockSum block_sum(partials);
   constexpr bool kWeighted = !std::is_void_v<W>;
   const GateScalars scalars(p.gate, kWeighted);
-  const std::conditional_t<kWeighted, Weight<T, W, kVectors>, NoWeight> weight(p);
-  const RowTasks tasks(p, text_of);
+  const std::conditional_t<kWeighted, Weight<T, W, kVectors>, NoWeight> weight(p.gate, p.channels);
+  RowTasks tasks(p.text_rows, p.num_text, p.rows, text_of);
+  tasks.find_texts();
 
   // Two buffers, named by the unrolled step: moving a row from one to the other would wait for its loads.
   Row<T, kVectors> buffers[2];
@@ -166,7 +86,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, min_blocks(kVectors * kVectorS
       Row<T, kVectors>& r = buffers[step];
       if (r.text >= 0) {
         if constexpr (kWeighted) {
-          mix<T, kVectors>(r, gate.weighted<kTanh>(block_sum(weight.dot(r))));
+          mix<T, kVectors>(r, gate.weighted<kTanh>(block_sum(weight.dot(r.state))));
         } else {
           mix<T, kVectors>(r, gate.unweighted(r.text));
         }
@@ -187,7 +107,8 @@ __global__ void __launch_bounds__(256) gated_mix_scalar(const __grid_constant__ 
   __shared__ int32_t text_of[kMaxTasks];
   __shared__ BlockSum::Partials partials;
   BlockSum block_sum(partials);
-  const RowTasks tasks(p, text_of);
+  RowTasks tasks(p.text_rows, p.num_text, p.rows, text_of);
+  tasks.find_texts();
   const Gate gate(p.gate, GateScalars(p.gate, p.gate.weight != nullptr));
   for (int k = 0; k < tasks.count(); ++k) {
     const int row = tasks.row(k);

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..calls import BackwardTensors
+
 # Programmatic dependent launch came to kernels in Triton 3.4, where a kernel that says so does not compile yet: its two
 # functions do not know the argument that the compiler of that very release hands them.
 _gdc_wait = getattr(tl.extra.cuda, "gdc_wait", None)
@@ -52,12 +54,13 @@ def describe(device: torch.device) -> Device:
 def on_device_of(op):
     """Launch on the device (and its current stream) of the call's first tensor, whatever device is current.
 
-    ``op`` takes a tensor, or the named tuple of a call's tensors, first.
+    ``op`` takes a tensor, or the named tuple of a call's tensors, or of its backward pass, first.
     """
 
     @functools.wraps(op)
     def guarded(tensors, *args):
-        first = tensors[0] if isinstance(tensors, tuple) else tensors
+        first = tensors.inputs if isinstance(tensors, BackwardTensors) else tensors
+        first = first[0] if isinstance(first, tuple) else first
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return op(tensors, *args)
@@ -81,22 +84,56 @@ def _weighted(state, weight, bias, cols, C: tl.constexpr):
 
 
 @triton.jit
+def activated(x, GATE: tl.constexpr):
+    """Of the kinds with a weight."""
+    if GATE == "tanh":
+        act = tanh(x)
+    elif GATE == "linear":
+        act = x
+    else:
+        tl.static_assert(GATE == "sigmoid", "a kind of gate that this kernel does not know")
+        act = 1 / (1 + tl.exp(-x))
+    return act
+
+
+@triton.jit
+def before_activation(grad, act, GATE: tl.constexpr):
+    """The gradient of what ``activated`` took, from that of what it gave, ``act``."""
+    if GATE == "tanh":
+        grad = grad * (1 - act * act)
+    elif GATE == "sigmoid":
+        grad = grad * (act * (1 - act))
+    else:
+        tl.static_assert(GATE == "linear", "a kind of gate that this kernel does not know")
+    return grad
+
+
+@triton.jit
+def unweighted(value, text, GATE: tl.constexpr):
+    """Of the kinds without."""
+    if GATE == "none":
+        act = 1.0
+    else:
+        tl.static_assert(GATE == "given", "a kind of gate that this kernel does not know")
+        act = tl.load(value + text)
+    return act
+
+
+@triton.jit
+def factor_of(warm_up, TANH_WARM_UP: tl.constexpr):
+    factor = tl.load(warm_up).to(tl.float32)
+    return tanh(factor) if TANH_WARM_UP else factor
+
+
+@triton.jit
 def gate_of(
     state, weight, bias, warm_up, value, text, cols, C: tl.constexpr, GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr
 ):
     """The gate of text row ``text`` as a float32 scalar; ``state`` is its row in float32, 0 past C. GATE: its kind."""
-    if GATE == "tanh":
-        g = tanh(_weighted(state, weight, bias, cols, C))
-    elif GATE == "linear":
-        g = _weighted(state, weight, bias, cols, C)
-    elif GATE == "sigmoid":
-        g = 1 / (1 + tl.exp(-_weighted(state, weight, bias, cols, C)))
-    elif GATE == "none":
-        g = 1.0
+    if weight is not None:
+        g = activated(_weighted(state, weight, bias, cols, C), GATE)
     else:
-        tl.static_assert(GATE == "given", "a kind of gate that this kernel does not know")
-        g = tl.load(value + text)
+        g = unweighted(value, text, GATE)
     if warm_up is not None:
-        factor = tl.load(warm_up).to(tl.float32)
-        g = g * (tanh(factor) if TANH_WARM_UP else factor)
+        g = g * factor_of(warm_up, TANH_WARM_UP)
     return g

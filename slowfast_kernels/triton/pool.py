@@ -21,7 +21,7 @@ from ._common import on_device_of
 
 
 @triton.jit
-def _features(corner, index, token_stride, is_col):
+def features(corner, index, token_stride, is_col):
     """The token ``index`` tokens after the one at ``corner``, in float32."""
     offset = tl.cast(index, tl.int64) * token_stride
     return tl.load(corner + offset, mask=is_col, other=0.0).to(tl.float32)
@@ -54,10 +54,10 @@ def _pool(
                 corner = frame + (y * pool_stride * grid_w + x * pool_stride).to(tl.int64) * token_stride
                 if POOL_STRIDE:
                     for i in tl.static_range(POOL_STRIDE * POOL_STRIDE):
-                        token += _features(corner, i // POOL_STRIDE * grid_w + i % POOL_STRIDE, token_stride, is_col)
+                        token += features(corner, i // POOL_STRIDE * grid_w + i % POOL_STRIDE, token_stride, is_col)
                 else:
                     for i in tl.range(0, pool_stride * pool_stride):
-                        token += _features(corner, i // pool_stride * grid_w + i % pool_stride, token_stride, is_col)
+                        token += features(corner, i // pool_stride * grid_w + i % pool_stride, token_stride, is_col)
                 token /= (pool_stride * pool_stride).to(tl.float32)
                 total += token
                 if slow_base >= 0:  # else another item writes this frame's slow tokens
@@ -69,6 +69,13 @@ def _pool(
         total /= (num_entries * spatial_stride * spatial_stride).to(tl.float32)
         row = (fast_base + cell_y * fast_w + cell_x).to(tl.int64)
         tl.store(fast + row * C + cols, total.to(fast.dtype.element_ty), mask=is_col)
+
+
+def common_stride(plan: PoolPlan) -> int:
+    """The pool stride of all videos, if a kernel may be compiled for it; else 0."""
+    strides = {video.pool_stride for video in plan.videos}
+    common = strides.pop() if len(strides) == 1 else 0
+    return common if common <= 4 else 0
 
 
 def pool_plan_of(frames: Tensor, plan: PoolPlan) -> CallPlan:
@@ -86,12 +93,10 @@ def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor
     items, entries, cu_slow, cu_fast = plan.tables(frames.device)
     cells_h, cells_w = plan.cells
     config = triton_row_config(channels)
-    strides = {video.pool_stride for video in plan.videos}
-    common = strides.pop() if len(strides) == 1 else 0
     _pool[(cells_h * cells_w, plan.num_items)](
         frames, items, entries, slow, fast, frames.stride(0), frames.stride(1), cells_w, plan.grid[1],
         plan.spatial_stride, norm_eps or 0.0,
-        POOL_STRIDE=common if common <= 4 else 0, C=channels, BLOCK_C=config.block_c, NORM=norm_eps is not None,
+        POOL_STRIDE=common_stride(plan), C=channels, BLOCK_C=config.block_c, NORM=norm_eps is not None,
         num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return slow, cu_slow.clone(), fast, cu_fast.clone()

@@ -17,6 +17,16 @@ __device__ __forceinline__ float decode(uint32_t bits, DType dtype) {
   return __uint_as_float(bits);
 }
 
+__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t index, float x) {
+  if (dtype == DType::kBFloat16) {
+    static_cast<__nv_bfloat16*>(data)[index] = from_float<__nv_bfloat16>(x);
+  } else if (dtype == DType::kFloat16) {
+    static_cast<__half*>(data)[index] = from_float<__half>(x);
+  } else {
+    static_cast<float*>(data)[index] = x;
+  }
+}
+
 // Loaded apart from their use: a kernel issues these loads first and waits for them behind those of its first row.
 struct GateScalars {
   uint32_t bias, warm_up;
@@ -26,7 +36,7 @@ struct GateScalars {
         warm_up(p.warm_up == nullptr ? 0 : load_bits(p.warm_up, p.dtype, 0)) {}
 };
 
-static_assert(kNumGateKinds == 5, "a new kind of gate must be taught to weighted() or unweighted()");
+static_assert(kNumGateKinds == 5, "a new kind of gate must be taught to activated() and slope(), or to plain()");
 
 class Gate {
  public:
@@ -44,8 +54,19 @@ class Gate {
     return (kTanh ? tanhf(x) : activated(x)) * factor_;
   }
   // Of the others, for text row `text`.
-  __device__ __forceinline__ float unweighted(int64_t text) const {
-    return (kind_ == GateKind::kGiven ? __ldg(value_ + text) : 1.0f) * factor_;
+  __device__ __forceinline__ float unweighted(int64_t text) const { return plain(text) * factor_; }
+
+  // What the backward pass takes apart: a gate is its activation times the factor.
+  __device__ __forceinline__ float activation(float dot) const { return activated(dot + bias_); }
+  __device__ __forceinline__ float plain(int64_t text) const {
+    return kind_ == GateKind::kGiven ? __ldg(value_ + text) : 1.0f;
+  }
+  __device__ __forceinline__ float factor() const { return factor_; }
+  // Of the activation, by what it gave.
+  __device__ __forceinline__ float slope(float act) const {
+    if (kind_ == GateKind::kTanh) return 1.0f - act * act;
+    if (kind_ == GateKind::kLinear) return 1.0f;
+    return act * (1.0f - act);  // kSigmoid
   }
 
  private:

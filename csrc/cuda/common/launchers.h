@@ -6,7 +6,9 @@
 namespace slowfast::cuda {
 
 void pool(const PoolParams& params, void* stream);
+void pool_backward(const PoolBackwardParams& params, void* stream);
 void merge(const MergeParams& params, void* stream);
 void gated_mix(const GatedMixParams& params, void* stream);
+void gated_mix_backward(const GatedMixBackwardParams& params, void* stream);
 
 }  // namespace slowfast::cuda
