@@ -11,8 +11,18 @@ import torch
 from cases import Shape, make_inputs
 
 from slowfast_kernels import cuda
-from slowfast_kernels.calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors
-from slowfast_kernels.heuristics import HopperConfig
+from slowfast_kernels.calls import (
+    AttentionOptions,
+    AttentionTensors,
+    BackwardTensors,
+    FusedOptions,
+    FusedTensors,
+    MixOptions,
+    MixTensors,
+    PoolCallOptions,
+    PoolTensors,
+)
+from slowfast_kernels.heuristics import HopperConfig, cuda_mix_backward_blocks
 from slowfast_kernels.params import CrossAttentionParams, SplitPlan
 
 CPU = torch.device("cpu")
@@ -130,7 +140,8 @@ def launched(monkeypatch):
         seen.append([type(struct).from_buffer_copy(struct) for struct in structs])
 
     monkeypatch.setattr(cuda, "_launch", launch)
-    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(cuda_cross_attention=None, cuda_gated_mix=None))
+    names = ("cross_attention", "gated_mix", "gated_mix_backward", "pool_backward")
+    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(**{f"cuda_{name}": None for name in names}))
     monkeypatch.setattr(cuda, "_num_sms", lambda device: 132)
     monkeypatch.setattr(cuda, "_counters", lambda device, count: torch.zeros(count, dtype=torch.int32))
     return seen
@@ -261,3 +272,68 @@ def test_without_slow_tokens_the_context_is_zero_and_lse_minus_infinity(rng, lau
     assert not context.any()
     assert (lse == -torch.inf).all()
     assert not launched
+
+
+# ------------------------------------------------------------------------------------------- the mix's backward
+
+SUMS = ("gate_weight", "gate_bias", "warm_up")
+IN_STRUCT = ("grad_state", "grad_context", "grad_weight", "grad_bias", "grad_warm_up", "grad_value")
+DIFFERENTIABLE = ("state", "context", *SUMS, "gate_value")
+
+
+def mix_backward(inputs, names, grad=None) -> tuple[torch.Tensor | None, ...]:
+    context = torch.ones(len(inputs.text_rows), inputs.state.shape[1], dtype=inputs.state.dtype)
+    tensors = MixTensors(inputs.state, context, inputs.text_rows, *inputs.gating, None)
+    call = BackwardTensors((inputs.state if grad is None else grad,), (), tensors)
+    needs = tuple(name in names for name in DIFFERENTIABLE)
+    return cuda.prepare_gated_residual_mix_backward(call, MixOptions("tanh", True, "cuda"), needs)(call)
+
+
+@pytest.mark.parametrize("names", [("state",), ("context",), ("gate_weight",), ("gate_bias", "state"), DIFFERENTIABLE])
+def test_the_mix_s_backward_is_told_what_to_write_and_nothing_else(names, inputs, launched):
+    found = mix_backward(inputs, names)
+    ((params,),) = launched
+    for name, field, gradient in zip(DIFFERENTIABLE, IN_STRUCT, found, strict=True):
+        is_there = name in names and name != "gate_value"  # the call has none
+        assert (gradient is not None) == is_there
+        assert getattr(params, field) == (gradient.data_ptr() if is_there else None)
+    assert (params.partials is not None) == bool(set(SUMS) & set(names))
+    assert params.partial_stride == 4 + (inputs.state.shape[1] if "gate_weight" in names else 0)
+
+
+def test_the_mix_s_backward_takes_text_rows_alone_where_the_state_needs_no_gradient(inputs, launched):
+    for names in (("context",), ("state",)):
+        mix_backward(inputs, names)
+    assert [params.num_blocks for (params,) in launched] == [24, 27]
+
+
+def test_a_gradient_with_rows_of_any_stride_is_read_where_it_is(inputs, launched):
+    base = torch.ones(64, 2 * inputs.state.shape[1], dtype=inputs.state.dtype)
+    padded, one_row = base[:27, : inputs.state.shape[1]], base[:1, : inputs.state.shape[1]].expand_as(inputs.state)
+    for grad in (padded, one_row, inputs.state.T.contiguous().T):
+        mix_backward(inputs, ("state",), grad)
+    padded_params, one_row_params, transposed = (params for (params,) in launched)
+    assert (padded_params.grad, padded_params.grad_row_stride) == (base.data_ptr(), base.shape[1])
+    assert (one_row_params.grad, one_row_params.grad_row_stride) == (base.data_ptr(), 0)
+    assert transposed.grad_row_stride == inputs.state.shape[1]  # of a copy
+
+
+@pytest.mark.parametrize("rows", [0, 1, 131, 528, 3168, 8192, 10**6])
+def test_no_block_of_the_mix_s_backward_has_more_rows_than_it_has_room_for(rows):
+    blocks = cuda_mix_backward_blocks(rows, 132)
+    assert blocks >= 1
+    assert -(-rows // blocks) <= 2048
+    assert blocks <= max(1, rows)
+
+
+def test_the_pooling_s_backward_is_given_addresses_and_strides_of_what_there_is(rng, launched):
+    options = PoolCallOptions((3, 1), (4, 4), 2, 1, 1, 1, 1, 1e-5, "cuda")
+    frames = torch.ones(4, 16, 24)[:, :, 8:16]
+    grad_fast = torch.ones(1, 8).expand(options.plan.num_fast, 8)
+    call = BackwardTensors((None, grad_fast), (), PoolTensors(frames))
+    (found,) = cuda.prepare_pool_backward(call, options, (True,))(call)
+    ((params,),) = launched
+    assert (params.grad_slow, params.grad_fast, params.fast_row_stride) == (None, grad_fast.data_ptr(), 0)
+    assert (params.grad_frames, params.frames) == (found.data_ptr(), frames.data_ptr())
+    assert (params.frame_stride, params.token_stride) == (16 * 24, 24)
+    assert (params.max_cells_h, params.max_cells_w) == (4, 4)  # of the image

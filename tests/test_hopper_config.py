@@ -215,6 +215,11 @@ def test_a_mix_of_4096_rows_or_more_goes_to_triton_where_it_is_faster(rows, chos
     assert choose_backend(call, EVERYTHING_IS_HERE | {"triton": "not installed"}).backend == "cuda"
 
 
+def test_the_backward_of_a_mix_stays_where_it_is_fastest():
+    call = OpCall("gated_residual_mix", "cuda", torch.bfloat16, (9, 0), num_text=8192, backward=True)
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "cuda"
+
+
 def test_no_other_op_leaves_cuda_for_the_number_of_its_rows():
     assert choose_backend(HALF._replace(num_text=8192), EVERYTHING_IS_HERE).backend == "cuda"
 

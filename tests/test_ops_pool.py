@@ -47,11 +47,11 @@ def test_frames_may_have_any_strides_with_a_contiguous_last_dimension(target, la
 
 
 @st.composite
-def videos(draw):
-    side = draw(st.integers(1, 9))
+def videos(draw, largest_side=9, most_frames=12):
+    side = draw(st.integers(1, largest_side))
     pool_stride = draw(st.integers(1, side))
     return Video(
-        frame_counts=tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))),
+        frame_counts=tuple(draw(st.lists(st.integers(1, most_frames), min_size=1, max_size=3))),
         grid=(side, side),
         channels=draw(st.sampled_from([1, 8, 20, 64])),
         pool_stride=pool_stride,

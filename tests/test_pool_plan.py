@@ -94,7 +94,7 @@ def test_tables_that_a_graph_was_captured_with_stay_where_they_are(monkeypatch):
         captured = [weakref.ref(x) for x in plan.tables(CPU)]
     for batch in range(1, 260):
         plan_of(ragged(batch)).tables(CPU)
-    assert (plan, CPU) not in pool_plan._tables._entries
+    assert (plan, CPU, pool_plan.PoolTables) not in pool_plan._tables._entries
     assert all(x() is not None for x in captured)
 
 
@@ -108,6 +108,24 @@ def test_a_plans_totals_are_those_of_its_videos_and_its_table(counts, strides):
     assert tables.cu_fast.diff().tolist() == [video.num_fast for video in plan.videos]
     assert (plan.num_slow, plan.num_fast) == (tables.cu_slow[-1], tables.cu_fast[-1])
     assert all(len(video.windows) == video.num_windows for video in plan.videos)
+
+
+@pytest.mark.parametrize("counts", [(1,), (5, 1), (9, 2)])
+@pytest.mark.parametrize("strides", [(1, 1, 1, 1, 1), (2, 1, 3, 2, 4), (1, 3, 2, 1, 7)])
+def test_the_table_by_frames_has_every_window_of_a_frame_in_order(counts, strides):
+    plan = make_pool_plan(counts, (4, 4), *strides)
+    frames, windows = plan.backward_tables(CPU)
+    assert len(frames) == sum(counts)
+    for video in plan.videos:
+        for t in range(video.num_frames):
+            first, count, slow_base, stride, *grids = frames[video.first_frame + t].tolist()
+            assert (slow_base, stride) == (video.first_slow + t * video.num_slow // video.num_frames, video.pool_stride)
+            assert grids == [*video.slow_grid, *video.fast_grid]
+            area = video.num_fast // video.num_windows
+            mine = [[video.first_fast + i * area, len(w)] for i, w in enumerate(video.windows) if t in w]
+            assert windows[first : first + count].tolist() == mine
+    assert plan.backward_tables(CPU).frames is frames
+    assert plan.tables(CPU).items.shape == (plan.num_items, 8)  # kept apart
 
 
 def test_what_was_unused_for_longest_goes_first():

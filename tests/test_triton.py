@@ -34,10 +34,13 @@ from slowfast_kernels._extension import interpreter_reason
 from slowfast_kernels.calls import (
     AttentionOptions,
     AttentionTensors,
+    BackwardTensors,
     FusedOptions,
     FusedTensors,
     MixOptions,
     MixTensors,
+    PoolCallOptions,
+    PoolTensors,
 )
 from slowfast_kernels.gate import GATE_CODES, WEIGHTED_GATES
 from slowfast_kernels.pool_plan import make_pool_plan
@@ -61,6 +64,17 @@ def test_a_tile_fits_the_shared_memory(shared_bytes, dtype_bytes, head_dim):
         elements += 2 * stages * config.block_n * padded  # K and V of the blocks under way
         assert elements * dtype_bytes <= shared_bytes
         assert min(config.block_m, config.block_n) >= 16, "tl.dot wants 16"
+
+
+@pytest.mark.parametrize("shared_bytes", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+@pytest.mark.parametrize("channels", [1, 896, 3584, 9000, 70_000])
+def test_rows_of_the_mix_s_backward_fit_the_shared_memory(shared_bytes, dtype_bytes, channels):
+    for num_text in (0, 1, 1024, 8192):
+        config = heuristics.triton_mix_backward_config(num_text, channels, dtype_bytes, 132, shared_bytes)
+        assert config.num_stages >= 1
+        assert 3 * (config.num_stages - 1) * config.block_c * dtype_bytes <= shared_bytes
+        assert 1 <= config.num_programs <= max(1, num_text)
 
 
 def test_a_decoded_row_is_split_over_the_whole_gpu():
@@ -162,6 +176,24 @@ def mixed(rows=64, dtype=HALF, channels=3584, gate="tanh"):
     prepare_gated_residual_mix(tensors, MixOptions(kind, True, "triton"))(tensors)
 
 
+def mixed_backward(rows=64, dtype=HALF, channels=3584, gate="tanh", needs=(True,) * 6):
+    from slowfast_kernels.triton import prepare_gated_residual_mix_backward
+
+    state = meta(rows, channels, dtype=dtype)
+    gating, kind = made_gate(gate, channels, rows, dtype)
+    call = BackwardTensors((state,), (), MixTensors(state, state, index(rows), *gating))
+    prepare_gated_residual_mix_backward(call, MixOptions(kind, True, "triton"), needs)(call)
+
+
+def pooled_backward(norm_eps=1e-6, dtype=HALF, channels=3584, frame_counts=(8,)):
+    from slowfast_kernels.triton import prepare_pool_backward
+
+    options = PoolCallOptions(frame_counts, (18, 18), 2, 1, 4, 1, 1, norm_eps, "triton")
+    grads = tuple(meta(n, channels, dtype=dtype) for n in (options.plan.num_slow, options.plan.num_fast))
+    call = BackwardTensors(grads, (), PoolTensors(meta(sum(frame_counts), 324, channels, dtype=dtype)))
+    prepare_pool_backward(call, options, (True,))(call)
+
+
 DECODE, BATCHED_DECODE, QUESTION, LONG_CHAT = (1, 10368), (16, 16 * 10368, 16), (64, 10368), (1024, 98304)
 
 
@@ -179,11 +211,16 @@ def test_every_kernel_compiles_ahead_of_time(record, arch):
     fused(8, 5184, dtype=torch.float32, gate_dtype=torch.float32)
     for gate in GATE_CODES:
         mixed(gate=gate)
+        mixed_backward(gate=gate)
         fused(*DECODE, gate=gate)
-    pooled()
-    pooled(frame_counts=(7, 1))  # an image beside a video: two pool strides
+    mixed_backward(needs=(False, True, False, False, False, False))
+    mixed_backward(channels=9000, dtype=torch.float32)  # a row that leaves room for few stages
+    for kernel in (pooled, pooled_backward):
+        kernel()
+        kernel(frame_counts=(7, 1))  # an image beside a video: two pool strides
     names = {launch.name for launch, _ in compile_all(launches, arch)}
-    assert names == {"_attention", "_combine", "_gated_mix", "_pool"}
+    backward = {"_gated_mix_backward", "_sum_partials", "_pool_backward"}
+    assert names == {"_attention", "_combine", "_gated_mix", "_pool"} | backward
 
 
 @compiled
@@ -197,7 +234,9 @@ def test_every_head_dimension_and_dtype_compiles(record, dim, dtype):
         plain(1024, 5184, heads=(14, 2), dim=dim, dtype=dtype, num_splits=1)
     else:
         pooled(None, dtype, channels=dim * 14)
+        pooled_backward(None, dtype, channels=dim * 14)
         mixed(4, dtype, channels=dim * 14)
+        mixed_backward(4, dtype, channels=dim * 14)
     assert len(list(compile_all(launches, 90))) >= 3
 
 
@@ -215,6 +254,17 @@ def test_the_hopper_loop_is_asynchronous(record, case, tmp_path):
     assert ptx.count("cp.async.cg.shared.global") >= 4 * chunks, "prologue and loop, K and V"
     assert ("wgmma.mma_async" in ptx) == (tile["BLOCK_M"] >= 64)
     assert local_bytes(kernel, tmp_path) <= 256
+
+
+@compiled
+def test_rows_of_the_mix_s_backward_arrive_while_others_are_summed(record, tmp_path):
+    launches = record(90)
+    mixed_backward()
+    kernel = launches[0].compile(90)
+    assert kernel.asm["ptx"].count("cp.async.cg.shared.global") >= 2 * 3 * 2, (
+        "prologue and loop, three rows of two vectors"
+    )
+    assert local_bytes(kernel, tmp_path) == 0
 
 
 def local_bytes(kernel, folder: Path) -> int:

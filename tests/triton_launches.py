@@ -76,7 +76,7 @@ def index(n: int) -> torch.Tensor:
 
 def recorder(monkeypatch: pytest.MonkeyPatch):
     """recorder(...)(arch) -> the list that launches of the Triton backend are then kept in instead of being run."""
-    import slowfast_kernels.triton.attention as attention
+    from slowfast_kernels.triton import attention, gated_mix_backward
     from slowfast_kernels.triton._common import HAS_DEPENDENT_LAUNCH, Device
 
     launches = []
@@ -87,7 +87,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
 
     def start(arch: int) -> list[Launch]:
         device = Device(NUM_SMS[arch], SHARED_BYTES[arch], HAS_DEPENDENT_LAUNCH and arch >= 90, prefetch=True)
-        monkeypatch.setattr(attention, "describe", lambda _: device)
+        for module in (attention, gated_mix_backward):
+            monkeypatch.setattr(module, "describe", lambda _: device)
         monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
         return launches
 
