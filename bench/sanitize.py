@@ -85,6 +85,33 @@ def selection(texts, head_dim, pair, in_pieces, num_splits) -> None:
     assert context.isfinite().all()
 
 
+def pool_and_mix() -> None:
+    """And their backward passes: in vectors, one channel at a time, of everything and of single gradients."""
+    for channels, norm_eps in product((96, 95), (1e-6, None)):
+        strides = {"pool_stride": 2, "temporal_stride": 4, "min_fast_frames": 3}
+        frames = torch.randn(14, 49, channels, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        pooled = sk.slowfast_pool(frames, [8, 1, 5], (7, 7), **strides, norm_eps=norm_eps, backend="cuda")
+        torch.autograd.grad((pooled.slow, pooled.fast), frames, (pooled.slow.detach(), pooled.fast.detach()))
+    index = torch.tensor([3, 0, 7], dtype=torch.int32, device="cuda")
+    for channels, rows in product((96, 95), (20, 3)):
+        state = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
+        context, places = torch.randn_like(state[:3]), index % rows if rows == 20 else index[:3].argsort().int()
+        weight, *scalars = (torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in (channels, 1, 1))
+        value = torch.randn(3, device="cuda")
+        for gating, gate in (
+            ((weight, *scalars), {"gate": "tanh"}),
+            ((weight, *scalars), {"gate": "sigmoid"}),
+            ((None, None, scalars[1]), {"gate": "none"}),
+            ((None, None, None), {"gate_value": value}),
+        ):
+            inputs = [x for x in (state, context, *gating, gate.get("gate_value")) if x is not None]
+            for needed in (inputs, *([x] for x in inputs)):
+                for x in inputs:
+                    x.requires_grad_(any(x is each for each in needed))
+                out = sk.gated_residual_mix(state, context, places, *gating, **gate, backend="cuda")
+                torch.autograd.grad(out, needed, out.detach())
+
+
 def main() -> None:
     torch.manual_seed(0)
     for dtype, head_dim, sequences in product((torch.bfloat16, torch.float16), (64, 128), RAGGED):
@@ -106,19 +133,7 @@ def main() -> None:
     for rows, pair, pieces, splits in product((1, 40), (False, True), (False, True), (0, 3)):
         selection((rows, 3), 64 if pair else 128, pair, pieces, splits)
     selection((150, 3), 128, False, True, 0)  # dealt out
-    frames = torch.randn(14, 36, 96, device="cuda", dtype=torch.bfloat16)
-    sk.slowfast_pool(frames, [8, 1, 5], (6, 6), pool_stride=2, temporal_stride=4, norm_eps=1e-6, backend="cuda")
-    state = torch.randn(20, 96, device="cuda", dtype=torch.bfloat16)
-    index = torch.tensor([3, 0, 7], dtype=torch.int32, device="cuda")
-    gate = [torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in (96, 1, 1)]
-    context = torch.randn_like(state[:3])
-    sk.gated_residual_mix(state, context, index, *gate, backend="cuda")
-    sk.gated_residual_mix(state, context, index, None, None, gate[2], gate="none", backend="cuda")
-    for given in (state, state[:, :95].contiguous()):  # by vectors, and one channel at a time
-        value = torch.randn(3, device="cuda")
-        sk.gated_residual_mix(
-            given, context[:, : given.shape[1]], index, None, None, None, gate_value=value, backend="cuda"
-        )
+    pool_and_mix()
     torch.cuda.synchronize()
     print("all calls made")
 
