@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   py::dict sizes;  // that the mirrors in slowfast_kernels/params.py must have
   sizes["GateParams"] = sizeof(GateParams);
   sizes["CrossAttentionParams"] = sizeof(CrossAttentionParams);
+  sizes["CrossAttentionBackwardParams"] = sizeof(CrossAttentionBackwardParams);
   sizes["GatedMixParams"] = sizeof(GatedMixParams);
   sizes["GatedMixBackwardParams"] = sizeof(GatedMixBackwardParams);
   sizes["MergeParams"] = sizeof(MergeParams);
@@ -73,6 +74,14 @@ PYBIND11_MODULE(_C, m) {
         no_gil);
   m.def("cpu_merge", [](Address params, int num_threads) { cpu::merge(read_merge(params), num_threads); }, no_gil);
   m.def("cpu_pool", [](Address params, int num_threads) { cpu::pool(read_pool(params), num_threads); }, no_gil);
+  m.def("cpu_cross_attention_backward", [](Address params, int num_threads) {
+    cpu::cross_attention_backward(read_attention_backward(params), num_threads);
+  }, no_gil);
+  m.def("cpu_gated_mix_backward", [](Address params, int num_threads) {
+    cpu::gated_mix_backward(read_gated_mix_backward(params), num_threads);
+  }, no_gil);
+  m.def("cpu_pool_backward",
+        [](Address params, int num_threads) { cpu::pool_backward(read_pool_backward(params), num_threads); }, no_gil);
 #ifdef SLOWFAST_WITH_CUDA
   bind_cuda(m);
 #endif

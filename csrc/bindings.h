@@ -30,6 +30,12 @@ inline const CrossAttentionParams& read_attention(Address address) {
   return params;
 }
 
+inline const CrossAttentionBackwardParams& read_attention_backward(Address address) {
+  const auto& params = *static_cast<const CrossAttentionBackwardParams*>(pointer(address));
+  check(params.forward.dtype);
+  return params;
+}
+
 inline const GatedMixParams& read_gated_mix(Address address) {
   const auto& params = *static_cast<const GatedMixParams*>(pointer(address));
   check(params.dtype);

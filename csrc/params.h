@@ -57,6 +57,22 @@ struct CrossAttentionParams {
   DType dtype;                  // of q, slow_kv, context, state, out
 };
 
+// Gradients of context and lse to those of q, keys and values. `forward`: the call with its context and lse (both
+// contiguous) as it wrote them; state and what belongs to it are not looked at. A gradient that is nullptr is not
+// computed. grad_q is written on text_rows alone; keys and values get the sum over all uses of a token, rounded once,
+// 0 where there is none.
+struct CrossAttentionBackwardParams {
+  CrossAttentionParams forward;
+  const void* grad_context;    // [Nt, Hq, D]; any content in rows that see nothing
+  const float* grad_lse;       // [Nt, Hq], or nullptr: 0
+  void* grad_q;                // [rows, Hq, D], contiguous
+  void* grad_keys;             // [Ns, Hkv, D], as
+  void* grad_values;           // with the same strides
+  int64_t grad_context_row_stride, grad_context_head_stride, grad_lse_row_stride, grad_lse_head_stride;
+  int64_t grad_kv_token_stride, grad_kv_head_stride;
+  int64_t workspace_bytes;     // that partial sums of grad_q may take, at least one KV head's of one text row
+};
+
 // out[r] = state[r] + g * context[i] for r = text_rows[i]; every other row of out is a copy of state.
 struct GatedMixParams {
   const void* state;      // [rows, C]

@@ -16,24 +16,33 @@ from .call_plan import CallPlan, described
 from .calls import (
     AttentionOptions,
     AttentionTensors,
+    BackwardTensors,
     FusedOptions,
     FusedTensors,
     MergeOptions,
     MergeTensors,
     MixOptions,
     MixTensors,
+    PoolCallOptions,
     scale_of,
 )
+from .gradients import mix_differentiable, mix_needs, new_gradients, row_major
 from .params import (
     CrossAttentionParams,
+    address,
+    attention_backward_params,
     copy,
     cross_attention_params,
     fill_attention,
+    fill_attention_backward,
     fill_gate,
     fill_gated_mix,
+    fill_gated_mix_backward,
     fill_merge,
+    gated_mix_backward_params,
     gated_mix_params,
     merge_params,
+    pool_backward_params,
     pool_params,
 )
 from .pool_plan import PoolPlan, describe_pool
@@ -130,6 +139,87 @@ def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Call
         fill_merge(mine, tensors, context, lse)
         kernel(addressof(mine), torch.get_num_threads())
         return context, lse
+
+    return run
+
+
+_BACKWARD_WORKSPACE = 48 * 2**20  # bytes that partial sums of dQ may take
+
+
+def prepare_text_cross_attention_backward(
+    sample: BackwardTensors, options: AttentionOptions, needs: tuple[bool, ...]
+) -> Callable:
+    """A function of tensors alike: gradients of q, slow_kv and slow_values, None where ``needs`` is False."""
+    inputs: AttentionTensors = sample.inputs
+    params = attention_backward_params(inputs, scale_of(inputs.q, options.softmax_scale), _BACKWARD_WORKSPACE)
+    kernel = extension().cpu_cross_attention_backward
+    needs = (needs[0], needs[1], needs[2] and inputs.slow_values is not None)
+    has_other_rows = inputs.text_rows.shape[0] < inputs.q.shape[0]
+    note = f"a pass over the slow tokens; partial sums of dQ take {_BACKWARD_WORKSPACE} bytes at most"
+
+    @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=None, notes=(note,)))
+    def run(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
+        inputs = tensors.inputs
+        gradients = new_gradients((inputs.q, inputs.slow_kv, inputs.slow_values), needs)
+        grad_q, grad_kv = gradients[:2]
+        if grad_q is not None and has_other_rows:
+            grad_q.zero_()
+        mine = copy(params)
+        held = fill_attention_backward(mine, tensors)  # noqa: F841  until the kernel has read it
+        mine.grad_q, mine.grad_keys, mine.grad_values = map(address, gradients)
+        if inputs.slow_values is None and grad_kv is not None:
+            mine.grad_values = grad_kv[:, :, 1].data_ptr()
+        kernel(addressof(mine), torch.get_num_threads())
+        return gradients
+
+    return run
+
+
+_MIX_ROWS_A_BLOCK, _MIX_BLOCKS = 16, 64  # text rows whose sums are apart, at least; blocks of them, at most
+
+
+def prepare_gated_residual_mix_backward(
+    sample: BackwardTensors, options: MixOptions, needs: tuple[bool, ...]
+) -> Callable:
+    """A function of tensors alike: gradients of state, context, gate_weight, gate_bias, warm_up and gate_value."""
+    inputs: MixTensors = sample.inputs
+    needs = mix_needs(inputs, needs)
+    num_blocks = min(-(-inputs.text_rows.shape[0] // _MIX_ROWS_A_BLOCK), _MIX_BLOCKS)
+    params = gated_mix_backward_params(inputs, inputs.gate(options), needs[2], num_blocks)
+    num_floats = max(num_blocks, 1) * params.partial_stride if any(needs[2:5]) else 0
+    kernel = extension().cpu_gated_mix_backward
+
+    @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=4 * num_floats + 8 * params.rows))
+    def run(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
+        inputs, grad = tensors.inputs, row_major(tensors.grads[0])
+        gradients = new_gradients(mix_differentiable(inputs), needs)
+        partials = torch.empty(num_floats, dtype=torch.float32) if num_floats else None
+        mine, gate = copy(params), inputs.gate(options)
+        held = fill_gated_mix_backward(mine, grad, inputs, gate, gradients, partials)  # noqa: F841  as above
+        kernel(addressof(mine), torch.get_num_threads())
+        return gradients
+
+    return run
+
+
+def prepare_pool_backward(sample: BackwardTensors, options: PoolCallOptions, needs: tuple[bool, ...]) -> Callable:
+    """A function of tensors alike: the gradient of frames, which is needed."""
+    plan = options.plan
+    kernel = extension().cpu_pool_backward
+
+    def describe() -> CallPlan:
+        frames = sample.inputs.frames
+        units = (frames.shape[0] * plan.backward_cells[0],)
+        return describe_pool(plan, units, 4 * frames.shape[2] * torch.get_num_threads(), **_threads())
+
+    @described(describe)
+    def run(tensors: BackwardTensors) -> tuple[Tensor]:
+        (frames,) = tensors.inputs
+        (grad_frames,) = new_gradients(tensors.inputs, needs)
+        grads = [None if x is None else row_major(x) for x in tensors.grads]
+        params = pool_backward_params(frames, plan, options.norm_eps, *grads, grad_frames)
+        kernel(addressof(params), torch.get_num_threads())
+        return (grad_frames,)
 
     return run
 

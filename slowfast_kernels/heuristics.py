@@ -46,7 +46,7 @@ class BackendChoice(NamedTuple):
 _BACKWARD_KERNELS: dict[str, tuple[str, ...]] = {  # ops that have one
     "cuda": ("slowfast_pool", "gated_residual_mix"),
     "triton": ("slowfast_pool", "gated_residual_mix"),
-    "cpu": (),
+    "cpu": ("text_cross_attention", "slowfast_pool", "gated_residual_mix"),
 }
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .calls import AttentionTensors, FusedTensors, MergeTensors, MixTensors
+from .calls import AttentionTensors, BackwardTensors, FusedTensors, MergeTensors, MixTensors
 from .dtypes import DTYPE_CODES
 from .gate import GATE_CODES, Gate
 from .gradients import mix_partial_stride
@@ -46,6 +46,15 @@ class CrossAttentionParams(ctypes.Structure):
         *_fields(c_int32, "batch num_q_heads num_kv_heads head_dim num_splits"),
         ("softmax_scale", c_float),
         ("dtype", c_int32),
+    ]
+
+
+class CrossAttentionBackwardParams(ctypes.Structure):
+    _fields_ = [
+        ("forward", CrossAttentionParams),
+        *_fields(c_void_p, "grad_context grad_lse grad_q grad_keys grad_values"),
+        *_fields(c_int64, "grad_context_row_stride grad_context_head_stride grad_lse_row_stride grad_lse_head_stride"),
+        *_fields(c_int64, "grad_kv_token_stride grad_kv_head_stride workspace_bytes"),
     ]
 
 
@@ -113,6 +122,7 @@ class SplitPlan(ctypes.Structure):
 STRUCTS = (
     GateParams,
     CrossAttentionParams,
+    CrossAttentionBackwardParams,
     GatedMixParams,
     GatedMixBackwardParams,
     MergeParams,
@@ -331,3 +341,37 @@ def fill_attention(params: CrossAttentionParams, inputs: AttentionTensors | Fuse
         params.slow_end = inputs.slow_end.data_ptr()
     if inputs.slow_pieces is not None:
         params.slow_pieces = inputs.slow_pieces.data_ptr()
+
+
+def attention_backward_params(
+    inputs: AttentionTensors, softmax_scale: float, workspace_bytes: int
+) -> CrossAttentionBackwardParams:
+    """All but the addresses and the strides of the incoming gradients; those of K and V are written contiguously."""
+    _, num_heads, head_dim = inputs.keys.shape
+    apart = 2 if inputs.slow_values is None else 1  # K and V of a head are neighbours where both are one tensor
+    return CrossAttentionBackwardParams(
+        forward=cross_attention_params(inputs, softmax_scale, num_splits=0),
+        grad_kv_token_stride=num_heads * apart * head_dim,
+        grad_kv_head_stride=apart * head_dim,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+def fill_attention_backward(params: CrossAttentionBackwardParams, call: BackwardTensors) -> tuple[Tensor | None, ...]:
+    """The addresses of all that is read, and the strides of the incoming gradients.
+
+    Returns what the addresses belong to, to be held until the kernel is launched.
+    """
+    context, lse = (x.contiguous() for x in call.results)
+    grad_context, grad_lse = call.grads
+    if grad_context is None:
+        grad_context = context.new_zeros(1, 1, context.shape[2]).expand(context.shape)
+    elif grad_context.stride(2) != 1:
+        grad_context = grad_context.contiguous()
+    fill_attention(params.forward, call.inputs)
+    params.forward.context, params.forward.lse = context.data_ptr(), lse.data_ptr()
+    params.grad_context, params.grad_lse = grad_context.data_ptr(), address(grad_lse)
+    params.grad_context_row_stride, params.grad_context_head_stride = grad_context.stride()[:2]
+    if grad_lse is not None:
+        params.grad_lse_row_stride, params.grad_lse_head_stride = grad_lse.stride()
+    return context, lse, grad_context, grad_lse

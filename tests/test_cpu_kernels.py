@@ -18,18 +18,19 @@ from slowfast_kernels._extension import extension
 from slowfast_kernels.dtypes import KERNEL_DTYPES
 
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
+FILES = (__file__, str(Path(__file__).with_name("test_cpu_backward.py")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
-def test_this_file_passes_at_level(level):
+def test_these_files_pass_at_level(level):
     environment = os.environ | {"SLOWFAST_CPU_ISA": level}
     probe = "from slowfast_kernels._extension import extension; print(extension().cpu_isa())"
     if level == extension().cpu_isa():
         pytest.skip("the level of this very process")
     if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, check=False).returncode:
         pytest.skip(f"this CPU has no {level}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not at_level", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not at_level", *FILES]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -25,6 +25,7 @@ CTYPES = {
     "DType": ctypes.c_int32,
     "GateKind": ctypes.c_int32,
     "GateParams": params.GateParams,
+    "CrossAttentionParams": params.CrossAttentionParams,
 }
 
 

@@ -19,4 +19,9 @@ void gated_mix(const GatedMixParams& params, int num_threads);
 void merge(const MergeParams& params, int num_threads);
 void pool(const PoolParams& params, int num_threads);
 
+// Backward passes do the same sums in the same order with any number of threads.
+void cross_attention_backward(const CrossAttentionBackwardParams& params, int num_threads);
+void gated_mix_backward(const GatedMixBackwardParams& params, int num_threads);
+void pool_backward(const PoolBackwardParams& params, int num_threads);
+
 }  // namespace slowfast::cpu

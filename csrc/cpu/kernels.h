@@ -35,6 +35,68 @@ struct Partials {
   float* lse2;            // [partials, Hq], base 2; -inf without a token
 };
 
+// ---- attention, backward
+
+constexpr int64_t kBackwardTile = 64;   // slow tokens of a product, and
+// of a block, whose K, V and gradients lie in a thread's scratch: half a MiB of L2.
+constexpr int64_t backward_block(int64_t head_dim) {
+  const int64_t tokens = 32768 / (head_dim < 64 ? 64 : head_dim) / kBackwardTile * kBackwardTile;
+  return tokens < kBackwardTile ? kBackwardTile : tokens;
+}
+
+// A few slow tokens of the cache.
+struct FewTokens {
+  static constexpr int64_t kMost = 16;
+  int64_t count, token[kMost];
+};
+
+// Tokens token, token + 1, ... of the cache, `count` of them, are at places place, place + 1, ... of a sequence.
+struct TokenSpan { int64_t token, count, place; };
+
+// Tokens of a sequence, none twice: a sequence that holds a token twice has several of these.
+struct TokenSet {
+  const TokenSpan* spans;          // by their tokens
+  const TokenSpan* spans_end;
+  const Interval* seen;            // places that some text row sees, in order, with gaps between
+  const Interval* seen_end;
+};
+
+// Text rows against a sequence's tokens. Row = number in [texts, texts_end) * group + query head within the group.
+struct BackwardUse {
+  TokenSet tokens;
+  const int32_t* texts;            // that see something, as indices into text_rows
+  const int32_t* texts_end;
+  int64_t length;                  // the sequence's slow tokens
+  int64_t partial_row;             // where BackwardUnit::grad_q has the first row
+};
+
+// Tokens [tokens.begin, tokens.end) of the cache for one KV head, with all rows that see any.
+struct BackwardUnit {
+  Interval tokens;
+  const BackwardUse* uses;
+  const BackwardUse* uses_end;
+  int32_t kv_head;
+  bool keys, values;               // which gradients are wanted: both write all tokens,
+  float* grad_q;                   // [partial_rows][BackwardKernels::row_floats], not scaled, or nullptr
+  int64_t partial_rows;
+};
+
+struct BackwardKernels {
+  int64_t (*row_floats)(const CrossAttentionParams&);          // of a row of BackwardUnit::grad_q
+  int64_t (*attention_scratch)(const CrossAttentionParams&);   // floats a thread
+  // delta [Nt, Hq]: what delta_row has made of each text row that sees something.
+  void (*attention)(const CrossAttentionBackwardParams&, const BackwardUnit&, const float* delta, float* scratch);
+  // tokens: see BackwardPlan::few_tokens.
+  void (*delta_row)(const CrossAttentionBackwardParams&, int64_t i, const FewTokens& tokens, float* delta);
+  // Adds up the partial sums of one head of a row, in their order, and scales them.
+  void (*add_partials)(const CrossAttentionBackwardParams&, const float* const* partials, int64_t count, void* grad_q);
+  // Text rows [begin, end), and their sums into a row of `partials`, or nullptr.
+  void (*mix_rows)(const GatedMixBackwardParams&, int64_t begin, int64_t end, float* partial);
+  // Adds up the partial rows, in their order: channels [begin, end) and, from begin 0, what is no channel's.
+  void (*mix_sums)(const GatedMixBackwardParams&, int64_t begin, int64_t end);
+  void (*pool_cells)(const PoolBackwardParams&, int64_t frame, int32_t cell_row, float* scratch);   // scratch: C floats
+};
+
 struct Kernels {
   const char* name;
   int max_attention_rows;   // of a unit
@@ -46,12 +108,14 @@ struct Kernels {
   void (*mix_row)(const GatedMixParams&, int64_t row, int64_t i);   // i: index of the text row, -1 copies the state
   void (*merge_row)(const MergeParams&, int64_t row);
   void (*pool_cells)(const PoolParams&, int32_t item, int32_t cell_row, float* scratch);   // scratch: 2 C floats
+  const BackwardKernels* backward;
 };
 
 // The level in use.
 const Kernels& kernels();
 
-#define SLOWFAST_LEVEL(isa) namespace isa { extern const Kernels kKernels; }
+#define SLOWFAST_LEVEL(isa) \
+  namespace isa { extern const Kernels kKernels; extern const BackwardKernels kBackwardKernels; }
 SLOWFAST_LEVEL(plain)
 SLOWFAST_LEVEL(avx2)
 SLOWFAST_LEVEL(avx512)

@@ -56,8 +56,9 @@ class Planner {
 
  private:
   void add_sequence(int b) {
-    const TokenRun* runs = add_runs(b);
-    const int64_t length = plan_.runs.back().place, num_texts = add_texts(b, length);
+    const TokenRun* runs = plan_.runs.data() + plan_.runs.size();
+    append_runs(p_, b, &plan_.runs);
+    const int64_t length = plan_.runs.back().place, num_texts = append_texts(p_, b, length, &plan_.texts);
     if (num_texts == 0) return;
     const int32_t* texts = plan_.texts.data() + plan_.texts.size() - num_texts;
     const int64_t rows = num_texts * group_;
@@ -72,41 +73,6 @@ class Planner {
       const TokenRun* runs_end = plan_.runs.data() + plan_.runs.size();
       strips_.push_back({texts, runs, runs_end, row, row_end, head_step, std::move(seen), tokens, cost});
     }
-  }
-
-  // Pieces that lie one behind another in memory, too, are one run.
-  const TokenRun* add_runs(int b) {
-    const TokenRun* first = plan_.runs.data() + plan_.runs.size();
-    int64_t place = 0, behind = -1;
-    const auto add = [&](int64_t begin, int64_t end) {
-      if (begin >= end) return;
-      if (begin != behind) plan_.runs.push_back({place, begin});
-      place += end - begin;
-      behind = end;
-    };
-    if (p_.slow_pieces == nullptr) {
-      add(p_.cu_slow[b], p_.cu_slow[b + 1]);
-    } else {
-      for (int64_t i = p_.cu_slow[b]; i < p_.cu_slow[b + 1]; ++i) add(p_.slow_pieces[2 * i], p_.slow_pieces[2 * i + 1]);
-    }
-    plan_.runs.push_back({place, 0});
-    return first;
-  }
-
-  // The sequence's rows that see something; returns how many. Neighbours by what they see share a unit.
-  int64_t add_texts(int b, int64_t length) {
-    const auto old_size = plan_.texts.size();
-    for (int32_t i = p_.cu_text[b]; i < p_.cu_text[b + 1]; ++i) {
-      const Interval range = seen_by(p_, i, length);
-      if (range.begin < range.end) plan_.texts.push_back(i);
-    }
-    if (has_ranges(p_)) {
-      std::stable_sort(plan_.texts.begin() + old_size, plan_.texts.end(), [&](int32_t a, int32_t b) {
-        const Interval x = seen_by(p_, a, length), y = seen_by(p_, b, length);
-        return std::tie(x.begin, x.end) < std::tie(y.begin, y.end);
-      });
-    }
-    return plan_.texts.size() - old_size;
   }
 
   std::vector<Interval> tiles_seen(const int32_t* text, const int32_t* text_end, int64_t length) const {

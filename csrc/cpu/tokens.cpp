@@ -1,6 +1,7 @@
 #include "tokens.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace slowfast::cpu {
 
@@ -11,6 +12,37 @@ Interval seen_by(const CrossAttentionParams& p, int64_t text, int64_t length) {
 }
 
 bool has_ranges(const CrossAttentionParams& p) { return p.slow_begin != nullptr || p.slow_end != nullptr; }
+
+void append_runs(const CrossAttentionParams& p, int b, std::vector<TokenRun>* runs) {
+  int64_t place = 0, behind = -1;
+  const auto add = [&](int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    if (begin != behind) runs->push_back({place, begin});
+    place += end - begin;
+    behind = end;
+  };
+  if (p.slow_pieces == nullptr) {
+    add(p.cu_slow[b], p.cu_slow[b + 1]);
+  } else {
+    for (int64_t i = p.cu_slow[b]; i < p.cu_slow[b + 1]; ++i) add(p.slow_pieces[2 * i], p.slow_pieces[2 * i + 1]);
+  }
+  runs->push_back({place, 0});
+}
+
+int64_t append_texts(const CrossAttentionParams& p, int b, int64_t length, std::vector<int32_t>* texts) {
+  const auto old_size = texts->size();
+  for (int32_t i = p.cu_text[b]; i < p.cu_text[b + 1]; ++i) {
+    const Interval range = seen_by(p, i, length);
+    if (range.begin < range.end) texts->push_back(i);
+  }
+  if (has_ranges(p)) {
+    std::stable_sort(texts->begin() + old_size, texts->end(), [&](int32_t a, int32_t b) {
+      const Interval x = seen_by(p, a, length), y = seen_by(p, b, length);
+      return std::tie(x.begin, x.end) < std::tie(y.begin, y.end);
+    });
+  }
+  return texts->size() - old_size;
+}
 
 TileWalk::TileWalk(const CrossAttentionParams& p, const AttentionUnit& unit, int64_t tile_tokens)
     : unit_(unit),

@@ -2,6 +2,8 @@
 // their tokens, so that a row's bits do not depend on where the tokens lie; tiles that no row of the unit sees are left
 // out. Compiled for the baseline, apart from the kernels: once a tile, this costs them nothing.
 #pragma once
+#include <vector>
+
 #include "kernels.h"
 
 namespace slowfast::cpu {
@@ -19,6 +21,13 @@ struct TokenTile {
 Interval seen_by(const CrossAttentionParams& p, int64_t text, int64_t length);
 
 bool has_ranges(const CrossAttentionParams& p);   // not inline: no level's instructions may reach another level
+
+// Appends sequence `b`'s runs, see AttentionUnit. Pieces that lie one behind another in memory, too, are one run.
+void append_runs(const CrossAttentionParams& p, int b, std::vector<TokenRun>* runs);
+
+// Appends the text rows of sequence `b`, of `length` slow tokens, that see something, as indices into text_rows;
+// returns how many. Neighbours by what they see come together.
+int64_t append_texts(const CrossAttentionParams& p, int b, int64_t length, std::vector<int32_t>* texts);
 
 class TileWalk {
  public:

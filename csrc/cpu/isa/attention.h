@@ -33,13 +33,14 @@ struct PairOps {
 };
 #endif
 
-// acc[i][j] += sum over k of a[k][j] * broadcast_W(b + i * stride_i + k * stride_k);  a is [count][R] vectors.
+// acc[i][j] += sum over k of a[k][j] * broadcast_W(b + i * stride_i + k * stride_k);  a is [count] rows of R vectors,
+// stride_a apart.
 template <class Ops, int N, int R, int W>
-SLOWFAST_INLINE void multiply(const float* a, const float* b, int64_t stride_i, int64_t stride_k, int64_t count,
-                              Vec (&acc)[N][R]) {
+SLOWFAST_INLINE void multiply(const float* a, int64_t stride_a, const float* b, int64_t stride_i, int64_t stride_k,
+                              int64_t count, Vec (&acc)[N][R]) {
   for (int64_t k = 0; k < count; ++k) {
     Vec rows[R];
-    for (int j = 0; j < R; ++j) rows[j] = load(a + (k * R + j) * kLanes);
+    for (int j = 0; j < R; ++j) rows[j] = load(a + k * stride_a + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       const Vec element = repeat<W>(b + i * stride_i + k * stride_k);
@@ -201,7 +202,7 @@ struct AttentionTile {
         Vec acc[kDots][R];
         for (auto& row : acc) for (auto& x : row) x = zero();
         const float* key = keys.data + (t - from) * keys.stride + c * W;
-        multiply<Ops, kDots, R, W>(q + c * kWidth, key, keys.stride, W, count, acc);
+        multiply<Ops, kDots, R, W>(q + c * kWidth, kWidth, key, keys.stride, W, count, acc);
         for (int i = 0; i < kDots; ++i) for (int j = 0; j < R; ++j) total[i][j] = total[i][j] + acc[i][j];
       }
       for (int i = 0; i < kDots; ++i) {
@@ -291,7 +292,7 @@ struct AttentionTile {
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) acc[i][j] = load(out + (chunk + i) * kWidth + j * kLanes) * rescale[j];
       }
-      multiply<Ops, kDots, R, W>(probs, values.data + chunk * W, W, values.stride, padded / Ops::kPack, acc);
+      multiply<Ops, kDots, R, W>(probs, kWidth, values.data + chunk * W, W, values.stride, padded / Ops::kPack, acc);
       for (int i = 0; i < kDots; ++i) {
         for (int j = 0; j < R; ++j) store(out + (chunk + i) * kWidth + j * kLanes, acc[i][j]);
       }

@@ -133,7 +133,8 @@ const Kernels kKernels = {SLOWFAST_NAME(SLOWFAST_ISA),
                           finish_row,
                           mix_row,
                           merge_row,
-                          pool_cells};
+                          pool_cells,
+                          &kBackwardKernels};
 }  // namespace SLOWFAST_ISA
 
 }  // namespace slowfast::cpu

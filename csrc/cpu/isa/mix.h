@@ -22,26 +22,34 @@ float dot(const S* state, const W* weight, int64_t count) {
   return total;
 }
 
-static_assert(kNumGateKinds == 5, "a new kind of gate must be taught to gate_with");
+static_assert(kNumGateKinds == 5, "a new kind of gate must be taught to activated_with and slope_of");
 
+// Before the warm-up factor.
 template <class S, class W>
-float gate_with(const S* state, const GateParams& gate, int64_t text, int64_t count) {
+float activated_with(const S* state, const GateParams& gate, int64_t text, int64_t count) {
   const auto weighted = [&] {
     return dot(state, static_cast<const W*>(gate.weight), count) + to_float(*static_cast<const W*>(gate.bias));
   };
-  float g = 1.0f;
   switch (gate.kind) {
-    case GateKind::kTanh: g = __builtin_tanhf(weighted()); break;
-    case GateKind::kLinear: g = weighted(); break;
-    case GateKind::kSigmoid: g = 1.0f / (1.0f + __builtin_expf(-weighted())); break;
+    case GateKind::kTanh: return __builtin_tanhf(weighted());
+    case GateKind::kLinear: return weighted();
+    case GateKind::kSigmoid: return 1.0f / (1.0f + __builtin_expf(-weighted()));
     case GateKind::kNone: break;
-    case GateKind::kGiven: g = gate.value[text]; break;
+    case GateKind::kGiven: return gate.value[text];
   }
-  if (gate.warm_up != nullptr) {
-    const float warm_up = to_float(*static_cast<const W*>(gate.warm_up));
-    g *= gate.tanh_warm_up ? __builtin_tanhf(warm_up) : warm_up;
-  }
-  return g;
+  return 1.0f;
+}
+
+template <class W>
+float warm_up_factor(const GateParams& gate) {
+  if (gate.warm_up == nullptr) return 1.0f;
+  const float warm_up = to_float(*static_cast<const W*>(gate.warm_up));
+  return gate.tanh_warm_up ? __builtin_tanhf(warm_up) : warm_up;
+}
+
+template <class S, class W>
+float gate_with(const S* state, const GateParams& gate, int64_t text, int64_t count) {
+  return activated_with<S, W>(state, gate, text, count) * warm_up_factor<W>(gate);
 }
 
 // The gate of text row `text`, whose state is given. The gate's parameters have the state's dtype or float32.

@@ -10,8 +10,8 @@ namespace slowfast::cpu {
 namespace {
 
 // row = mean of the stride x stride tokens at `from`; returns the sum of its squares.
-template <class T>
-float average_tokens(const PoolParams& p, const T* from, int stride, float* row) {
+template <class T, class Params>
+float average_tokens(const Params& p, const T* from, int stride, float* row) {
   const float scale = 1.f / float(stride * stride);
   Vec squares = zero();
   int64_t c = 0;
@@ -37,11 +37,11 @@ float average_tokens(const PoolParams& p, const T* from, int stride, float* row)
   return sum_squares;
 }
 
-template <class T>
-void write_scaled(const float* row, float scale, T* to, int64_t count) {
+template <class S, class T>
+void write_scaled(const S* row, float scale, T* to, int64_t count) {
   int64_t c = 0;
   for (; c + kLanes <= count; c += kLanes) store(to + c, load(row + c) * scale);
-  for (; c < count; ++c) from_float(row[c] * scale, to + c);
+  for (; c < count; ++c) from_float(to_float(row[c]) * scale, to + c);
 }
 
 // write_scaled, and total += row in the same sweep.

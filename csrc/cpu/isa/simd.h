@@ -85,6 +85,21 @@ SLOWFAST_INLINE Vec where_within(Vec x, Vec begin, Vec end, Vec inside, Vec outs
   const __mmask16 from = _mm512_cmp_ps_mask(begin, x, _CMP_LE_OQ);
   return _mm512_mask_mov_ps(outside, _mm512_mask_cmp_ps_mask(from, x, end, _CMP_LT_OQ), inside);
 }
+// In each lane: begin[lane] <= x < end[lane] ? inside : outside.
+SLOWFAST_INLINE Vec where_between(int32_t x, const int32_t* begin, const int32_t* end, Vec inside, Vec outside) {
+  const __m512i all = _mm512_set1_epi32(x);
+  const __mmask16 from = _mm512_cmple_epi32_mask(_mm512_loadu_si512(begin), all);
+  return _mm512_mask_mov_ps(outside, _mm512_mask_cmplt_epi32_mask(from, all, _mm512_loadu_si512(end)), inside);
+}
+// a[0], b[0], a[1], b[1], ...: the first and the second half of that.
+SLOWFAST_INLINE Vec zip_first(Vec a, Vec b) {
+  const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return _mm512_permutex2var_ps(a, order, b);
+}
+SLOWFAST_INLINE Vec zip_second(Vec a, Vec b) {
+  const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return _mm512_permutex2var_ps(a, order, b);
+}
 
 // The W floats at p, repeated over the vector.
 template <int W> SLOWFAST_INLINE Vec repeat(const float* p) {
@@ -146,6 +161,18 @@ SLOWFAST_INLINE Vec where_within(Vec x, Vec begin, Vec end, Vec inside, Vec outs
   const Vec within = _mm256_and_ps(_mm256_cmp_ps(begin, x, _CMP_LE_OQ), _mm256_cmp_ps(x, end, _CMP_LT_OQ));
   return _mm256_blendv_ps(outside, inside, within);
 }
+SLOWFAST_INLINE Vec where_between(int32_t x, const int32_t* begin, const int32_t* end, Vec inside, Vec outside) {
+  const __m256i all = _mm256_set1_epi32(x);
+  const __m256i before = _mm256_cmpgt_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(begin)), all);
+  const __m256i ahead = _mm256_cmpgt_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(end)), all);
+  return _mm256_blendv_ps(outside, inside, _mm256_castsi256_ps(_mm256_andnot_si256(before, ahead)));
+}
+SLOWFAST_INLINE Vec zip_first(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+SLOWFAST_INLINE Vec zip_second(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
 
 template <int W> SLOWFAST_INLINE Vec repeat(const float* p) {
   static_assert(W == 1 || W == 2 || W == 4 || W == 8);
@@ -192,6 +219,14 @@ SLOWFAST_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }   // b where eit
 SLOWFAST_INLINE Vec where_within(Vec x, Vec begin, Vec end, Vec inside, Vec outside) {
   return (begin <= x) & (x < end) ? inside : outside;
 }
+SLOWFAST_INLINE Vec where_between(int32_t x, const int32_t* begin, const int32_t* end, Vec inside, Vec outside) {
+  IntVec from, to;
+  std::memcpy(&from, begin, sizeof from);
+  std::memcpy(&to, end, sizeof to);
+  return (from <= x) & (to > x) ? inside : outside;
+}
+SLOWFAST_INLINE Vec zip_first(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+SLOWFAST_INLINE Vec zip_second(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 
 template <int W> SLOWFAST_INLINE Vec repeat(const float* p) {
   static_assert(W == 1 || W == 2 || W == 4);
@@ -228,6 +263,21 @@ SLOWFAST_INLINE Vec exp2(Vec x) {   // relative error 1e-7
   });
 }
 
+// Rows become columns. Each turn moves the highest bit of a column's number to the end of its row's.
+SLOWFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int turn = 1; turn < kLanes; turn *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = zip_first(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = zip_second(rows[i], rows[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
 // ---- bf16 dot products: d-word lanes hold two bf16, a lane of the result adds both products in fp32
 
 #if defined(__AVX512BF16__)
@@ -240,6 +290,10 @@ SLOWFAST_INLINE Vec to_pairs(Vec low, Vec high) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
+}
+// As to_pairs rounds.
+SLOWFAST_INLINE void store_rounded(BF16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 SLOWFAST_INLINE Vec low_of(Vec pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
 SLOWFAST_INLINE Vec high_of(Vec pairs) {
