@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import inf
+from math import ceil, inf
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class BackendChoice(NamedTuple):
 
 _BACKWARD_KERNELS: dict[str, tuple[str, ...]] = {  # ops that have one
     "cuda": ("slowfast_pool", "gated_residual_mix"),
-    "triton": ("slowfast_pool", "gated_residual_mix"),
+    "triton": ("text_cross_attention", "slowfast_pool", "gated_residual_mix"),
     "cpu": ("text_cross_attention", "slowfast_pool", "gated_residual_mix"),
 }
 
@@ -147,6 +147,14 @@ class AttentionConfig:
             return -(-num_text * heads_per_kv // self.block_m)
         filled = num_text * heads_per_kv // self.block_m + min(batch, num_text)  # and one partial tile a sequence
         return min(filled, num_text * -(-heads_per_kv // self.block_m))
+
+
+@dataclass(frozen=True)
+class AttentionBackwardConfig(AttentionConfig):
+    """Of the Triton attention's backward: a program owns ``block_m`` packed rows, and one of ``num_splits`` parts of
+    the slow tokens, or ``block_n`` slow tokens, and walks the others ``step`` at a time."""
+
+    step: int = 64
 
 
 @dataclass(frozen=True)
@@ -255,6 +263,58 @@ def triton_attention_config(
 
         num_splits = min(range(1, min(num_blocks, _MAX_SPLITS) + 1), key=share)
     return AttentionConfig(block_m, block_n, num_splits, num_warps, num_stages)
+
+
+# Of the backward, by bytes an element and padded head dimension: (block_m and block_n, num_warps, num_stages, step) of
+# GPUs with Hopper's shared memory, and of others.
+_HOPPER_SHARED_BYTES = 200 * 1024
+_BACKWARD_TILES: dict[tuple[int, int], tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
+    (2, 64): ((64, 4, 2, 64), (128, 8, 2, 64)),
+    (2, 128): ((64, 4, 2, 64), (128, 8, 2, 32)),
+    (2, 256): ((64, 8, 2, 32), (64, 8, 2, 16)),
+    (4, 64): ((64, 8, 2, 16), (64, 8, 2, 16)),
+    (4, 128): ((64, 8, 2, 16), (64, 8, 2, 16)),
+    (4, 256): ((16, 4, 1, 16), (16, 4, 1, 16)),
+}
+
+
+@lru_cache(maxsize=4096)
+def triton_attention_backward_config(
+    num_text: int,
+    num_slow: int,
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype_bytes: int,
+    num_sms: int,
+    shared_bytes: int = 227 * 1024,
+    owns_tokens: bool = True,
+) -> AttentionBackwardConfig:
+    """Tiles and splits of the gradients of such a call; an even batch is assumed.
+
+    ``owns_tokens``: dK or dV are wanted too. Their programs begin behind those of dQ, and fill what these leave idle:
+    as few splits are enough as keep a program of dQ from outlasting all the rest.
+    """
+    heads_per_kv, block_d = num_q_heads // num_kv_heads, padded_head_dim(head_dim)
+    rows = -(-num_text // batch) * heads_per_kv
+    tiles = _BACKWARD_TILES[dtype_bytes, max(64, block_d)]
+    block_n, num_warps, num_stages, step = tiles[0 if shared_bytes >= _HOPPER_SHARED_BYTES else 1]
+    block_m = min(block_n, max(16, next_power_of_2(rows)))
+    steps = max(1, -(-num_slow // (batch * step)))
+    programs = batch * -(-rows // block_m) * num_kv_heads
+    slots = num_sms * (2 if num_warps == 4 else 1)
+    if owns_tokens:
+        longest = 3 * block_m * steps  # products of a dQ program that has all slow tokens, over step and head dimension
+        all_products = longest * programs + 4 * rows * steps * batch * num_kv_heads
+        num_splits = max(1, ceil(longest * slots / all_products - 0.1))
+    else:
+
+        def share(splits: int) -> float:
+            return -(-programs * splits // slots) / splits * (1 + _SPLIT_PENALTY * splits)
+
+        num_splits = min(range(1, 1 + max(1, slots // programs)), key=share)
+    return AttentionBackwardConfig(block_m, block_n, min(num_splits, steps), num_warps, num_stages, step)
 
 
 @lru_cache(maxsize=4096)

@@ -15,8 +15,9 @@ PARTS = {  # what runs, and at least how many tests that must be
     "golden": (["test_golden_ops.py"], 75),
     "attention": (["test_ops_attention.py"], 40),
     "fused": (["test_ops_fused.py", "test_ops_fuzz.py"], 42),
-    "rest": (["test_ops_pool.py", "test_ops_gated_mix.py", "test_ops_backward.py", "test_torch_integration.py"], 95),
-    "backward": (["test_ops_backward_mix_pool.py"], 85),
+    "rest": (["test_ops_pool.py", "test_ops_gated_mix.py", "test_torch_integration.py"], 95),
+    "backward": (["test_ops_backward.py", "test_ops_backward_asked.py"], 50),
+    "backward of mix and pool": (["test_ops_backward_mix_pool.py"], 85),
     "visible": (["test_ops_visible.py", "test_ops_merge.py"], 70),
     "tensors": (["test_ops_numbers.py", "test_ops_tensor_kinds.py"], 45),
 }

@@ -43,6 +43,9 @@ class Launch:
             if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
                 self.signature[name], self.constants[name] = "constexpr", value
                 continue
+            if hasattr(value, "block_shape"):
+                self.signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
+                continue
             is_tensor = isinstance(value, torch.Tensor)
             self.signature[name] = TYPES[value.dtype] if is_tensor else TYPES[type(value)]
             if is_tensor or (special and type(value) is int and value % 16 == 0):
@@ -76,7 +79,7 @@ def index(n: int) -> torch.Tensor:
 
 def recorder(monkeypatch: pytest.MonkeyPatch):
     """recorder(...)(arch) -> the list that launches of the Triton backend are then kept in instead of being run."""
-    from slowfast_kernels.triton import attention, gated_mix_backward
+    from slowfast_kernels.triton import attention, attention_backward, gated_mix_backward
     from slowfast_kernels.triton._common import HAS_DEPENDENT_LAUNCH, Device
 
     launches = []
@@ -87,7 +90,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
 
     def start(arch: int) -> list[Launch]:
         device = Device(NUM_SMS[arch], SHARED_BYTES[arch], HAS_DEPENDENT_LAUNCH and arch >= 90, prefetch=True)
-        for module in (attention, gated_mix_backward):
+        for module in (attention, attention_backward, gated_mix_backward):
             monkeypatch.setattr(module, "describe", lambda _: device)
         monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
         return launches

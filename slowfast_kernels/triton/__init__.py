@@ -4,6 +4,7 @@ Configurations are fixed by ``heuristics``, so nothing is tuned at run time and 
 """
 
 from .attention import prepare_cross_attention, prepare_text_cross_attention
+from .attention_backward import prepare_text_cross_attention_backward
 from .gated_mix import prepare_gated_residual_mix
 from .gated_mix_backward import prepare_gated_residual_mix_backward
 from .merge import prepare_merge_attention
@@ -19,4 +20,5 @@ __all__ = [
     "prepare_merge_attention",
     "prepare_pool_backward",
     "prepare_text_cross_attention",
+    "prepare_text_cross_attention_backward",
 ]

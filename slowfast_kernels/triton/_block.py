@@ -1,4 +1,4 @@
-"""One block of the attention kernel's loop: BLOCK_N slow tokens against a tile of packed rows, online softmax."""
+"""One block of a loop over slow tokens: BLOCK_N of them against a tile of packed rows, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_tile(ptrs, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
+def load_tile(ptrs, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
     """Rows and columns that are off are never read (a neighbour's rows may hold NaN) and give 0."""
     if MASK_ROWS and MASK_COLS:
         return tl.load(ptrs, mask=rows[:, None] & cols[None, :], other=0.0)
@@ -27,7 +27,7 @@ def attend_block(
 ):  # fmt: skip
     """One online-softmax step over BLOCK_N slow tokens; ``scale`` > 0 takes scores to base 2."""
     live = tl.arange(0, BLOCK_N) < tokens_left
-    k = _load_tile(keys + k_tile, live, cols, MASK_ROWS, MASK_COLS)
+    k = load_tile(keys + k_tile, live, cols, MASK_ROWS, MASK_COLS)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASK_ROWS:
         seen = live[None, :]
@@ -43,6 +43,39 @@ def attend_block(
     p = tl.exp2(scores * scale - origin[:, None])
     shrink = tl.exp2(top - origin)
     total = total * shrink + tl.sum(p, 1)
-    v = _load_tile(values + v_tile, live, cols, MASK_ROWS, MASK_COLS)
+    v = load_tile(values + v_tile, live, cols, MASK_ROWS, MASK_COLS)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_top
+
+
+@triton.jit
+def add_to_dq(dq, delta, lse2, q, grad, k, v, scale, seen):
+    """``dq`` with what a block of slow tokens adds to it, before it is scaled; ``scale`` takes scores to base 2.
+
+    ``grad`` is the gradient of the rows' context, ``delta`` what their softmax subtracts, ``lse2`` in base 2.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    grad_scores = tl.exp2(scores * scale - lse2[:, None]) * (grad_p - delta[:, None])
+    if seen is not None:
+        grad_scores = tl.where(seen, grad_scores, 0.0)
+    return tl.dot(grad_scores.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def differentiate_block(
+    dq, delta, lse2, q, grad, keys, values, k_tile, v_tile, tokens_left, cols, scale, first, begin, end,
+    BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+):  # fmt: skip
+    """``add_to_dq`` of BLOCK_N slow tokens; arguments as ``attend_block`` has them."""
+    live = tl.arange(0, BLOCK_N) < tokens_left
+    k = load_tile(keys + k_tile, live, cols, MASK_ROWS, MASK_COLS)
+    v = load_tile(values + v_tile, live, cols, MASK_ROWS, MASK_COLS)
+    if MASK_ROWS:
+        seen = live[None, :]
+        if begin is not None:
+            token = first + tl.arange(0, BLOCK_N)
+            seen = seen & (token[None, :] >= begin[:, None]) & (token[None, :] < end[:, None])
+        return add_to_dq(dq, delta, lse2, q, grad, k, v, scale, seen)
+    else:
+        return add_to_dq(dq, delta, lse2, q, grad, k, v, scale, None)

@@ -30,6 +30,12 @@ else:  # kernels name them, but no launch asks for them
         pass
 
 
+try:  # arguments of a kernel that are TMA's tensor maps
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
+
 @dataclass(frozen=True)
 class Device:
     """What ``heuristics`` needs to know of a GPU. The interpreter, with no GPU, gets a small one."""
@@ -38,6 +44,11 @@ class Device:
     shared_bytes: int  # that one program may use
     dependent_launch: bool  # programmatic dependent launch: NVIDIA, sm_90 and newer, if Triton has it
     prefetch: bool  # PTX has an instruction that asks L2 for a line: NVIDIA
+
+    @property
+    def tensor_maps(self) -> bool:
+        """Kernels may take descriptors, through which TMA loads: sm_90 and newer, and a Triton that has them all."""
+        return self.dependent_launch and TensorDescriptor is not None
 
 
 @functools.lru_cache(maxsize=64)

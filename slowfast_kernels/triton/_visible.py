@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._block import attend_block
+from ._block import attend_block, differentiate_block
 
 NEVER = tl.constexpr(2**31 - 1)  # past every token
 
@@ -44,7 +44,7 @@ def _next_segment(position, begin, end):
 
 
 @triton.jit
-def _load_pieces(slow_pieces, piece, last_piece):
+def load_pieces(slow_pieces, piece, last_piece):
     """(first token in memory, tokens) of pieces; 0 tokens past the last piece."""
     is_piece = piece < last_piece
     start = tl.load(slow_pieces + 2 * piece, mask=is_piece, other=0)
@@ -56,7 +56,7 @@ def _load_pieces(slow_pieces, piece, last_piece):
 def count_tokens(slow_pieces, first_piece, last_piece, SCAN: tl.constexpr):
     total = 0
     for first in tl.range(first_piece, last_piece, SCAN):
-        _, tokens = _load_pieces(slow_pieces, first + tl.arange(0, SCAN), last_piece)
+        _, tokens = load_pieces(slow_pieces, first + tl.arange(0, SCAN), last_piece)
         total += tl.sum(tokens, 0)
     return total
 
@@ -79,7 +79,7 @@ def _count_blocks(slow_pieces, first_piece, last_piece, low, high, BLOCK_N: tl.c
         blocks = 0
         tokens_before = 0
         for first in tl.range(first_piece, last_piece, SCAN):
-            _, tokens = _load_pieces(slow_pieces, first + tl.arange(0, SCAN), last_piece)
+            _, tokens = load_pieces(slow_pieces, first + tl.arange(0, SCAN), last_piece)
             _, count = _in_segment(tokens_before, tokens, low, high)
             blocks += tl.sum(tl.cdiv(count, BLOCK_N), 0)
             tokens_before += tl.sum(tokens, 0)
@@ -93,7 +93,7 @@ def _find_block(slow_pieces, first_piece, last_piece, low, high, block, BLOCK_N:
     blocks_before, tokens_before = 0, 0
     blocks, seen = 0, 0
     for first in tl.range(first_piece, last_piece, SCAN):
-        _, tokens = _load_pieces(slow_pieces, first + tl.arange(0, SCAN), last_piece)
+        _, tokens = load_pieces(slow_pieces, first + tl.arange(0, SCAN), last_piece)
         _, count = _in_segment(seen, tokens, low, high)
         upto = blocks + tl.cumsum(tl.cdiv(count, BLOCK_N), 0)
         passed = upto <= block
@@ -168,8 +168,29 @@ def _unmasked(
 
 
 @triton.jit
-def attend_visible(
-    acc, total, top, q, keys, values, k_tile, v_tile, cols, scale,
+def _visit_block(
+    acc, total, top, q, grad, keys, values, k_tile, v_tile, tokens_left, cols, scale, first, begin, end,
+    BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+):  # fmt: skip
+    if grad is None:
+        return attend_block(
+            acc, total, top, q, keys, values, k_tile, v_tile, tokens_left, cols, scale, first, begin, end,
+            BLOCK_N, MASK_ROWS, MASK_COLS,
+        )  # fmt: skip
+    else:
+        acc = differentiate_block(
+            acc, total, top, q, grad, keys, values, k_tile, v_tile, tokens_left, cols, scale, first, begin, end,
+            BLOCK_N, MASK_ROWS, MASK_COLS,
+        )  # fmt: skip
+        return acc, total, top
+
+
+@triton.jit
+def visit_visible(
+    acc, total, top,  # the online softmax's; with ``grad`` of dQ: what is added up, delta and lse in base 2
+    q,
+    grad,  # of the rows' context, or None: the forward pass
+    keys, values, k_tile, v_tile, cols, scale,
     begin, end,  # of each row, as ``visible_rows`` gives them; None: every row sees all
     first_slow, last_slow,  # tokens, or pieces
     slow_pieces, first_block, last_block,
@@ -195,16 +216,16 @@ def attend_visible(
             if PEEL:
                 for block in tl.range(start, end_of_plain):
                     at = (first_slow + low + block * BLOCK_N).to(tl.int64)
-                    acc, total, top = attend_block(
-                        acc, total, top, q, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile, BLOCK_N,
+                    acc, total, top = _visit_block(
+                        acc, total, top, q, grad, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile, BLOCK_N,
                         cols, scale, None, None, None, BLOCK_N, False, MASK_COLS,
                     )  # fmt: skip
             for i in tl.range(first, last - plain):
                 offset = (i + tl.where(i >= start, plain, 0)) * BLOCK_N
                 at = (first_slow + low + offset).to(tl.int64)
-                acc, total, top = attend_block(
-                    acc, total, top, q, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile, count - offset,
-                    cols, scale, low + offset, begin, end, BLOCK_N, True, MASK_COLS,
+                acc, total, top = _visit_block(
+                    acc, total, top, q, grad, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile,
+                    count - offset, cols, scale, low + offset, begin, end, BLOCK_N, True, MASK_COLS,
                 )  # fmt: skip
             done += tl.cdiv(count, BLOCK_N)
         else:
@@ -214,7 +235,7 @@ def attend_visible(
                     slow_pieces, first_slow, last_slow, low, high, tl.maximum(first_block - done, 0), BLOCK_N, SCAN
                 )
             while (piece < last_slow) & (done + blocks < last_block):
-                memory, tokens = _load_pieces(slow_pieces, piece + tl.arange(0, CHUNK), last_slow)
+                memory, tokens = load_pieces(slow_pieces, piece + tl.arange(0, CHUNK), last_slow)
                 inside, count = _in_segment(tokens_before, tokens, low, high)
                 memory += inside - (tokens_before + tl.cumsum(tokens, 0) - tokens)
                 number = tl.cdiv(count, BLOCK_N)
@@ -229,9 +250,9 @@ def attend_visible(
                         here = (i < upto) & (i >= upto - plain)
                         offset = (start + i - (upto - plain)) * BLOCK_N
                         at = tl.sum(tl.where(here, memory + offset, 0), 0).to(tl.int64)
-                        acc, total, top = attend_block(
-                            acc, total, top, q, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile, BLOCK_N,
-                            cols, scale, None, None, None, BLOCK_N, False, MASK_COLS,
+                        acc, total, top = _visit_block(
+                            acc, total, top, q, grad, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile,
+                            BLOCK_N, cols, scale, None, None, None, BLOCK_N, False, MASK_COLS,
                         )  # fmt: skip
                 masked = last - first - plain
                 upto = tl.cumsum(masked, 0)
@@ -244,8 +265,8 @@ def attend_visible(
                     token = 0
                     if begin is not None:
                         token = tl.sum(tl.where(here, inside + offset, 0), 0)
-                    acc, total, top = attend_block(
-                        acc, total, top, q, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile, left,
+                    acc, total, top = _visit_block(
+                        acc, total, top, q, grad, keys + at * K_STRIDE, values + at * V_STRIDE, k_tile, v_tile, left,
                         cols, scale, token, begin, end, BLOCK_N, True, MASK_COLS,
                     )  # fmt: skip
                 blocks += tl.sum(number, 0)

@@ -33,22 +33,12 @@ from ..heuristics import (
 )
 from ._block import attend_block
 from ._common import describe, gate_of, gdc_launch_dependents, gdc_wait, on_device_of
-from ._visible import attend_visible, count_tokens, visible_rows, visible_share
+from ._tiles import sequence_of
+from ._visible import count_tokens, visible_rows, visible_share, visit_visible
 from .gated_mix import copied_or_empty, launch_mix
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _sequence_of(tile, cu_text, batch, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
-    """(sequence, tile within it) of a grid tile; sequence == BLOCK_B for the tiles that the upper bound adds."""
-    b = tl.arange(0, BLOCK_B)
-    begin = tl.load(cu_text + b, mask=b < batch, other=0)
-    end = tl.load(cu_text + b + 1, mask=b < batch, other=0)
-    tiles = tl.cdiv((end - begin) * HEADS_PER_KV, BLOCK_M)
-    before = tl.cumsum(tiles, 0) <= tile
-    return tl.sum(before.to(tl.int32), 0), tile - tl.sum(tl.where(before, tiles, 0), 0)
 
 
 @triton.jit
@@ -111,7 +101,7 @@ def _attention(
     if BLOCK_B == 1:
         sequence, first_text, num_rows = 0, 0, num_text * HEADS_PER_KV
     else:
-        sequence, tile = _sequence_of(tile, cu_text, batch, HEADS_PER_KV, BLOCK_M, BLOCK_B)
+        sequence, tile = sequence_of(tile, cu_text, batch, HEADS_PER_KV, BLOCK_M, BLOCK_B)
         if sequence >= batch:
             return
         first_text = tl.load(cu_text + sequence)
@@ -179,8 +169,8 @@ def _attention(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     MASK_COLS: tl.constexpr = D != BLOCK_D
     if (slow_begin is not None or slow_end is not None) or slow_pieces is not None:
-        acc, total, top = attend_visible(
-            acc, total, top, query, keys, values, k_tile, v_tile, is_col, scale, begin, end,
+        acc, total, top = visit_visible(
+            acc, total, top, query, None, keys, values, k_tile, v_tile, is_col, scale, begin, end,
             first_slow, last_slow, slow_pieces, first_block, last_block,
             K_STRIDE, V_STRIDE, BLOCK_N, MASK_COLS, SPLIT, PEEL, SCAN, CHUNK,
         )  # fmt: skip
