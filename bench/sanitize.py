@@ -4,7 +4,7 @@
 
 Every way that the Hopper attention cuts a call (one and two consumers, half tiles paired and alone, clusters of 1 to
 8, groups, whole units and uneven groups, shares of uneven sequences, blocks dealt out), both head dimensions and half
-dtypes, ragged batches with empty sequences; ranges, pieces, K and V apart, merging; pool and mix.
+dtypes, ragged batches with empty sequences; ranges, pieces, K and V apart, merging; its gradients; pool and mix.
 """
 
 from __future__ import annotations
@@ -85,6 +85,25 @@ def selection(texts, head_dim, pair, in_pieces, num_splits) -> None:
     assert context.isfinite().all()
 
 
+def attention_gradients(sequences, heads, head_dim, dtype) -> None:
+    """Of everything and of single ones; a last round of halves, where there are rows enough."""
+    texts, slows = zip(*sequences, strict=True)
+
+    def prefix(counts):
+        return torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32, device="cuda")
+
+    q = torch.randn(sum(texts) + 2, heads[0], head_dim, device="cuda", dtype=dtype)
+    kv = torch.randn(sum(slows), heads[1], 2, head_dim, device="cuda", dtype=dtype)
+    index = torch.arange(sum(texts), dtype=torch.int32, device="cuda") + 1
+    for needed in ((q, kv), (q,), (kv,)):
+        for x in (q, kv):
+            x.requires_grad_(any(x is each for each in needed))
+        context = sk.text_cross_attention(q, kv, prefix(slows), index, prefix(texts), backend="cuda")
+        found = torch.autograd.grad(context, needed, context.detach())
+        torch.cuda.synchronize()
+        assert all(x.isfinite().all() for x in found)
+
+
 def pool_and_mix() -> None:
     """And their backward passes: in vectors, one channel at a time, of everything and of single gradients."""
     for channels, norm_eps in product((96, 95), (1e-6, None)):
@@ -133,6 +152,9 @@ def main() -> None:
     for rows, pair, pieces, splits in product((1, 40), (False, True), (False, True), (0, 3)):
         selection((rows, 3), 64 if pair else 128, pair, pieces, splits)
     selection((150, 3), 128, False, True, 0)  # dealt out
+    for dtype, head_dim, sequences in product((torch.bfloat16, torch.float16), (64, 128), RAGGED):
+        attention_gradients(sequences, (14, 2), head_dim, dtype)
+    attention_gradients(((40, 1500),), (14, 2), 128, torch.bfloat16)
     pool_and_mix()
     torch.cuda.synchronize()
     print("all calls made")

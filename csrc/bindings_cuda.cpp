@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "cuda/common/check.h"
 #include "cuda/common/launchers.h"
+#include "cuda/cross_attention/backward.h"
 #include "cuda/cross_attention/launch.h"
 
 namespace py = pybind11;
@@ -24,6 +25,16 @@ void cross_attention(Address params, Address plan, Address stream) {
     case 128: return cuda::cross_attention_sm90_d128(p, split, pointer(stream));
   }
   throw std::invalid_argument("cross_attention: a head dimension that has no kernel");
+}
+
+void cross_attention_backward(Address params, Address plan, Address stream) {
+  const CrossAttentionBackwardParams& p = read_attention_backward(params);
+  const auto& cut = *static_cast<const cuda::BackwardPlan*>(pointer(plan));
+  switch (p.forward.head_dim) {
+    case 64: return cuda::cross_attention_backward_sm90_d64(p, cut, pointer(stream));
+    case 128: return cuda::cross_attention_backward_sm90_d128(p, cut, pointer(stream));
+  }
+  throw std::invalid_argument("cross_attention_backward: a head dimension that has no kernel");
 }
 #endif
 
@@ -51,7 +62,9 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_merge", [](Address params, Address stream) { cuda::merge(read_merge(params), pointer(stream)); }, no_gil);
 #ifdef SLOWFAST_WITH_SM90
   m.attr("struct_sizes")["SplitPlan"] = sizeof(cuda::SplitPlan);
+  m.attr("struct_sizes")["BackwardPlan"] = sizeof(cuda::BackwardPlan);
   m.def("cuda_cross_attention", &cross_attention, no_gil);
+  m.def("cuda_cross_attention_backward", &cross_attention_backward, no_gil);
 #endif
 }
 

@@ -30,12 +30,22 @@ from .calls import (
 )
 from .gate import Gate
 from .gradients import mix_differentiable, mix_needs, new_gradients, row_major
-from .heuristics import HopperConfig, cuda_mix_backward_blocks, hopper_attention_config
+from .heuristics import (
+    HopperBackwardConfig,
+    HopperConfig,
+    cuda_mix_backward_blocks,
+    hopper_attention_backward_config,
+    hopper_attention_config,
+)
 from .params import (
+    BackwardPlan,
     SplitPlan,
+    address,
+    attention_backward_params,
     copy,
     cross_attention_params,
     fill_attention,
+    fill_attention_backward,
     fill_gate,
     fill_gated_mix,
     fill_gated_mix_backward,
@@ -172,6 +182,29 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
     return run
 
 
+def prepare_text_cross_attention_backward(
+    sample: BackwardTensors, options: AttentionOptions, needs: tuple[bool, ...]
+) -> Callable:
+    """A function of tensors alike: gradients of q, slow_kv and slow_values, None where ``needs`` says so."""
+    inputs = sample.inputs
+    is_empty = inputs.text_rows.shape[0] == 0 or inputs.slow_kv.shape[0] == 0
+    if is_empty or all(grad is None for grad in sample.grads):
+
+        @described(nothing_to_attend)
+        def zeros(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
+            inputs = _differentiable(tensors.inputs)
+            found = new_gradients(inputs, (need and x is not None for need, x in zip(needs, inputs, strict=True)))
+            return tuple(None if x is None else x.zero_() for x in found)
+
+        return zeros
+    backward = AttentionBackward(inputs, options.softmax_scale, needs)
+    return described(backward.describe)(backward)
+
+
+def _differentiable(inputs: AttentionTensors) -> tuple[Tensor | None, ...]:
+    return inputs.q, inputs.slow_kv, inputs.slow_values
+
+
 def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
     """A function of tensors alike: attention, gate and mix in one launch; where there are rows without text, a copy of
     ``state`` goes before it.
@@ -280,6 +313,75 @@ class Attention:
             plan.partial_gates = plan.partial_stats + 4 * stats_size
             plan.counters = _counters(self.device, num_counters).data_ptr()
         _launch(self.kernel, self.device, params, plan)
+
+
+class AttentionBackward:
+    """The gradients of Hopper attention calls alike, in which every row sees all tokens of its sequence.
+
+    ``needs``: of q, slow_kv and slow_values. ``config`` overrides the heuristics, for tests and tuning. There is at
+    least one text row and one slow token.
+    """
+
+    def __init__(
+        self,
+        sample: AttentionTensors,
+        softmax_scale: float | None,
+        needs: tuple[bool, ...],
+        config: HopperBackwardConfig | None = None,
+    ):
+        q, slow_kv, num_text = sample.q, sample.slow_kv, sample.text_rows.shape[0]
+        self.device = q.device
+        self.needs = tuple(need and x is not None for need, x in zip(needs, _differentiable(sample), strict=True))
+        self.config = config = config or hopper_attention_backward_config(
+            num_text,
+            slow_kv.shape[0],
+            sample.cu_text.shape[0] - 1,
+            q.shape[1],
+            slow_kv.shape[1],
+            q.shape[2],
+            _num_sms(q.device),
+        )
+        self.has_other_rows = num_text != q.shape[0]  # text rows are distinct
+        self.params = attention_backward_params(sample, scale_of(q, softmax_scale), workspace_bytes=0)
+        self.plan = BackwardPlan(**asdict(config))
+        self.workspace = config.workspace(slow_kv.shape[1], q.shape[2])
+        self.kernel = extension().cuda_cross_attention_backward
+
+    def describe(self) -> CallPlan:
+        return CallPlan(
+            tiles={"block_m": 64, "block_n": 128, **asdict(self.config)},
+            grid=(self.config.num_ctas,),
+            workspace_bytes=sum(self.workspace),
+        )
+
+    def __call__(self, tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
+        inputs, (grad_context, grad_lse) = tensors.inputs, tensors.grads
+        gradients = new_gradients(_differentiable(inputs), self.needs)
+        if gradients[0] is not None and self.has_other_rows:
+            gradients[0].zero_()
+        if grad_context is not None:
+            tensors = tensors._replace(grads=(_aligned_rows(grad_context), grad_lse))
+        params, plan = copy(self.params), copy(self.plan)
+        held = fill_attention_backward(params, tensors)  # noqa: F841  until the kernels are launched
+        params.grad_q, params.grad_keys, params.grad_values = map(address, gradients)
+        if inputs.slow_values is None and gradients[1] is not None:
+            params.grad_values = gradients[1][:, :, 1].data_ptr()
+        tiles, sums, parts, turns, _ = self.workspace
+        workspace = torch.empty(sum(self.workspace) // 4, dtype=torch.float32, device=self.device)
+        plan.tiles = workspace.data_ptr()
+        plan.sums = plan.tiles + tiles
+        plan.pair_parts = plan.sums + sums
+        plan.turns = plan.pair_parts + parts
+        plan.pair_turns = plan.turns + turns
+        _launch(self.kernel, self.device, params, plan)
+        return gradients
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """[Nt, Hq, D] whose rows of D can be read 16 bytes at a time: itself, where it is so."""
+    unit = 16 // x.element_size()
+    is_aligned = x.stride(2) == 1 and x.stride(0) % unit == 0 and x.stride(1) % unit == 0 and x.data_ptr() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _num_sms(device: torch.device) -> int:

@@ -36,6 +36,7 @@ class OpCall(NamedTuple):
     positive_scale: bool = True
     has_sm90_kernels: bool = True  # the extension was built for sm_90a
     backward: bool = False  # its gradients
+    rows_outweigh: bool = False  # of them: CUDA's workspace would be large beside the results (``rows_outweigh``)
 
 
 class BackendChoice(NamedTuple):
@@ -44,7 +45,7 @@ class BackendChoice(NamedTuple):
 
 
 _BACKWARD_KERNELS: dict[str, tuple[str, ...]] = {  # ops that have one
-    "cuda": ("slowfast_pool", "gated_residual_mix"),
+    "cuda": ("text_cross_attention", "slowfast_pool", "gated_residual_mix"),
     "triton": ("text_cross_attention", "slowfast_pool", "gated_residual_mix"),
     "cpu": ("text_cross_attention", "slowfast_pool", "gated_residual_mix"),
 }
@@ -89,6 +90,8 @@ def _hopper_limit(call: OpCall) -> str | None:
         limit = "the CUDA attention takes tensors whose rows and base addresses are multiples of 16 bytes"
     elif not call.positive_scale:
         limit = "the CUDA attention takes a positive softmax_scale"
+    elif call.backward and call.selects:
+        limit = "the CUDA attention's gradients are of rows that see all of one run of tokens"
     return limit and f"{limit}; use backend='triton'"
 
 
@@ -96,10 +99,12 @@ MIX_ROWS_FOR_TRITON = 4096  # 8192 rows of 3584 on an H100: 59.9 us, CUDA 66.5; 
 
 
 def _slower_reason(backend: str, call: OpCall) -> str | None:
-    """Why a backend that supports a call is passed over for the next one, by measured crossover."""
+    """Why a backend that supports a call is passed over for the next one, by measured crossover or for its memory."""
     is_mix = call.op == "gated_residual_mix" and not call.backward  # there: 8192 rows 110.5 us, Triton 112.5
     if backend == "cuda" and is_mix and call.num_text >= MIX_ROWS_FOR_TRITON:
         return f"Triton's mix is faster from {MIX_ROWS_FOR_TRITON} rows on"
+    if backend == "cuda" and call.op == "text_cross_attention" and call.backward and call.rows_outweigh:
+        return "Triton's gradients take less memory where there are many text rows for few slow tokens"
     return None
 
 
@@ -584,3 +589,77 @@ def _hopper_decode_splits(units: int, blocks: int, num_sms: int) -> tuple[int, i
     most = 2 * num_sms
     cluster_size = 2 if 2 * units <= most and blocks >= 2 else 1
     return cluster_size, max(1, min(blocks, most // units) // cluster_size)
+
+
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """How the gradients of one Hopper call are cut (``BackwardPlan`` in csrc/cuda/cross_attention/backward.h)."""
+
+    num_ctas: int
+    max_tiles: int
+    max_sums: int
+    max_groups: int
+    spread: int
+    splits_last_round: bool
+
+    def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int, int]:
+        """Bytes of row tiles, of sums of dQ, of parts of dK and dV, and of the counters of either."""
+        tile = 64 * head_dim
+        pairs = self.num_ctas // 2
+        return (
+            num_kv_heads * self.max_tiles * (2 * tile * 2 + 2 * 64 * 4),
+            num_kv_heads * self.max_sums * tile * 4,
+            pairs * 4 * tile * 4 if self.splits_last_round else 0,
+            -(-num_kv_heads * self.max_sums // 4) * 16,
+            -(-pairs // 4) * 4 * 16,
+        )
+
+
+_HOPPER_BACKWARD_GROUPS = 12
+_HOPPER_BACKWARD_MEMORY = (0.15, 64 * 2**20)  # of all results and gradients, and beside that
+
+
+def rows_outweigh(query_bytes: int, slow_bytes: int) -> bool:
+    """Whether the workspace of the Hopper backward is more than is allowed beside context, dQ, dK and dV.
+
+    It holds q and the gradient of the context once more, dQ in float32, further sums of it, and the parts of two
+    CTAs' blocks. ``query_bytes``: of the text rows of q; ``slow_bytes``: of K and V.
+    """
+    share, allowed = _HOPPER_BACKWARD_MEMORY
+    workspace = 4 * query_bytes + _HOPPER_BACKWARD_SPARE_BYTES + _HOPPER_SMS // 2 * 4 * 64 * 128 * 4
+    return workspace > share * (2 * query_bytes + slow_bytes) + allowed
+
+
+# Row tiles between the starts of CTAs that add to the same sums: with one they wait for one another, 1x64x98304 612 us
+# instead of 496; with three there are more sums to write and read.
+_HOPPER_BACKWARD_SPREAD = 2
+_HOPPER_BACKWARD_SPARE_BYTES = 16 * 2**20  # of sums beyond one of each row
+
+
+@lru_cache(maxsize=4096)
+def hopper_attention_backward_config(
+    num_text: int,
+    num_slow: int,
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_sms: int = _HOPPER_SMS,
+) -> HopperBackwardConfig:
+    rows = num_text * (num_q_heads // num_kv_heads)
+    max_tiles = (rows + 63 * batch) // 64
+    num_ctas = min(num_sms, (num_slow // 128 + batch) * num_kv_heads)
+    at_once = -(-num_ctas // num_kv_heads)  # blocks of a KV head that are worked on together
+    spare = min(
+        (_HOPPER_BACKWARD_GROUPS - 1) * max_tiles,
+        _HOPPER_BACKWARD_SPREAD * batch * at_once,
+        _HOPPER_BACKWARD_SPARE_BYTES // (num_kv_heads * 64 * head_dim * 4),
+    )
+    return HopperBackwardConfig(
+        num_ctas,
+        max_tiles,
+        max_tiles + spare,
+        _HOPPER_BACKWARD_GROUPS,
+        _HOPPER_BACKWARD_SPREAD,
+        splits_last_round=rows >= 4 * 64 * batch,  # with fewer rows the sum of two parts takes longer than it saves
+    )

@@ -119,6 +119,16 @@ class SplitPlan(ctypes.Structure):
     ]
 
 
+class BackwardPlan(ctypes.Structure):
+    """csrc/cuda/cross_attention/backward.h"""
+
+    _fields_ = [
+        *_fields(c_int32, "num_ctas max_tiles max_sums max_groups spread"),
+        ("splits_last_round", c_bool),
+        *_fields(c_void_p, "tiles sums turns pair_turns pair_parts"),
+    ]
+
+
 STRUCTS = (
     GateParams,
     CrossAttentionParams,
@@ -129,6 +139,7 @@ STRUCTS = (
     PoolParams,
     PoolBackwardParams,
     SplitPlan,
+    BackwardPlan,
 )
 
 

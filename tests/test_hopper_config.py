@@ -16,7 +16,9 @@ from slowfast_kernels.heuristics import (
     HopperConfig,
     OpCall,
     choose_backend,
+    hopper_attention_backward_config,
     hopper_attention_config,
+    rows_outweigh,
     unsupported_reason,
 )
 
@@ -248,3 +250,68 @@ def test_a_fixed_number_of_splits_leaves_nothing_to_a_deal():
 def test_many_rows_that_see_ranges_are_dealt_out_and_few_are_left_to_clusters():
     assert hopper_attention_config(256, 10368, 1, 28, 4, 128, selects=True).dealt_ctas > 0
     assert hopper_attention_config(64, 10368, 1, 28, 4, 128, selects=True).cluster_size == 8
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+@given(
+    texts=st.lists(st.integers(0, 300), min_size=1, max_size=32).filter(any),
+    num_slow=st.integers(1, 200_000),
+    num_kv_heads=st.sampled_from([1, 2, 4, 8]),
+    heads_per_kv=st.integers(1, 16),
+    head_dim=st.sampled_from(HOPPER_HEAD_DIMS),
+    num_sms=st.sampled_from(HOPPER_SMS),
+)
+def test_a_backward_has_room_for_all_rows_however_they_are_distributed(
+    texts, num_slow, num_kv_heads, heads_per_kv, head_dim, num_sms
+):
+    sizes = (sum(texts), num_slow, len(texts), num_kv_heads * heads_per_kv, num_kv_heads, head_dim, num_sms)
+    config = hopper_attention_backward_config(*sizes)
+    assert sum(-(-text * heads_per_kv // 64) for text in texts) <= config.max_tiles <= config.max_sums
+    assert 1 <= config.num_ctas <= num_sms
+    tiles, sums, parts, turns, pair_turns = config.workspace(num_kv_heads, head_dim)
+    assert tiles == num_kv_heads * config.max_tiles * (2 * 64 * head_dim * 2 + 2 * 64 * 4)
+    assert sums == num_kv_heads * config.max_sums * 64 * head_dim * 4
+    assert turns >= 4 * num_kv_heads * config.max_sums
+    assert pair_turns >= 16 * (config.num_ctas // 2)
+    assert parts == (config.num_ctas // 2 * 4 * 64 * head_dim * 4 if config.splits_last_round else 0)
+    assert all(size % 16 == 0 for size in (tiles, sums, parts, turns, pair_turns))
+
+
+def test_ctas_of_few_blocks_do_not_wait_for_an_sm_each():
+    assert hopper_attention_backward_config(1, 100, 1, 4, 2, 64).num_ctas == 2
+    assert hopper_attention_backward_config(64, 10368, 1, 28, 4, 128).num_ctas == 132
+
+
+def test_blocks_are_halved_where_a_sequence_has_rows_enough():
+    assert hopper_attention_backward_config(37, 10368, 1, 28, 4, 128).splits_last_round
+    assert not hopper_attention_backward_config(36, 10368, 1, 28, 4, 128).splits_last_round
+    assert not hopper_attention_backward_config(37 * 2 - 1, 10368, 2, 28, 4, 128).splits_last_round
+
+
+def test_gradients_of_ranges_and_pieces_go_to_triton():
+    call = HALF._replace(backward=True, selects=True)
+    assert "gradients" in unsupported_reason("cuda", call)
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "triton"
+    assert choose_backend(call._replace(selects=False), EVERYTHING_IS_HERE).backend == "cuda"
+    assert choose_backend(call._replace(backward=False), EVERYTHING_IS_HERE).backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("batch", "text", "slow", "heads", "kv_heads", "chosen"),
+    [
+        (1, 64, 10368, 28, 4, "cuda"),
+        (4, 256, 10368, 28, 4, "cuda"),
+        (1, 1024, 41472, 32, 8, "cuda"),
+        (8, 512, 5184, 28, 4, "triton"),
+    ],
+)
+def test_gradients_of_many_rows_for_few_slow_tokens_go_where_they_take_less_memory(
+    batch, text, slow, heads, kv_heads, chosen
+):
+    outweigh = rows_outweigh(batch * text * heads * 128 * 2, batch * slow * kv_heads * 2 * 128 * 2)
+    call = HALF._replace(backward=True, rows_outweigh=outweigh)
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == chosen
+    assert choose_backend(call, EVERYTHING_IS_HERE | {"triton": "not installed"}).backend == "cuda"
+    assert choose_backend(call._replace(backward=False), EVERYTHING_IS_HERE).backend == "cuda"

@@ -15,7 +15,7 @@ from slowfast_kernels.gate import GATE_CODES, GATES
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 PARAMS = (CSRC / "params.h").read_text()
-HEADERS = PARAMS + (CSRC / "cuda" / "cross_attention" / "launch.h").read_text()
+HEADERS = PARAMS + "".join((CSRC / "cuda" / "cross_attention" / f"{x}.h").read_text() for x in ("launch", "backward"))
 CTYPES = {
     "int32_t": ctypes.c_int32,
     "uint32_t": ctypes.c_uint32,

@@ -1,49 +1,13 @@
 // Host side of the Hopper kernel: the tensor map over the slow KV cache, and a launch with cluster and programmatic
 // dependence on the kernel before.
 #pragma once
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 
 #include "../common/check.h"
 #include "kernel_sm90.cuh"
+#include "tensor_map.cuh"
 
 namespace slowfast::cuda {
-
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "cudaGetDriverEntryPointByVersion");
-#else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
-          "cudaGetDriverEntryPoint");
-#endif
-    if (found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
-  return encode;
-}
-
-template <typename Traits, int kRank>
-CUtensorMap encode_map(const void* base, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
-                       const cuuint32_t (&box)[kRank]) {
-  constexpr bool kIsBFloat16 = std::is_same_v<typename Traits::Element, __nv_bfloat16>;
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map, kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(base),
-      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("cuTensorMapEncodeTiled refused the slow KV cache: CUDA error " + std::to_string(result));
-  }
-  return map;
-}
 
 // Bytes from K to V, where they lie so that one map holds both; else 0.
 inline int64_t pair_bytes(const CrossAttentionParams& p) {
@@ -60,14 +24,13 @@ SlowMaps<Traits> make_slow_maps(const CrossAttentionParams& p) {
   const auto bytes = [](int64_t stride) { return static_cast<cuuint64_t>(stride) * 2; };
   if constexpr (Traits::kGeneral) {
     const auto encode = [&](const void* base, int64_t token_stride, int64_t head_stride) {
-      return encode_map<Traits, 4>(base, {Traits::kSpan, tokens, Traits::kSpans, heads},
-                                   {bytes(token_stride), Traits::kSpan * 2, bytes(head_stride)},
-                                   {Traits::kSpan, Traits::kBlockN, Traits::kSpans, 1});
+      return encode_tokens<typename Traits::Element, Traits::kHeadDim, Traits::kBlockN>(base, p.num_slow, p.num_kv_heads,
+                                                                                        token_stride, head_stride);
     };
     return {{encode(p.keys, p.k_token_stride, p.k_head_stride), encode(p.values, p.v_token_stride, p.v_head_stride)}};
   } else {
     const cuuint64_t pair = pair_bytes(p);
-    return {{encode_map<Traits, 5>(p.keys, {Traits::kSpan, tokens, Traits::kSpans, 2, heads},
+    return {{encode_map<typename Traits::Element, 5>(p.keys, {Traits::kSpan, tokens, Traits::kSpans, 2, heads},
                                    {bytes(p.k_token_stride), Traits::kSpan * 2, pair, bytes(p.k_head_stride)},
                                    {Traits::kSpan, Traits::kBlockN, Traits::kSpans, Traits::kLoadsTogether ? 2 : 1, 1})}};
   }

@@ -1,7 +1,8 @@
 // wgmma.mma_async m64nNk16 with float32 accumulators: d[64 x N] (+)= a[64 x 16] b[16 x N].
 //   wgmma_ss: a and b in shared memory. wgmma_rs: a in registers, b in shared memory.
-// b is a tile of tokens x D: K-major for Q K^T, MN-major (transposed) for P V; a in shared memory is K-major.
-// One specialisation a shape, because the accumulator registers are operands; only shapes that traits.h uses are here.
+// An operand in shared memory is K-major, or MN-major if transposed: of tiles of tokens x D, b is K-major for Q K^T and
+// MN-major for P V.
+// One specialisation a shape, because the accumulator registers are operands; only shapes that are used are here.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,7 +33,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, uint32_t 
          (static_cast<uint64_t>(stride_bytes >> 4) << 32) | (1ull << 62);
 }
 
-template <typename T, int N>
+template <typename T, int N, int kTransposedA = 0, int kTransposedB = 0>
 __device__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 template <typename T, int N, int kTransposed>
 __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
@@ -56,13 +57,14 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 // N columns need N / 2 registers a thread; the operands behind them are numbered from there.
-#define SLOWFAST_WGMMA_SS(T, TYPE, N, REGISTERS, A, B, ACCUMULATE) \
+#define SLOWFAST_WGMMA_SS(T, TYPE, N, TRANSPOSED_A, TRANSPOSED_B, REGISTERS, A, B, ACCUMULATE) \
   template <> \
-  __device__ __forceinline__ void wgmma_ss<T, N>(float (&d)[REGISTERS], uint64_t a, uint64_t b, int accumulate) { \
+  __device__ __forceinline__ void wgmma_ss<T, N, TRANSPOSED_A, TRANSPOSED_B>(float (&d)[REGISTERS], uint64_t a, uint64_t b, \
+                                                                             int accumulate) { \
     asm volatile( \
         "{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #ACCUMULATE ", 0;\n" \
         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" SLOWFAST_NAMES_##REGISTERS "}, " \
-        "%" #A ", %" #B ", keep, 1, 1, 0, 0;\n}\n" \
+        "%" #A ", %" #B ", keep, 1, 1, " #TRANSPOSED_A ", " #TRANSPOSED_B ";\n}\n" \
         : SLOWFAST_OUTPUTS_##REGISTERS(d) \
         : "l"(a), "l"(b), "r"(accumulate)); \
   }
@@ -78,7 +80,10 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
   }
 #define SLOWFAST_WGMMA(T, TYPE) \
-  SLOWFAST_WGMMA_SS(T, TYPE, 32, 16, 16, 17, 18) \
+  SLOWFAST_WGMMA_SS(T, TYPE, 32, 0, 0, 16, 16, 17, 18) \
+  SLOWFAST_WGMMA_SS(T, TYPE, 64, 0, 0, 32, 32, 33, 34) \
+  SLOWFAST_WGMMA_SS(T, TYPE, 32, 1, 1, 16, 16, 17, 18) \
+  SLOWFAST_WGMMA_SS(T, TYPE, 64, 1, 1, 32, 32, 33, 34) \
   SLOWFAST_WGMMA_RS(T, TYPE, 128, 0, 64, 64, 65, 66, 67, 68, 69) \
   SLOWFAST_WGMMA_RS(T, TYPE, 64, 1, 32, 32, 33, 34, 35, 36, 37) \
   SLOWFAST_WGMMA_RS(T, TYPE, 128, 1, 64, 64, 65, 66, 67, 68, 69)

@@ -1,0 +1,29 @@
+// Host entry point of the Hopper attention's backward pass and how a call is cut; free of CUDA headers.
+#pragma once
+#include "../../params.h"
+
+namespace slowfast::cuda {
+
+// A row tile is 64 packed rows of a KV head, a block 128 slow tokens of one. Sequences follow one another; of a sequence,
+// block n of KV head h is number n * Hkv + h. CTA c works on blocks c, c + num_ctas, ... of all: a round is num_ctas blocks.
+// The blocks of a KV head in a round are cut into groups. A group adds its share of dQ into sums of its own, in a fixed
+// order (backward_schedule.cuh); groups of the next round go on with the sums of this one.
+struct BackwardPlan {
+  int32_t num_ctas;    // that the GPU holds at once, at most
+  int32_t max_tiles;   // row tiles of a KV head: a bound over any distribution of the text rows over the sequences
+  int32_t max_sums;    // row tiles times groups of a KV head, max_tiles at least: sequences have groups as long as they last
+  int32_t max_groups;  // of a KV head in a round
+  int32_t spread;      // row tiles between those that the CTAs of a group begin with, where it is not too large for that
+  bool splits_last_round;  // a last round that leaves half of the CTAs without a block gives each block to two
+  // Workspace.
+  void* tiles;         // [Hkv, max_tiles] records of q, grad_context and statistics, see backward_rows.cuh
+  float* sums;         // [Hkv, max_sums, 64 * D] of dQ, by wgmma fragments
+  int32_t* turns;      // [Hkv, max_sums], and behind them
+  int32_t* pair_turns;  // [num_ctas / 2, 2 warpgroups, 2]
+  float* pair_parts;   // [num_ctas / 2, 2 warpgroups, 2, 64 * D] of dK and dV, by fragments
+};
+
+void cross_attention_backward_sm90_d64(const CrossAttentionBackwardParams& params, const BackwardPlan& plan, void* stream);
+void cross_attention_backward_sm90_d128(const CrossAttentionBackwardParams& params, const BackwardPlan& plan, void* stream);
+
+}  // namespace slowfast::cuda

@@ -1,0 +1,127 @@
+// What comes before and after the products: rows are packed into tiles, and the sums of dQ go to the rows of grad_q.
+#pragma once
+#include "../common/dtype.cuh"
+#include "../common/reduce.cuh"
+#include "backward_schedule.cuh"
+#include "ptx.cuh"
+
+namespace slowfast::cuda {
+
+// A row tile as shared memory holds it: column blocks of 64, 128-byte swizzle. Rows that are none, or see nothing, are 0.
+template <typename T, int kHeadDim>
+struct RowTile {
+  T query[kBackwardBlockM * kHeadDim];
+  T grad[kBackwardBlockM * kHeadDim];  // of the context
+  float lse[kBackwardBlockM];          // base 2, less kShift; inf in rows that see nothing
+  float delta[kBackwardBlockM];        // rowsum(grad * context) - grad_lse, times 2^-kShift
+
+  // The probabilities of a long video are among float16's subnormal numbers: times 2^kShift they are not.
+  static constexpr int kShift = std::is_same_v<T, __half> ? 15 : 0;
+  static constexpr float kUnit = 1.0f / (1 << kShift);
+};
+
+// 16-byte vector `vector` of a row of a tile of kRows rows, in elements.
+template <int kRows>
+__device__ __forceinline__ int swizzled(int row, int vector) {
+  return (vector / 8 * kRows + row) * 64 + ((vector ^ row) % 8) * 8;
+}
+
+// A CTA takes 16 rows.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(16 * kHeadDim / 8)
+    pack_rows_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
+  using Record = RowTile<T, kHeadDim>;
+  constexpr int kVectors = kHeadDim / 8, kRows = 16, kParts = kBackwardBlockM / kRows;
+  ptx::let_next_kernel_start();
+  const int kv_head = blockIdx.y;
+  const int64_t thread = (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = int64_t{gridDim.x} * gridDim.y * blockDim.x;
+  const int64_t num_turns = plan.pair_turns - plan.turns + plan.num_ctas / 2 * 4;
+  for (int64_t i = thread; i < num_turns; i += threads) plan.turns[i] = 0;
+
+  const int tile = blockIdx.x / kParts, row = blockIdx.x % kParts * kRows + threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
+  BackwardSequence sequence(p, plan);
+  do {
+    if (!sequence.next()) return;
+  } while (tile >= sequence.first_tile + sequence.num_tiles);
+  const int heads_per_kv = p.forward.num_q_heads / p.forward.num_kv_heads, packed = (tile - sequence.first_tile) * kBackwardBlockM + row;
+  uint4 query = make_uint4(0, 0, 0, 0), grad = query, context = query;
+  float lse = -INFINITY, delta = 0.0f;
+  if (packed < sequence.num_rows) {
+    const int64_t text = sequence.text_begin + packed / heads_per_kv, head = kv_head * heads_per_kv + packed % heads_per_kv;
+    lse = p.forward.lse[text * p.forward.num_q_heads + head];
+    if (lse != -INFINITY) {
+      const auto load = [&](const void* base, int64_t at) {
+        return *reinterpret_cast<const uint4*>(static_cast<const T*>(base) + at + vector * 8);
+      };
+      query = load(p.forward.q, p.forward.text_rows[text] * p.forward.q_row_stride + head * p.forward.q_head_stride);
+      if (p.grad_context != nullptr) {
+        grad = load(p.grad_context, text * p.grad_context_row_stride + head * p.grad_context_head_stride);
+        context = load(p.forward.context, (text * p.forward.num_q_heads + head) * kHeadDim);
+      }
+      if (p.grad_lse != nullptr) delta = -p.grad_lse[text * p.grad_lse_row_stride + head * p.grad_lse_head_stride];
+    }
+  }
+  float x[8], y[8];
+  unpack<T>(grad, x);
+  unpack<T>(context, y);
+  float dot = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) dot = fmaf(x[i], y[i], dot);
+  delta += warp_sum<kVectors>(dot);
+
+  Record& record = static_cast<Record*>(plan.tiles)[int64_t{kv_head} * plan.max_tiles + tile];
+  const int at = swizzled<kBackwardBlockM>(row, vector);
+  *reinterpret_cast<uint4*>(record.query + at) = query;
+  *reinterpret_cast<uint4*>(record.grad + at) = grad;
+  if (vector == 0) {
+    record.lse[row] = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634f - Record::kShift;
+    record.delta[row] = delta * Record::kUnit;
+  }
+}
+
+// A CTA takes a row tile: thread t of a warpgroup adds up its fragments, of half the columns (see add_to_sums).
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(256)
+    write_dq_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
+  constexpr int kFragments = kHeadDim / 16, kVectors = kHeadDim / 8;
+  __shared__ __align__(16) T rows[kBackwardBlockM * kHeadDim];
+  const int tile = blockIdx.x, kv_head = blockIdx.y, warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+  BackwardSequence sequence(p, plan);
+  do {
+    if (!sequence.next()) return;
+  } while (tile >= sequence.first_tile + sequence.num_tiles);
+  ptx::wait_for_previous_kernel();
+  float4 sum[kFragments] = {};
+  const int64_t first = int64_t{kv_head} * plan.max_sums + sequence.first_sum + tile - sequence.first_tile;
+  for (int group = 0; group < sequence.num_groups; ++group) {
+    const float4* part = reinterpret_cast<const float4*>(plan.sums + (first + group * sequence.num_tiles) * (kBackwardBlockM * kHeadDim)) +
+                         warpgroup * kFragments * 128 + thread;
+    float4 x[kFragments];
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) x[i] = __ldcs(part + i * 128);
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      sum[i] = make_float4(sum[i].x + x[i].x, sum[i].y + x[i].y, sum[i].z + x[i].z, sum[i].w + x[i].w);
+    }
+  }
+  const int row = thread / 32 * 16 + thread % 32 / 4, column = warpgroup * (kHeadDim / 2) + thread % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kFragments; ++i) {
+    const int c = column + 8 * i;
+    *reinterpret_cast<uint32_t*>(rows + swizzled<kBackwardBlockM>(row, c / 8) + c % 8) = pack2<T>(sum[i].x, sum[i].y);
+    *reinterpret_cast<uint32_t*>(rows + swizzled<kBackwardBlockM>(row + 8, c / 8) + c % 8) = pack2<T>(sum[i].z, sum[i].w);
+  }
+  __syncthreads();
+  const int heads_per_kv = p.forward.num_q_heads / p.forward.num_kv_heads, row_begin = (tile - sequence.first_tile) * kBackwardBlockM;
+#pragma unroll
+  for (int i = threadIdx.x; i < kBackwardBlockM * kVectors; i += 256) {
+    const int r = i / kVectors, vector = i % kVectors, packed = row_begin + r;
+    if (packed >= sequence.num_rows) break;
+    const int64_t text = sequence.text_begin + packed / heads_per_kv, head = kv_head * heads_per_kv + packed % heads_per_kv;
+    T* out = static_cast<T*>(p.grad_q) + (p.forward.text_rows[text] * int64_t{p.forward.num_q_heads} + head) * kHeadDim + vector * 8;
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(rows + swizzled<kBackwardBlockM>(r, vector));
+  }
+}
+
+}  // namespace slowfast::cuda

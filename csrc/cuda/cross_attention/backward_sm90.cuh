@@ -1,0 +1,610 @@
+// Backward pass of the text-to-slow-token cross-attention for Hopper.
+//
+//   P = exp(scale Q K^T - lse)    dV = P^T dO    dS = P (dO V^T - delta)    dK = scale dS^T Q    dQ = scale dS K
+//
+// Roofline: 10 Nt Hq D Ns FLOP. A CTA owns a block of 128 slow tokens of a KV head, 64 a warpgroup, and walks over all packed
+// rows of the head, 64 at a time: dK and dV stay in registers, as do P^T and dS^T, which are computed in the layout of the
+// left operand. dQ is a sum over blocks: it leaves by vector reductions in L2 whose order is fixed (backward_schedule.cuh).
+//
+// The producer warpgroup: warp 0 asks for tiles and blocks, warp 1 waits for the CTA's turn at a row tile, warp 2 passes the
+// turn on. So no consumer waits for L2.
+#pragma once
+#include "../common/memory.cuh"
+#include "backward_rows.cuh"
+#include "mainloop.cuh"
+#include "tensor_map.cuh"
+
+namespace slowfast::cuda {
+
+template <typename T, int kHeadDim_, bool kWithQ_, bool kWithKV_>
+struct BackwardTraits {
+  using Element = T;
+  using Record = RowTile<T, kHeadDim_>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kWithQ = kWithQ_, kWithKV = kWithKV_;  // dQ; dK and dV
+  static constexpr int kBlockM = kBackwardBlockM, kBlockN = kBackwardBlockN;
+  static constexpr int kThreads = 384, kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kStages = 2, kTurnSlots = 4;
+
+  // Of a block of slow tokens.
+  struct Block {
+    int num_tiles;  // row tiles; -1: no more blocks
+    int first_tile;  // that the CTA begins with
+    int pair;        // of CTAs that share the block, half of the row tiles each; -1: it is this CTA's
+    int num_tokens;
+    int token;       // its first among all
+    int kv_head;
+    BackwardTurns turns;
+    int64_t first_sum;  // of the group
+  };
+  struct Turn {
+    int64_t sum;
+    int before;  // CTAs that add before this one
+  };
+  struct SharedStorage {
+    alignas(1024) T keys[2][kBlockN * kHeadDim];  // of two blocks, column blocks of 64
+    T values[kBlockN * kHeadDim];
+    T rows[kStages][2][kBlockM * kHeadDim];  // Q and dO
+    T grad_scores[2][kBlockN * kBlockM];     // dS^T, or dV of a block on its way out
+    float grad_query[kBlockM * kHeadDim];    // dQ on its way out
+    float stats[kStages][2][kBlockM];                  // lse and delta
+    Block blocks[2];
+    Turn turns[kTurnSlots];
+    bool is_second[2];
+    uint64_t keys_full[2], keys_empty[2], values_full, values_empty, query_full[kStages], grad_full[kStages], rows_empty[kStages];
+    uint64_t may_add[kTurnSlots], passed[kTurnSlots], grad_query_full, grad_query_empty;
+  };
+  static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+// Which slot of a ring of kSize comes next, and in which phase.
+template <int kSize>
+struct RingPlace {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSize) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+enum BackwardBarrier { kBackwardWarpgroup = 1, kBackwardConsumers = 3 };
+
+// The thread in its warpgroup, read anew: what is addressed by it once a block is not kept in registers all along.
+__device__ __forceinline__ int read_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread % 128;
+}
+
+struct BackwardMaps {
+  CUtensorMap keys, values;
+};
+
+template <typename Traits>
+__device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAttentionBackwardParams& p, const BackwardPlan& plan,
+                                        typename Traits::SharedStorage& shared) {
+  using T = typename Traits::Element;
+  using Record = typename Traits::Record;
+  constexpr uint32_t kTileBytes = Traits::kBlockM * Traits::kHeadDim * sizeof(T);
+  constexpr uint32_t kBlockBytes = Traits::kBlockN * Traits::kHeadDim * sizeof(T);
+  uint32_t values_phase = 0;
+  BackwardSequence sequence(p, plan);
+  RingPlace<2> place;
+  RingPlace<Traits::kStages> stage;
+  const int total = count_blocks(p), last_round = total / plan.num_ctas, rest = total - last_round * plan.num_ctas;
+  const bool splits = plan.splits_last_round && 2 * rest <= plan.num_ctas;
+  const int cta = blockIdx.x;
+  bool more = sequence.next();
+  for (int round = 0;; ++round) {
+    int number = round * plan.num_ctas + cta, half = -1;
+    if (splits && round == last_round) {
+      half = cta >= rest;
+      number = cta < 2 * rest ? number - half * rest : total;
+    }
+    while (more && number >= (sequence.first_block + sequence.num_blocks) * p.forward.num_kv_heads) more = sequence.next();
+    ptx::mbarrier_wait(&shared.keys_empty[place.slot], place.phase ^ 1);
+    auto& block = shared.blocks[place.slot];
+    uint64_t* full = &shared.keys_full[place.slot];
+    if (!more) {
+      block.num_tiles = -1;
+      ptx::mbarrier_arrive(full);
+      return;
+    }
+    const int within = number - sequence.first_block * p.forward.num_kv_heads, n = within / p.forward.num_kv_heads, kv_head = within % p.forward.num_kv_heads;
+    const int begin = sequence.first_of_round(round, kv_head), end = sequence.first_of_round(round + 1, kv_head);
+    const int group = (n - begin) / sequence.group_size, rank = (n - begin) % sequence.group_size;
+    const int half_tiles = (sequence.num_tiles + 1) / 2, tile_begin = half == 1 ? half_tiles : 0;
+    const int num_tiles = half < 0 ? sequence.num_tiles : half == 0 ? half_tiles : sequence.num_tiles - half_tiles;
+    block.num_tiles = num_tiles;
+    block.pair = half < 0 ? -1 : cta - half * rest;
+    block.num_tokens = min(Traits::kBlockN, sequence.num_slow - n * Traits::kBlockN);
+    block.token = sequence.slow_begin + n * Traits::kBlockN;
+    block.kv_head = kv_head;
+    if (num_tiles == 0) {
+      ptx::mbarrier_arrive(full);
+      place.advance();
+      continue;
+    }
+    block.first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles + tile_begin;
+    int earlier = 0;
+    for (int r = sequence.first_block * p.forward.num_kv_heads / plan.num_ctas; r < round; ++r) {
+      const int count = sequence.first_of_round(r + 1, kv_head) - sequence.first_of_round(r, kv_head);
+      earlier += max(0, min(sequence.group_size, count - group * sequence.group_size));
+    }
+    const BackwardTurns turns = {earlier, rank, min(sequence.group_size, end - begin - group * sequence.group_size), num_tiles};
+    const int first_tile = turns.start();
+    block.turns = turns;
+    block.first_tile = first_tile;
+    const int token = sequence.slow_begin + n * Traits::kBlockN;
+    ptx::mbarrier_expect_tx(full, kBlockBytes);
+    ptx::tma_load_4d(&maps.keys, full, shared.keys[place.slot], 0, token, 0, kv_head, ptx::kEvictNormal);
+    const Record* records = static_cast<const Record*>(plan.tiles) + int64_t{kv_head} * plan.max_tiles + sequence.first_tile + tile_begin;
+    int tile = first_tile;
+    for (int i = 0; i < num_tiles; ++i) {
+      const Record& record = records[tile];
+      ptx::mbarrier_wait(&shared.rows_empty[stage.slot], stage.phase ^ 1);
+      ptx::mbarrier_expect_tx(&shared.query_full[stage.slot], kTileBytes + sizeof(shared.stats[0]));
+      ptx::bulk_load(&shared.query_full[stage.slot], shared.rows[stage.slot][0], record.query, kTileBytes);
+      ptx::bulk_load(&shared.query_full[stage.slot], shared.stats[stage.slot], record.lse, sizeof(shared.stats[0]));
+      ptx::mbarrier_expect_tx(&shared.grad_full[stage.slot], kTileBytes);
+      ptx::bulk_load(&shared.grad_full[stage.slot], shared.rows[stage.slot][1], record.grad, kTileBytes);
+      stage.advance();
+      if (++tile == num_tiles) tile = 0;
+      if (i == 0) {
+        ptx::mbarrier_wait(&shared.values_empty, values_phase ^ 1);
+        ptx::mbarrier_expect_tx(&shared.values_full, kBlockBytes);
+        ptx::tma_load_4d(&maps.values, &shared.values_full, shared.values, 0, token, 0, kv_head, ptx::kEvictNormal);
+        values_phase ^= 1;
+      }
+    }
+    place.advance();
+  }
+}
+
+// Waits for the CTA's turn at the row tiles, ahead of what is added.
+template <typename Traits>
+__device__ __forceinline__ void wait_for_turns(const BackwardPlan& plan, typename Traits::SharedStorage& shared) {
+  RingPlace<2> place;
+  RingPlace<Traits::kTurnSlots> slot;
+  while (true) {
+    ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
+    const auto& block = shared.blocks[place.slot];
+    const int num_tiles = block.num_tiles;
+    if (num_tiles < 0) return;
+    int tile = block.first_tile;
+    for (int i = 0; i < num_tiles; ++i) {
+      const int before = block.turns.before(tile);
+      const int64_t sum = block.first_sum + tile;
+      ptx::mbarrier_wait(&shared.passed[slot.slot], slot.phase ^ 1);
+      shared.turns[slot.slot] = {sum, before};
+      while (ptx::load_acquire(plan.turns + sum) != before) {
+      }
+      ptx::mbarrier_arrive(&shared.may_add[slot.slot]);
+      slot.advance();
+      if (++tile == num_tiles) tile = 0;
+    }
+    ptx::mbarrier_arrive(&shared.keys_empty[place.slot]);
+    place.advance();
+  }
+}
+
+// Adds what the consumers leave to the sums, and passes the turn on when it is there.
+template <typename Traits>
+__device__ __forceinline__ void add_to_sums(const BackwardPlan& plan, typename Traits::SharedStorage& shared) {
+  constexpr int kTileSize = Traits::kBlockM * Traits::kHeadDim;
+  RingPlace<2> place;
+  RingPlace<Traits::kTurnSlots> slot;
+  uint32_t phase = 0;
+  while (true) {
+    ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
+    const int num_tiles = shared.blocks[place.slot].num_tiles;
+    if (num_tiles < 0) return;
+    ptx::mbarrier_arrive(&shared.keys_empty[place.slot]);
+    for (int i = 0; i < num_tiles; ++i) {
+      ptx::mbarrier_wait(&shared.may_add[slot.slot], slot.phase);
+      const auto turn = shared.turns[slot.slot];
+      float* sum = plan.sums + turn.sum * kTileSize;
+      ptx::fence_proxy_async_global();
+      ptx::mbarrier_wait(&shared.grad_query_full, phase);
+      if (turn.before == 0) {
+        ptx::bulk_store(sum, shared.grad_query, sizeof(shared.grad_query));
+      } else {
+        ptx::bulk_add(sum, shared.grad_query, sizeof(shared.grad_query));
+      }
+      ptx::bulk_commit();
+      ptx::bulk_wait<true>();
+      ptx::mbarrier_arrive(&shared.grad_query_empty);
+      ptx::bulk_wait<false>();
+      ptx::fence_proxy_async_global();
+      ptx::store_release(plan.turns + turn.sum, turn.before + 1);
+      ptx::mbarrier_arrive(&shared.passed[slot.slot]);
+      phase ^= 1;
+      slot.advance();
+    }
+    place.advance();
+  }
+}
+
+// A warpgroup's fragments of 64 rows, as a left operand has them, to its rows of a tile of kRows rows.
+template <typename T, int kRows, int kSteps>
+__device__ __forceinline__ void store_fragments(T* tile, int first_row, const uint32_t (&x)[kSteps][4], int thread) {
+  const int lane = thread % 32, row = first_row + thread / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    ptx::store_matrices(shared_address(tile + swizzled<kRows>(row, 2 * i + lane / 16)), x[i]);
+  }
+}
+
+template <typename Traits>
+struct BackwardConsumer {
+  using T = typename Traits::Element;
+  using Shared = typename Traits::SharedStorage;
+  static constexpr int kHeadDim = Traits::kHeadDim, kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  static constexpr int kSteps = kBlockM / 16;
+  static constexpr float kUnit = Traits::Record::kUnit;
+  using Scores = float[kBlockM / 2];
+  using Operand = uint32_t[kSteps][4];
+  using Gradient = float[kHeadDim / 2];
+  using QueryGradient = float[kHeadDim / 4];
+
+  Shared& shared;
+  const CrossAttentionBackwardParams& p;
+  const BackwardPlan& plan;
+  const int warpgroup, thread;
+
+  // 64 tokens x D times (64 rows x D)^T.
+  __device__ __forceinline__ void issue_scores(Scores& scores, const T* tokens, const T* rows) const {
+    const uint64_t a = ptx::wgmma_descriptor(tokens + warpgroup * 64 * 64, 0, 1024), b = ptx::wgmma_descriptor(rows, 0, 1024);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int span = step / 4, column = step % 4;
+      ptx::wgmma_ss<T, kBlockM>(scores, a + ((span * kBlockN * 128 + column * 32) >> 4), b + ((span * kBlockM * 128 + column * 32) >> 4),
+                                step != 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // 64 tokens x 64 rows times 64 rows x D.
+  __device__ __forceinline__ void issue_gradient(Gradient& gradient, const Operand& a, const T* rows) const {
+    ptx::wgmma_fence_operand(gradient);
+    ptx::wgmma_fence();
+    const uint64_t b = ptx::wgmma_descriptor(rows, kBlockM * 128, 1024);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      ptx::wgmma_rs<T, kHeadDim, 1>(gradient, a[step], b + ((step * 16 * 128) >> 4), 1);
+    }
+    ptx::wgmma_commit();
+  }
+  // 64 rows x 128 tokens times 128 tokens x half of D.
+  __device__ __forceinline__ void issue_query_gradient(QueryGradient& gradient, const T* grad_scores, const T* keys) const {
+    const T* half = kHeadDim == 128 ? keys + warpgroup * kBlockN * 64 : keys + warpgroup * 32;
+    const uint64_t a = ptx::wgmma_descriptor(grad_scores, kBlockN * 128, 1024), b = ptx::wgmma_descriptor(half, kBlockN * 128, 1024);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kBlockN / 16; ++step) {
+      ptx::wgmma_ss<T, kHeadDim / 2, 1, 1>(gradient, a + ((step * 16 * 128) >> 4), b + ((step * 16 * 128) >> 4), step != 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void hide_rows(Scores& scores, int num_tokens) const {
+    const int row = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < kBlockM / 2; ++i) {
+      if (row + i / 2 % 2 * 8 >= num_tokens) scores[i] = -INFINITY;
+    }
+  }
+  // Tokens past the sequence: 0 times what they hold may be NaN.
+  __device__ __forceinline__ void clear_tokens(T* tokens, int num_tokens) const {
+    constexpr int kVectors = kHeadDim / 8;
+    for (int i = num_tokens * kVectors + warpgroup * 128 + thread; i < kBlockN * kVectors; i += 256) {
+      *reinterpret_cast<uint4*>(tokens + swizzled<kBlockN>(i / kVectors, i % kVectors)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  // By fragments: half of the columns, four floats a thread at a time.
+  __device__ __forceinline__ void store_query_gradient(const QueryGradient& gradient) const {
+    float4* mine = reinterpret_cast<float4*>(shared.grad_query) + warpgroup * (kHeadDim / 16) * 128 + thread;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      const float* x = gradient + 4 * i;
+      mine[i * 128] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+    ptx::fence_proxy_async();
+  }
+
+  // Into the place of the block's own tokens, and from there to memory, where `out` is set.
+  __device__ __forceinline__ void store_gradient(const Gradient& gradient, float scale, T* staged, void* out,
+                                                 const typename Traits::Block& block) const {
+    const int thread = read_thread();
+    uint32_t x[kHeadDim / 16][4];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) x[i / 4][i % 4] = pack2<T>(gradient[2 * i] * scale, gradient[2 * i + 1] * scale);
+    store_fragments<T, kBlockN>(staged, warpgroup * 64, x, thread);
+    ptx::named_barrier_sync(kBackwardWarpgroup + warpgroup, 128);
+    if (out == nullptr) return;
+    constexpr int kVectors = kHeadDim / 8, kRows = 128 / kVectors;
+    const int vector = thread % kVectors;
+#pragma unroll
+    for (int i = 0; i < 64; i += kRows) {
+      const int row = warpgroup * 64 + i + thread / kVectors;
+#ifdef NOSTORE
+      if (row < block.num_tokens && block.num_tokens == 1) {
+#else
+      if (row < block.num_tokens) {
+#endif
+        T* at = static_cast<T*>(out) + (int64_t{block.token} + row) * p.grad_kv_token_stride + block.kv_head * p.grad_kv_head_stride + vector * 8;
+        *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(staged + swizzled<kBlockN>(row, vector));
+      }
+    }
+  }
+
+  // Of a block that two CTAs share: the first to come leaves its part, the other adds it to its own and returns true.
+  __device__ __forceinline__ bool join(Gradient& dk, Gradient& dv, int pair) const {
+    constexpr int kVectors = kHeadDim / 8;
+    const int thread = read_thread();
+    const int place = 2 * pair + warpgroup;
+    int32_t* arrived = plan.pair_turns + 2 * place;
+    float4* part = reinterpret_cast<float4*>(plan.pair_parts) + int64_t{place} * (2 * kVectors * 128) + thread;
+    if (thread == 0) {
+      const bool is_second = ptx::add_acquire_release(arrived, 1) == 1;
+      while (is_second && ptx::load_acquire(arrived + 1) == 0) {
+      }
+      shared.is_second[warpgroup] = is_second;
+    }
+    ptx::named_barrier_sync(kBackwardWarpgroup + warpgroup, 128);
+    const bool is_second = shared.is_second[warpgroup];
+    const auto each = [&](Gradient& gradient, float4* at) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        float* x = gradient + 4 * i;
+        if (is_second) {
+          const float4 y = __ldcg(at + i * 128);
+          x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
+        } else {
+          at[i * 128] = make_float4(x[0], x[1], x[2], x[3]);
+        }
+      }
+    };
+    each(dk, part);
+    each(dv, part + kVectors * 128);
+    if (!is_second) {
+      ptx::named_barrier_sync(kBackwardWarpgroup + warpgroup, 128);
+      if (thread == 0) ptx::store_release(arrived + 1, 1);
+    }
+    return is_second;
+  }
+
+  __device__ __forceinline__ void run() const {
+    const float scale_log2 = p.forward.softmax_scale * 1.4426950408889634f;
+    const int lane = thread % 32;
+    RingPlace<2> place;
+    RingPlace<Traits::kStages> stage;
+    uint32_t values_phase = 0, dq_phase = 0;
+    int grad_scores = 0;
+    while (true) {
+      ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
+      const int num_tiles = shared.blocks[place.slot].num_tiles;
+      if (num_tiles < 0) return;
+      T* keys = shared.keys[place.slot];
+      const int num_tokens = shared.blocks[place.slot].num_tokens;
+      Gradient dk, dv;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0f;
+      if (num_tiles > 0) {
+        if (num_tokens < kBlockN) {
+          ptx::mbarrier_wait(&shared.values_full, values_phase);
+          clear_tokens(keys, num_tokens);
+          clear_tokens(shared.values, num_tokens);
+          ptx::fence_proxy_async();
+          ptx::named_barrier_sync(kBackwardConsumers, 256);
+        }
+        QueryGradient pending;
+        const auto leave_dq = [&] {
+          ptx::mbarrier_wait(&shared.grad_query_empty, dq_phase ^ 1);
+          store_query_gradient(pending);
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(&shared.grad_query_full);
+          dq_phase ^= 1;
+        };
+#pragma unroll 1
+        for (int i = 0; i < num_tiles; ++i) {
+          const T* queries = shared.rows[stage.slot][0];
+          const T* grads = shared.rows[stage.slot][1];
+          ptx::mbarrier_wait(&shared.query_full[stage.slot], stage.phase);
+          Scores scores, grad_probs;
+          issue_scores(scores, keys, queries);
+          if (Traits::kWithQ && i > 0) leave_dq();
+          if (i == 0) ptx::mbarrier_wait(&shared.values_full, values_phase);
+          ptx::mbarrier_wait(&shared.grad_full[stage.slot], stage.phase);
+          issue_scores(grad_probs, shared.values, grads);
+          ptx::wgmma_wait<1>();
+          ptx::wgmma_fence_operand(scores);
+          if (num_tokens < kBlockN) hide_rows(scores, num_tokens);
+          Operand operand;
+          const float2* lse = reinterpret_cast<const float2*>(shared.stats[stage.slot][0]) + lane % 4;
+#pragma unroll
+          for (int j = 0; j < kBlockM / 8; ++j) {
+            const float2 x = lse[4 * j];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) scores[4 * j + k] = exp2_approx(fmaf(scores[4 * j + k], scale_log2, k % 2 == 0 ? -x.x : -x.y));
+            operand[j / 2][j % 2 * 2] = pack2<T>(scores[4 * j], scores[4 * j + 1]);
+            operand[j / 2][j % 2 * 2 + 1] = pack2<T>(scores[4 * j + 2], scores[4 * j + 3]);
+          }
+          if constexpr (Traits::kWithKV) {
+            issue_gradient(dv, operand, grads);
+            ptx::wgmma_wait<1>();
+          } else {
+            ptx::wgmma_wait<0>();
+          }
+          ptx::wgmma_fence_operand(grad_probs);
+          if (i + 1 == num_tiles && lane == 0) ptx::mbarrier_arrive(&shared.values_empty);
+          Operand operand_ds;
+          const float2* delta = reinterpret_cast<const float2*>(shared.stats[stage.slot][1]) + lane % 4;
+#pragma unroll
+          for (int j = 0; j < kBlockM / 8; ++j) {
+            const float2 x = delta[4 * j];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              const float of_row = k % 2 == 0 ? x.x : x.y;
+              scores[4 * j + k] *= kUnit == 1.0f ? grad_probs[4 * j + k] - of_row : fmaf(grad_probs[4 * j + k], kUnit, -of_row);
+            }
+            operand_ds[j / 2][j % 2 * 2] = pack2<T>(scores[4 * j], scores[4 * j + 1]);
+            operand_ds[j / 2][j % 2 * 2 + 1] = pack2<T>(scores[4 * j + 2], scores[4 * j + 3]);
+          }
+          if constexpr (Traits::kWithQ) {
+            store_fragments<T, kBlockN>(shared.grad_scores[grad_scores], warpgroup * 64, operand_ds, thread);
+            ptx::fence_proxy_async();
+          }
+          if constexpr (Traits::kWithKV) {
+            ptx::wgmma_wait<0>();
+            ptx::wgmma_fence_operand(dv);
+            issue_gradient(dk, operand_ds, queries);
+          }
+          QueryGradient dq;
+          if constexpr (Traits::kWithQ) {
+            ptx::named_barrier_sync(kBackwardConsumers, 256);
+            issue_query_gradient(dq, shared.grad_scores[grad_scores], keys);
+            grad_scores ^= 1;
+          }
+          uint64_t* empty = &shared.rows_empty[stage.slot];
+          stage.advance();
+          ptx::wgmma_wait<0>();
+          if constexpr (Traits::kWithKV) ptx::wgmma_fence_operand(dk);
+          if constexpr (Traits::kWithQ) {
+            ptx::wgmma_fence_operand(dq);
+#pragma unroll
+            for (int j = 0; j < kHeadDim / 4; ++j) pending[j] = dq[j] * p.forward.softmax_scale;
+          }
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(empty);
+        }
+        if constexpr (Traits::kWithQ) leave_dq();
+        values_phase ^= 1;
+        if constexpr (Traits::kWithQ && Traits::kWithKV) ptx::named_barrier_sync(kBackwardConsumers, 256);  // no K, no dS is read any more
+      }
+      if constexpr (Traits::kWithKV) {
+        const auto block = shared.blocks[place.slot];
+        if (block.pair < 0 || join(dk, dv, block.pair)) {
+          store_gradient(dv, kUnit, shared.grad_scores[0], p.grad_values, block);
+          store_gradient(dk, p.forward.softmax_scale, keys, p.grad_keys, block);
+          ptx::fence_proxy_async();
+        }
+      }
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&shared.keys_empty[place.slot]);
+      place.advance();
+    }
+  }
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    cross_attention_backward_kernel(const __grid_constant__ BackwardMaps maps, const __grid_constant__ CrossAttentionBackwardParams p,
+                                    const __grid_constant__ BackwardPlan plan) {
+  extern __shared__ char raw[];
+  using Shared = typename Traits::SharedStorage;
+  Shared& shared = *reinterpret_cast<Shared*>(raw + ((1024 - (shared_address(raw) & 1023)) & 1023));
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int thread = threadIdx.x % 128;
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&maps.keys);
+    ptx::prefetch_tensor_map(&maps.values);
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(&shared.keys_full[i], 1);
+      ptx::mbarrier_init(&shared.keys_empty[i], Traits::kWithQ ? 10 : 8);  // consumers' warps, and those of the turns
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      ptx::mbarrier_init(&shared.query_full[i], 1);
+      ptx::mbarrier_init(&shared.grad_full[i], 1);
+      ptx::mbarrier_init(&shared.rows_empty[i], 8);
+    }
+    for (int i = 0; i < Traits::kTurnSlots; ++i) {
+      ptx::mbarrier_init(&shared.may_add[i], 1);
+      ptx::mbarrier_init(&shared.passed[i], 1);
+    }
+    ptx::mbarrier_init(&shared.values_full, 1);
+    ptx::mbarrier_init(&shared.values_empty, 8);
+    ptx::mbarrier_init(&shared.grad_query_full, 8);
+    ptx::mbarrier_init(&shared.grad_query_empty, 1);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  ptx::wait_for_previous_kernel();
+  if (warpgroup == 0) {
+    ptx::register_dealloc<Traits::kProducerRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+    if (thread % 32 == 0) {
+      if (warp == 0) {
+        produce<Traits>(maps, p, plan, shared);
+        ptx::let_next_kernel_start();
+      } else if (Traits::kWithQ && warp == 1) {
+        wait_for_turns<Traits>(plan, shared);
+      } else if (Traits::kWithQ && warp == 2) {
+        add_to_sums<Traits>(plan, shared);
+      }
+    }
+  } else {
+    ptx::register_alloc<Traits::kConsumerRegisters>();
+    BackwardConsumer<Traits>{shared, p, plan, warpgroup - 1, thread}.run();
+  }
+}
+
+template <typename Traits>
+void launch_backward(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
+  using T = typename Traits::Element;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  const unsigned heads = p.forward.num_kv_heads;
+  auto* kernel = cross_attention_backward_kernel<Traits>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes), "cudaFuncSetAttribute");
+  pack_rows_kernel<T, kHeadDim><<<dim3(plan.max_tiles * 4, heads), 16 * kHeadDim / 8, 0, stream>>>(p, plan);
+  check_launch("pack_rows");
+  cudaLaunchAttribute attributes[2];  // the second: CTAs wait for one another, so all of them must be there
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.num_ctas);
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = Traits::kSharedBytes;
+  config.stream = stream;
+  const auto encode = [&](const void* base, int64_t token_stride, int64_t head_stride) {
+    return encode_tokens<T, kHeadDim, Traits::kBlockN>(base, p.forward.num_slow, p.forward.num_kv_heads, token_stride, head_stride);
+  };
+  const BackwardMaps maps = {encode(p.forward.keys, p.forward.k_token_stride, p.forward.k_head_stride), encode(p.forward.values, p.forward.v_token_stride, p.forward.v_head_stride)};
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check(cudaLaunchKernelEx(&config, kernel, maps, p, plan), "cross_attention_backward_sm90");
+  config.numAttrs = 1;
+  if constexpr (Traits::kWithQ) {
+    config.gridDim = dim3(plan.max_tiles, heads);
+    config.blockDim = dim3(256);
+    config.dynamicSmemBytes = 0;
+    check(cudaLaunchKernelEx(&config, write_dq_kernel<T, kHeadDim>, p, plan), "write_dq");
+  }
+}
+
+template <typename T, int kHeadDim>
+void launch_backward_needs(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
+  const bool with_kv = p.grad_keys != nullptr || p.grad_values != nullptr;
+  if (p.grad_q == nullptr) return launch_backward<BackwardTraits<T, kHeadDim, false, true>>(p, plan, stream);
+  if (!with_kv) return launch_backward<BackwardTraits<T, kHeadDim, true, false>>(p, plan, stream);
+  launch_backward<BackwardTraits<T, kHeadDim, true, true>>(p, plan, stream);
+}
+
+template <int kHeadDim>
+void launch_backward_dtype(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
+  switch (p.forward.dtype) {
+    case DType::kBFloat16: return launch_backward_needs<__nv_bfloat16, kHeadDim>(p, plan, stream);
+    case DType::kFloat16: return launch_backward_needs<__half, kHeadDim>(p, plan, stream);
+    case DType::kFloat32: break;
+  }
+  throw std::invalid_argument("cross_attention_backward: a dtype that has no kernel");
+}
+
+}  // namespace slowfast::cuda
