@@ -124,6 +124,7 @@ def test_a_captured_training_step_replays_on_new_data(target, op, rng):
         return *results, *torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
 
     side = torch.cuda.Stream(target.device)
+    side.wait_stream(torch.cuda.current_stream(target.device))
     with torch.cuda.stream(side):
         step()  # compiles, uploads tables
     side.synchronize()
