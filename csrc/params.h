@@ -86,9 +86,9 @@ struct GatedMixParams {
 };
 
 // Gradients of that for the gradient of `out`; nullptr: not asked for, as for an argument that the call did not have.
-// Those of weight, bias and warm_up are sums over the text rows: each of num_blocks CTAs writes its share into a row of
-// `partials`, C floats (none if grad_weight is not asked for) and, 4 and 3 before the row's end, those of bias and
-// warm_up; a second kernel adds up the rows in a fixed order.
+// Those of weight, bias and warm_up are sums over the text rows: each of num_blocks CTAs (on a CPU, runs of text rows)
+// writes its share into a row of `partials`, C floats (none if grad_weight is not asked for) and, 4 and 3 before the row's
+// end, those of bias and warm_up; a second kernel adds up the rows in a fixed order.
 struct GatedMixBackwardParams {
   const void* grad;       // [rows, C]
   const void* state;      // [rows, C]

@@ -196,6 +196,19 @@ def test_what_no_row_sees_has_no_part_in_it(way, dtype, rng):
         assert (got.double() - want).abs().max() <= roundoff * max(1.0, float(want.abs().max()))
 
 
+@pytest.mark.parametrize("num_seen", [1, 5, 9])
+def test_where_few_tokens_are_seen_the_rounding_of_the_context_has_no_part(num_seen, rng):
+    """Tokens with one key: dQ is 0, as long as dS of the tokens adds up to 0."""
+    generator = rng()
+    pieces, places = [[30, 34], [70, 90]], {"lengths": [2], "tokens": 100}
+    made = case([40], heads=(4, 2), dim=64, dtype=torch.float16, generator=generator, slow_pieces=pieces, **places)
+    inputs = made.call.inputs._replace(slow_end=torch.full((40,), num_seen, dtype=torch.int32))
+    inputs.slow_kv[:, :, 0] = inputs.slow_kv[0, :, 0]
+    made = forward(inputs, generator)
+    made.call.grads[1].zero_()
+    assert made.run()[0].abs().max() <= 4e-6
+
+
 def many_groups(dtype, generator) -> Case:
     """Tokens in several groups of several sequences, and rows of several blocks."""
     return case([30, 1, 0, 9], [1500, 40, 300, 1100], (6, 2), 64, dtype, generator)
