@@ -178,7 +178,8 @@ class BackwardTile {
 
   // ---- packing
 
-  // Tokens that no row sees are zero: what they hold is nobody's business, and zero times that could be NaN.
+  // Tokens that no row of the sequence sees are zero: what they hold is not its business, and zero times that could be
+  // NaN.
   void pack_tokens() {
     bool whole = true;
     for (int64_t t = 0; t < count_; t += kBlock) whole &= places_[t / kBlock].all;
@@ -187,17 +188,18 @@ class BackwardTile {
     const T* keys = static_cast<const T*>(p_.keys) + first_ * p_.k_token_stride + unit_.kv_head * p_.k_head_stride;
     const T* values = static_cast<const T*>(p_.values) + first_ * p_.v_token_stride + unit_.kv_head * p_.v_head_stride;
     const int64_t padded = round_up(count_, kBlock), dim = p_.head_dim;
-    const auto key = [&](int64_t t) { return place_[t] < 0 ? nullptr : keys + t * p_.k_token_stride; };
     for (int64_t t = 0; t < padded; ++t) {
       if (place_[t] < 0) {
         std::memset(keys_ + t * layout_.lanes, 0, layout_.lanes * sizeof(float));
         std::memset(values_ + t * layout_.lanes, 0, layout_.lanes * sizeof(float));
         continue;
       }
-      pack_key<Ops>(key(t), dim, keys_ + t * layout_.lanes, layout_.lanes);
+      pack_key<Ops>(keys + t * p_.k_token_stride, dim, keys_ + t * layout_.lanes, layout_.lanes);
       pack_key<Ops>(values + t * p_.v_token_stride, dim, values_ + t * layout_.lanes, layout_.lanes);
     }
-    if (Ops::kPack > 1 && unit_.grad_q != nullptr) pack_values<Ops>(key, padded, dim, key_rows_, layout_.dense);
+    if (Ops::kPack == 1 || unit_.grad_q == nullptr) return;
+    const auto key = [&](int64_t t) { return place_[t] < 0 ? nullptr : keys + t * p_.k_token_stride; };
+    pack_values<Ops>(key, padded, dim, key_rows_, layout_.dense);
   }
 
   void pack_rows(const BackwardUse& use, int64_t row) {
@@ -205,8 +207,7 @@ class BackwardTile {
       float* query = raw_of(query_rows_) + lane * layout_.lanes;
       if (lane >= rows_) {
         std::memset(query, 0, layout_.lanes * sizeof(float));
-        lse_[lane] = __builtin_inff();
-        row_delta_[lane] = 0.f;
+        lse_[lane] = row_delta_[lane] = 0.f;
         continue;
       }
       const int64_t text = use.texts[(row + lane) / group_], head = head_of(row + lane);
