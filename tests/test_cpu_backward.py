@@ -200,11 +200,11 @@ def test_what_no_row_sees_has_no_part_in_it(way, dtype, rng):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_a_sequence_that_sees_nan_breaks_no_other(dtype, rng):
-    """Both read the same tokens; the second sees the first half of them."""
-    ends = {"slow_pieces": [[0, 64], [0, 64]], "slow_end": [64] * 3 + [32] * 3}
+    """Both read the same tokens; the second sees the first 28 of them."""
+    ends = {"slow_pieces": [[0, 64], [0, 64]], "slow_end": [64] * 3 + [28] * 3}
     made = case([3, 3], [1, 1], (4, 2), 16, dtype, rng(), tokens=64, **ends)
     expected = made.run()[0]
-    made.call.inputs.slow_kv[40] = float("nan")
+    made.call.inputs.slow_kv[30] = float("nan")
     grad_q, rows = made.run()[0], made.call.inputs.text_rows.long()
     assert grad_q[rows[:3]].isnan().all()
     assert torch.equal(grad_q[rows[3:]], expected[rows[3:]])
@@ -324,9 +324,9 @@ def test_memory_is_linear(texts, rng):
 
 @reads_peaks
 def test_partial_sums_take_the_room_that_there_is(rng, monkeypatch):
-    """They would take 18 MB."""
-    monkeypatch.setattr(cpu, "_BACKWARD_WORKSPACE", 2**20)
-    assert memory_beside_results(case([256], [5120], (28, 4), 64, torch.bfloat16, rng())) <= 8 * 2**20
+    """They would take 18 MB, and those of a KV head take 4.6."""
+    monkeypatch.setattr(cpu, "_BACKWARD_WORKSPACE", 5 * 2**20)
+    assert memory_beside_results(case([256], [5120], (28, 4), 64, torch.bfloat16, rng())) <= 12 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------ mix
