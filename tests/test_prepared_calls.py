@@ -10,9 +10,19 @@ from cases import Shape, make_inputs
 
 import slowfast_kernels as sk
 from slowfast_kernels import _extension, cpu
-from slowfast_kernels.calls import AttentionTensors, FusedOptions, FusedTensors
+from slowfast_kernels.calls import (
+    AttentionOptions,
+    AttentionTensors,
+    FusedOptions,
+    FusedTensors,
+    MergeOptions,
+    MergeTensors,
+    MixOptions,
+    MixTensors,
+)
 from slowfast_kernels.ops import attention, fused
 from slowfast_kernels.ops.dispatch import SignatureCache, signature
+from slowfast_kernels.params import CrossAttentionParams, GatedMixParams, MergeParams
 
 SHAPE = Shape(((2, 5), (3, 8)), dim=64)
 
@@ -104,6 +114,46 @@ def test_a_prepared_call_reads_the_tensors_of_the_call_and_not_those_that_it_was
     expected = sk.slowfast_cross_attention(*(x.double() if x.is_floating_point() else x for x in second.fused))
     rows = second.text_rows.long()
     torch.testing.assert_close(found[rows], expected[rows].float())
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "params", "field"),
+    [
+        ("text_cross_attention", "cpu_cross_attention", CrossAttentionParams, "context"),
+        ("cross_attention", "cpu_cross_attention", CrossAttentionParams, "out"),
+        ("gated_residual_mix", "cpu_gated_mix", GatedMixParams, "out"),
+        ("merge_attention", "cpu_merge", MergeParams, "context"),
+    ],
+)
+def test_a_call_leaves_one_of_another_thread_alone(name, kernel, params, field, inputs, monkeypatch):
+    """Kernels run without Python's lock: here a second call begins while the first one's kernel is about to read."""
+    context = inputs.q[inputs.text_rows.long()]
+    lse = torch.zeros(context.shape[:2])
+    tensors, options = {
+        "text_cross_attention": (inputs.tensors, AttentionOptions(None, False, 0, "cpu")),
+        "cross_attention": (
+            FusedTensors(inputs.state, *inputs.tensors, *inputs.gating, None),
+            FusedOptions(None, 0, "tanh", True, "cpu"),
+        ),
+        "gated_residual_mix": (
+            MixTensors(inputs.state, context.flatten(1), inputs.text_rows, *inputs.gating, None),
+            MixOptions("tanh", True, "cpu"),
+        ),
+        "merge_attention": (MergeTensors(context, lse, context, lse), MergeOptions("cpu")),
+    }[name]
+    written = []
+
+    def reads_late(address: int, _: int) -> None:
+        mine = getattr(params.from_address(address), field)
+        written.append(mine)
+        if len(written) == 1:
+            run(tensors)
+        assert getattr(params.from_address(address), field) == mine
+
+    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(**{kernel: reads_late}))
+    run = getattr(cpu, f"prepare_{name}")(tensors, options)
+    kept = run(tensors)
+    assert len(set(written)) == 2, kept
 
 
 def test_a_cpu_s_splits_follow_the_threads_of_each_call(inputs, prepared, monkeypatch):
