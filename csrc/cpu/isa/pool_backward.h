@@ -18,24 +18,35 @@ void subtract_along(const T* grad, float along, float scale, float* row, int64_t
   for (; c < count; ++c) row[c] = scale * (to_float(grad[c]) - along * row[c]);
 }
 
-// row = the gradient of slow token (y, x) of the frame, times `share`, but for what the fast tokens add.
+// to = scale * row + factor * more
+template <class S, class T>
+void write_sum(const S* row, float scale, const T* more, float factor, T* to, int64_t count) {
+  const Vec all = splat(scale), all_more = splat(factor);
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) store(to + c, fma(all_more, load(more + c), all * load(row + c)));
+  for (; c < count; ++c) from_float(scale * to_float(row[c]) + factor * to_float(more[c]), to + c);
+}
+
+// row = the gradient of a slow token that is the mean of the stride x stride features at `from`, times `share`.
 template <class T>
-void slow_gradient(const PoolBackwardParams& p, const T* feature, int stride, const T* grad, float share, float* row) {
-  if (grad == nullptr || p.norm_eps < 0) {
+void slow_gradient(const PoolBackwardParams& p, const T* from, int stride, const T* grad, float share, float* row) {
+  if (grad == nullptr) {
     std::memset(row, 0, p.channels * sizeof(float));
-    if (grad != nullptr) add_scaled(grad, share, row, p.channels);
-    return;
+  } else if (p.norm_eps < 0) {
+    write_scaled(grad, share, row, p.channels);
+  } else {
+    const float mean_square = average_tokens(p, from, stride, row) / float(p.channels);
+    const float scale = 1.f / (mean_square + p.norm_eps);   // squared
+    const float along = dot(grad, row, p.channels) / float(p.channels);
+    subtract_along(grad, along * scale, share * __builtin_sqrtf(scale), row, p.channels);
   }
-  const float mean_square = average_tokens(p, feature, stride, row) / float(p.channels);
-  const float scale = 1.f / (mean_square + p.norm_eps);   // squared
-  const float along = dot(grad, row, p.channels) / float(p.channels);
-  subtract_along(grad, along * scale, share * __builtin_sqrtf(scale), row, p.channels);
 }
 
 template <class T>
 void pool_backward_cells_of(const PoolBackwardParams& p, int64_t frame, int32_t cell_row, float* row) {
   const int32_t* it = p.frame_table + frame * 8;
-  const int32_t first_window = it[0], num_windows = it[1], slow_base = it[2], stride = it[3];
+  const int32_t num_windows = it[1], slow_base = it[2], stride = it[3];
+  const int32_t* windows = p.windows + 2 * it[0];
   const int32_t slow_h = it[4], slow_w = it[5], fast_h = it[6], fast_w = it[7], cell = p.spatial_stride;
   const auto feature = [&](int32_t y, int32_t x) { return int64_t(y) * p.grid_w + x; };
   T* to = static_cast<T*>(p.grad_frames) + frame * p.grid_h * p.grid_w * p.channels;
@@ -47,16 +58,22 @@ void pool_backward_cells_of(const PoolBackwardParams& p, int64_t frame, int32_t 
     const T* from = static_cast<const T*>(p.frames) + frame * p.frame_stride + at * p.token_stride;
     const T* grad = p.grad_slow == nullptr ? nullptr : static_cast<const T*>(p.grad_slow) + slow * p.slow_row_stride;
     const float share = 1.f / float(stride * stride);
-    slow_gradient(p, from, stride, grad, share, row);
-    if (p.grad_fast != nullptr && cell_row / cell < fast_h && x / cell < fast_w) {
-      for (const int32_t* w = p.windows + 2 * first_window; w < p.windows + 2 * (first_window + num_windows); w += 2) {
-        const int64_t fast = w[0] + int64_t(cell_row / cell) * fast_w + x / cell;
-        const T* mean = static_cast<const T*>(p.grad_fast) + fast * p.fast_row_stride;
-        add_scaled(mean, share / float(w[1] * cell * cell), row, p.channels);
-      }
-    }
+    const bool is_fast = p.grad_fast != nullptr && cell_row / cell < fast_h && x / cell < fast_w;
+    const int32_t last = is_fast ? num_windows - 1 : -1;
+    const auto mean = [&](int32_t i) {
+      const int64_t fast = windows[2 * i] + int64_t(cell_row / cell) * fast_w + x / cell;
+      return static_cast<const T*>(p.grad_fast) + fast * p.fast_row_stride;
+    };
+    const auto factor = [&](int32_t i) { return share / float(windows[2 * i + 1] * cell * cell); };
     T* first = to + at * p.channels;
-    write_scaled(row, 1.f, first, p.channels);
+    if (grad != nullptr && p.norm_eps < 0 && last == 0) {   // what needs no float32 row on the way
+      write_sum(grad, share, mean(0), factor(0), first, p.channels);
+    } else {
+      slow_gradient(p, from, stride, grad, share, row);
+      for (int32_t i = 0; i < last; ++i) add_scaled(mean(i), factor(i), row, p.channels);
+      if (last >= 0) write_sum(row, 1.f, mean(last), factor(last), first, p.channels);
+      else write_scaled(row, 1.f, first, p.channels);
+    }
     for (int32_t y = y0; y < y1; ++y) {
       for (int32_t i = x * stride; i < (x + 1) * stride; ++i) {
         if (y > y0 || i > x * stride) std::memcpy(to + feature(y, i) * p.channels, first, bytes);
