@@ -29,6 +29,27 @@ def _in_one_dtype(weight: Tensor, bias: Tensor, warm_up: Tensor | None) -> tuple
     return weight.to(widest), bias.to(widest), warm_up
 
 
+def gate_arguments(
+    gate_proj: nn.Module, warm_up: Tensor | None, gate: str, state: Tensor, text_rows: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gate weight, gate bias, warm-up factor and gate values of the attention op.
+
+    A plain ``gate_proj`` gives its weights, for the kernel to read; any other is called, and gives values [Nt] after
+    the activation, in the type that the kernel would have computed them in.
+    """
+    if is_plain(gate_proj, nn.Sequential) and len(gate_proj) == 1:
+        (linear,) = gate_proj
+        if is_plain(linear, nn.Linear) and linear.bias is not None:
+            return *_in_one_dtype(linear.weight, linear.bias, warm_up), None
+    rows = state.index_select(0, text_rows)
+    computed = torch.promote_types(state.dtype, torch.float32)
+    weights = [p for p in gate_proj.parameters() if p.is_floating_point()]
+    if weights and all(p.dtype == computed for p in weights):  # kept in float32 beside a half precision model
+        rows = rows.to(computed)
+    value = ACTIVATIONS[gate].apply(gate_proj(rows).flatten().to(computed))
+    return None, None, None if warm_up is None else warm_up.to(computed), value
+
+
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary embedding."""
 
@@ -88,23 +109,9 @@ class HybridAttention(SelfAttention):
         return kv.reshape(-1, self.num_kv_heads, 2, self.head_dim)
 
     def gating(self, state: Tensor, text_rows: Tensor) -> tuple[Tensor | None, ...]:
-        """Gate weight, gate bias, warm-up factor and gate values of the attention op.
-
-        A plain gate gives its weights, for the kernel to read; any other is called, and gives values [Nt] after the
-        activation, in the type that the kernel would have computed them in.
-        """
-        gate, warm_up = self.cross_attn_gate_proj, self.cross_attn_warm_up_gate
-        if is_plain(gate, nn.Sequential) and len(gate) == 1:
-            (linear,) = gate
-            if is_plain(linear, nn.Linear) and linear.bias is not None:
-                return *_in_one_dtype(linear.weight, linear.bias, warm_up), None
-        rows = state.index_select(0, text_rows)
-        computed = torch.promote_types(state.dtype, torch.float32)
-        weights = [p for p in gate.parameters() if p.is_floating_point()]
-        if weights and all(p.dtype == computed for p in weights):  # kept in float32 beside a half precision model
-            rows = rows.to(computed)
-        value = ACTIVATIONS[self.gate].apply(gate(rows).flatten().to(computed))
-        return None, None, None if warm_up is None else warm_up.to(computed), value
+        """``gate_arguments`` of this layer."""
+        gate_proj, warm_up = self.cross_attn_gate_proj, self.cross_attn_warm_up_gate
+        return gate_arguments(gate_proj, warm_up, self.gate, state, text_rows)
 
     def forward(
         self,

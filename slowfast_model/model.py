@@ -29,7 +29,7 @@ from .config import SlowFastConfig
 from .generate import GenerationMixin
 from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
 from .tokens import IGNORE_INDEX, Layout, splice
-from .vision import build_projector, check_features, slow_and_fast_tokens
+from .vision import build_projector, check_features, project_and_pool
 
 
 @dataclass
@@ -223,11 +223,7 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
 
     def _slow_and_fast(self, frame_features: Sequence[Tensor], norm_eps: float | None):
         """Slow [Ns, C] and fast [Nf, C] tokens and the (fast, slow) counts of each video."""
-        sizes = [len(x) * x.shape[1] for x in frame_features]
-        flat = [x.flatten(0, 1) for x in frame_features]
-        projected = self.model.mm_projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
-        videos = [y.view(len(x), x.shape[1], -1) for x, y in zip(frame_features, projected, strict=True)]
-        return slow_and_fast_tokens(videos, self.config, norm_eps, self.backend)
+        return project_and_pool(self.model.mm_projector, frame_features, self.config, norm_eps, self.backend)
 
     def _no_tokens(self, device: torch.device) -> Tensor:
         """The projector's [0, C]."""

@@ -36,23 +36,27 @@ def build_projector(config: SlowFastConfig) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _grid(index: int, features: Tensor) -> tuple[int, int]:
+def _grid(index: int, features: Tensor, argument: str = "frame_features") -> tuple[int, int]:
     tokens = features.shape[1]
     side = isqrt(tokens)
     if side * side != tokens or not side:
         hint = ""
         if tokens > 1 and isqrt(tokens - 1) ** 2 == tokens - 1:
             hint = f"; {tokens} is one more than a square: drop the tower's class token"
-        raise ValueError(
-            f"frame_features[{index}]: got {tokens} tokens a frame, want a square number (H * W, H = W){hint}"
-        )
+        raise ValueError(f"{argument}[{index}]: got {tokens} tokens a frame, want a square number (H * W, H = W){hint}")
     return side, side
 
 
 def check_features(
-    frame_features: Sequence[Tensor], width: int | None, dtypes: Collection[torch.dtype], device: torch.device
+    frame_features: Sequence[Tensor],
+    width: int | None,
+    dtypes: Collection[torch.dtype],
+    device: torch.device | None,
+    argument: str = "frame_features",
 ) -> None:
-    """A list of [T, H*W, width] in one of ``dtypes`` and on ``device``, the model's.
+    """A list of [T, H*W, width] in one of ``dtypes`` and on ``device``, the model's (None: anywhere).
+
+    ``argument``: what the caller's users call it.
 
     Raises:
         TypeError: not a list of dense tensors, another dtype.
@@ -60,26 +64,37 @@ def check_features(
             projector (``width`` None).
     """
     if isinstance(frame_features, str | bytes) or not isinstance(frame_features, Sequence):
-        raise TypeError(
-            f"frame_features: got {type(frame_features).__name__}, want a list with a tensor for each video"
-        )
+        raise TypeError(f"{argument}: got {type(frame_features).__name__}, want a list with a tensor for each video")
     if width is None and frame_features:
-        raise ValueError(
-            "frame_features: got videos, want none: the configuration has no mm_hidden_size (no projector)"
-        )
+        raise ValueError(f"{argument}: got videos, want none: the configuration has no mm_hidden_size (no projector)")
     for i, x in enumerate(frame_features):
-        name = f"frame_features[{i}]"
+        name = f"{argument}[{i}]"
         check_dense(name, x, f"[T, H*W, {width}] (one flat list over the videos of the batch)")
         if x.dim() != 3 or x.shape[2] != width:
             raise ValueError(f"{name}: got shape {list(x.shape)}, want [T, H*W, {width}]")
         if not x.shape[0]:
             raise ValueError(f"{name}: got no frames, want at least one")
-        _grid(i, x)
-        if x.device != device:
+        _grid(i, x, argument)
+        if device is not None and x.device != device:
             raise ValueError(f"{name}: got a tensor on {x.device}, want {device} (the model's device)")
         if x.dtype not in dtypes:
             want = " or ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"{name}: got {x.dtype}, want {want} (what the model computes in)")
+
+
+def project_and_pool(
+    projector: nn.Module,
+    frame_features: Sequence[Tensor],
+    config: SlowFastConfig,
+    norm_eps: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """``slow_and_fast_tokens`` of features [T, H*W, mm_hidden] of each video, through one call of ``projector``."""
+    sizes = [len(x) * x.shape[1] for x in frame_features]
+    flat = [x.flatten(0, 1) for x in frame_features]
+    projected = projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
+    videos = [y.view(len(x), x.shape[1], -1) for x, y in zip(frame_features, projected, strict=True)]
+    return slow_and_fast_tokens(videos, config, norm_eps, backend)
 
 
 def slow_and_fast_tokens(

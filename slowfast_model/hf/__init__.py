@@ -1,0 +1,17 @@
+"""slow-fast video tokens under language models of transformers (4.57 and newer; the extra ``hf``).
+
+Importing this package makes its model known to transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from .add import add_slow_fast
+from .config import SlowFastVLConfig
+from .modeling import SlowFastVLForConditionalGeneration
+from .processing import SlowFastVLProcessor
+
+AutoConfig.register(SlowFastVLConfig.model_type, SlowFastVLConfig)
+AutoModelForImageTextToText.register(SlowFastVLConfig, SlowFastVLForConditionalGeneration)
+AutoProcessor.register(SlowFastVLConfig, SlowFastVLProcessor)
+
+__all__ = ["SlowFastVLConfig", "SlowFastVLForConditionalGeneration", "SlowFastVLProcessor", "add_slow_fast"]

@@ -1,0 +1,208 @@
+"""Hybrid attention in place: a decoder layer's own attention class, with slow tokens between attention and ``o_proj``.
+
+A chosen layer's ``self_attn`` becomes an instance of a subclass of its own class. Its forward stays the model's, called
+with a stand-in for the module whose configuration names our function of transformers' ``AttentionInterface``. That
+function runs the attention that the user chose and then ``slowfast_cross_attention`` on the query after RoPE. A call
+without slow tokens is the model's own, untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import slowfast_kernels as sk
+
+from ..attention import gate_arguments
+from ..checkpoint import interleave_kv
+from ..config import SlowFastConfig
+from ..layers import weights_dtype
+from ..plain import is_plain
+from .videos import SlowReading
+
+NAME = "slowfast"  # of our function in the AttentionInterface
+
+
+class _OurConfig:
+    """A layer's configuration that names our attention function; everything else is the layer's."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config) -> None:
+        self._of_layer = config
+
+    def __getattr__(self, name: str):
+        return getattr(self._of_layer, name)
+
+
+class _ReadingAttention:
+    """An attention module as its own forward sees it while it reads slow tokens. Nothing is kept on the module."""
+
+    def __init__(self, module: HybridAttention, reading: SlowReading) -> None:
+        self._module, self._reading, self._has_read = module, reading, False
+        self.config = _OurConfig(module.config)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+class HybridAttention:
+    """Mixed in before a model's own attention class by ``hybrid_class``."""
+
+    _plain_class: type[nn.Module]
+    _eager_attention = None  # what the model calls "eager", which is not in the interface
+
+    def forward(self, *args, slow_context: SlowReading | None = None, **kwargs):
+        """The model's own; ``slow_context``: what the rows read."""
+        if slow_context is None:
+            return super().forward(*args, **kwargs)
+        reading = _ReadingAttention(self, slow_context)
+        result = type(self)._plain_class.forward(reading, *args, **kwargs)
+        if not reading._has_read:
+            raise RuntimeError(f"{type(self)._plain_class.__name__} did not call the attention interface")
+        return result
+
+    def slow_kv(self, reading: SlowReading, like: Tensor) -> Tensor:
+        """K and V [Ns, Hkv, 2, D] of all slow tokens, in the type and on the device of ``like``."""
+        kv = reading.held.get(self.layer_idx)
+        if reading.tokens is not None:
+            (layer,) = self._decoder_layer
+            tokens = layer.input_layernorm(reading.tokens.to(like.device))
+            new = self.cross_attn_kv_proj(tokens).to(like.dtype).view(len(tokens), -1, 2, self.head_dim)
+            kv = new if kv is None else torch.cat([kv, new])
+            if reading.keep is not None:
+                reading.keep[self.layer_idx] = kv
+        return kv
+
+    def read(self, state: Tensor, query: Tensor, reading: SlowReading, scale: float | None) -> Tensor:
+        """``state`` [B, L, Hq, D] after self-attention, ``query`` [B, Hq, L, D] -> the state with slow tokens."""
+        flat = state.flatten(0, 1).flatten(1)
+        places, selection = reading.on(flat.device)
+        gate = (self.cross_attn_gate_proj, self.cross_attn_warm_up_gate, self._slow_gate)
+        *gating, value = gate_arguments(*gate, flat, places[1])
+        mixed = sk.slowfast_cross_attention(
+            flat,
+            query.transpose(1, 2).flatten(0, 1),
+            self.slow_kv(reading, flat),
+            *places,
+            *gating,
+            **selection,
+            softmax_scale=scale,
+            gate=self._slow_gate,
+            gate_value=value,
+            warm_up_tanh=self._warm_up_tanh,
+        )
+        return mixed.view(state.shape)
+
+    def __reduce_ex__(self, protocol):
+        return _new_hybrid, (self._plain_class,), self.__dict__
+
+
+def attend(module: _ReadingAttention, query, key, value, attention_mask, **kwargs):
+    """Our function of the interface: the attention that the user chose, then the slow tokens."""
+    hybrid, reading = module._module, module._reading
+    chosen = hybrid.config._attn_implementation
+    if chosen in (None, "eager"):
+        own = type(hybrid)._eager_attention
+    else:
+        own = ALL_ATTENTION_FUNCTIONS[chosen]
+    state, weights = own(hybrid, query, key, value, attention_mask, **kwargs)
+    module._has_read = True
+    return hybrid.read(state, query, reading, kwargs.get("scaling")), weights
+
+
+AttentionInterface.register(NAME, attend)
+
+
+# ------------------------------------------------------------------------------------------------ classes and layers
+
+_HYBRIDS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def hybrid_class(plain_class: type[nn.Module]) -> type[nn.Module]:
+    """The hybrid subclass of a model's attention class; the same one each time, and its instances pickle."""
+    if plain_class not in _HYBRIDS:
+        eager = getattr(sys.modules[plain_class.__module__], "eager_attention_forward", None)
+        names = {"_plain_class": plain_class, "_eager_attention": None if eager is None else staticmethod(eager)}
+        names |= {"__module__": plain_class.__module__, "__doc__": plain_class.__doc__}
+        _HYBRIDS[plain_class] = type(f"SlowFast{plain_class.__name__}", (HybridAttention, plain_class), names)
+    return _HYBRIDS[plain_class]
+
+
+def _new_hybrid(plain_class: type[nn.Module]) -> nn.Module:
+    made = hybrid_class(plain_class)
+    return made.__new__(made)
+
+
+def unsupported_reason(layer: nn.Module) -> str | None:
+    """Why a decoder layer cannot be made hybrid; None: it can."""
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, nn.Module):
+        return "it has no self_attn"
+    if isinstance(attention, HybridAttention):
+        return "it attends slow tokens already"
+    kind = type(attention)
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(inspect.unwrap(kind.forward)):
+        return f"{kind.__name__} does not go through transformers' AttentionInterface"
+    missing = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(attention, name)]
+    missing += [name for name in ("layer_idx", "head_dim") if not hasattr(attention, name)]
+    if missing:
+        return f"{kind.__name__} has no {', '.join(missing)}"
+    if not hasattr(layer, "input_layernorm"):
+        return f"{type(layer).__name__} has no input_layernorm, which slow tokens would share"
+    return None
+
+
+def make_hybrid(layer: nn.Module, config: SlowFastConfig) -> None:
+    """Give a decoder layer's attention the projections and the gate that read slow tokens, uninitialised.
+
+    They are of the type, and on the device, of the layer's k_proj.
+    """
+    attention = layer.self_attn
+    attention.__class__ = hybrid_class(type(attention))
+    attention._decoder_layer = (layer,)  # in a tuple: no child of its child
+    attention._slow_gate, attention._warm_up_tanh = config.gate, not config.updates_every_row
+    options = {"dtype": weights_dtype(attention), "device": _device_of(attention.k_proj)}
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    attention.cross_attn_kv_proj = nn.Linear(width, 2 * config.num_key_value_heads * config.head_dim, **options)
+    attention.cross_attn_gate_proj = nn.Sequential(nn.Linear(heads, 1, **options))
+    attention.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1, **options)) if config.has_warm_up else None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: that of its weights, or, where they are offloaded, of the hook that fetches them."""
+    device = next(module.parameters()).device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return device
+
+
+@torch.no_grad()
+def start_from_own_kv(attention: HybridAttention) -> None:
+    """``cross_attn_kv_proj`` becomes the layer's own k_proj and v_proj, K and V of a head side by side.
+
+    A missing bias is a zero bias.
+    """
+    projection = attention.cross_attn_kv_proj
+    pairs = (_weight_and_bias(attention.k_proj), _weight_and_bias(attention.v_proj))
+    heads = len(pairs[0][0]) // attention.head_dim
+    for into, (k, v) in zip((projection.weight, projection.bias), zip(*pairs, strict=True), strict=True):
+        into.copy_(interleave_kv(k, v, heads))
+
+
+def _weight_and_bias(projection: nn.Module) -> tuple[Tensor, Tensor]:
+    """Of a linear layer in any form: what is adapted, quantised or offloaded is asked for its products."""
+    if is_plain(projection, nn.Linear):
+        bias = projection.bias
+        return projection.weight, projection.weight.new_zeros(len(projection.weight)) if bias is None else bias
+    device, dtype = _device_of(projection), weights_dtype(projection)
+    one = torch.eye(projection.in_features, device=device, dtype=dtype)
+    with torch.autocast(device.type, enabled=False):
+        bias = projection(torch.zeros_like(one[:1]))[0]
+        return (projection(one) - bias).T, bias

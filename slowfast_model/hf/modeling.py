@@ -1,0 +1,411 @@
+"""SlowFastVLForConditionalGeneration: any decoder-only language model of transformers, with slow and fast video tokens.
+
+The language model is whole and its own: it is called with embeddings in which fast tokens stand at their placeholders,
+and with what its hybrid layers read as a keyword argument (``videos.SlowReading``). Logits, loss, caches and outputs
+are what it makes of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+
+from slowfast_kernels.ops.checks import check_dense
+
+from ..config import SlowFastConfig
+from ..vision import PatchTower, build_projector, check_features, encode_frames, project_and_pool
+from ._versions import CACHE
+from .attention import HybridAttention, make_hybrid
+from .config import SLOW_FAST_KEYS, SlowFastVLConfig
+from .generation import VideoGeneration
+from .towers import build_tower
+from .videos import (
+    DynamicVideoCache,
+    HeldVideos,
+    NewVideos,
+    SlowReading,
+    cached_length,
+    carry_videos,
+    held_by,
+    ranges,
+)
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _HandOn(torch.autograd.Function):
+    """``embeddings``, unchanged; its backward pass, the last below layer 0, hands ``tokens`` the gradient of ``leaf``.
+
+    Reentrant checkpointing drops gradients of tensors that a layer takes in an object; but they add up in a leaf.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings: Tensor, tokens: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return embeddings.view_as(embeddings)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        of_tokens, ctx.leaf.grad = ctx.leaf.grad, None
+        return gradient, of_tokens, None
+
+
+class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, GenerationMixin):
+    """A language model of transformers whose hybrid layers attend uncompressed slow tokens (arXiv 2504.01328).
+
+    ``add_slow_fast`` makes one of a language model; ``from_pretrained`` reads what ``save_pretrained`` wrote.
+    ``generate`` is transformers' own, in all of its modes.
+
+    Args:
+        config: its configuration.
+        language_model: one to take over, of ``config.text_config``; None: a new one with random weights.
+        vision_tower: one to take over; None: that of ``config.vision_tower``, if there is one.
+    """
+
+    config_class = SlowFastVLConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    input_modalities = ("video", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ("past_key_values", "cache")
+
+    def __init__(
+        self,
+        config: SlowFastVLConfig,
+        language_model: PreTrainedModel | None = None,
+        vision_tower: nn.Module | None = None,
+    ) -> None:
+        super().__init__(config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            for module in language_model.modules():
+                module._is_hf_initialized = True  # or transformers would initialise it again
+        config.text_config = language_model.config
+        self.language_model = language_model
+        self.vocab_size = language_model.config.vocab_size
+        if vision_tower is None and config.vision_tower is not None:
+            vision_tower = build_tower(config.vision_tower)
+        self.vision_tower = vision_tower
+        slow_fast = config.slow_fast()
+        weight = self.get_input_embeddings().weight
+        self.mm_projector = build_projector(slow_fast) if config.mm_hidden_size is not None else None
+        if self.mm_projector is not None:
+            self.mm_projector.to(device=weight.device, dtype=weight.dtype)
+        layers = self.get_decoder().layers
+        for index in config.hybrid_layers:
+            make_hybrid(layers[index], slow_fast)
+        self._no_split_modules = list(language_model._no_split_modules or [])
+        if isinstance(language_model._tied_weights_keys, list):  # 4.57; later the language model's own are found
+            self._tied_weights_keys = [f"language_model.{key}" for key in language_model._tied_weights_keys]
+        self.post_init()
+
+    # -------------------------------------------------------------------------------------- what is inside
+
+    def hybrid_attentions(self) -> list[HybridAttention]:
+        """The attention modules of the hybrid layers, in order."""
+        return [self.get_decoder().layers[index].self_attn for index in self.config.hybrid_layers]
+
+    def get_decoder(self, *args, **kwargs) -> nn.Module:
+        """The language model's stack of layers."""
+        return self.language_model.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As transformers'; the vocabulary is the language model's."""
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.vocab_size = self.config.text_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    @property
+    def slow_fast(self) -> SlowFastConfig:
+        """How videos are read, as the configuration says now."""
+        says = [getattr(self.config, key) for key in SLOW_FAST_KEYS]
+        read = self.__dict__.get("_slow_fast_read")
+        if read is None or read[0] != says:
+            read = self.__dict__["_slow_fast_read"] = (says, self.config.slow_fast())
+        return read[1]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PatchTower):
+            nn.init.normal_(module.position, std=0.02)
+
+    def initialize_weights(self) -> None:
+        """As transformers'; a warm-up gate that a checkpoint did not have starts at 0."""
+        gates = [(a, a.cross_attn_warm_up_gate) for a in self.hybrid_attentions()]
+        new = [g for a, g in gates if g is not None and not _is_initialised(a) and not _is_initialised(g)]
+        super().initialize_weights()
+        with torch.no_grad():
+            for gate in new:
+                gate.zero_()
+
+    # ------------------------------------------------------------------------------------ recomputation
+
+    def _with_default(self, options: dict | None) -> dict:
+        return {"use_reentrant": False} | (options or {})
+
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+
+        def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs):
+            """As transformers', without reentrance unless it is asked for."""
+            options = self._with_default(activation_checkpointing_kwargs)
+            return super().activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
+    else:
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+            """As transformers', without reentrance unless it is asked for."""
+            options = self._with_default(gradient_checkpointing_kwargs)
+            return super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def _recomputes(self) -> bool:
+        layer = self.get_decoder().layers[0]
+        decoder_says = getattr(self.get_decoder(), "gradient_checkpointing", False)
+        return self.training and (getattr(layer, "gradient_checkpointing", False) or decoder_says)
+
+    def _is_reentrant(self) -> bool:
+        function = getattr(self.get_decoder().layers[0], "_gradient_checkpointing_func", None)
+        return getattr(function, "keywords", {}).get("use_reentrant", False)
+
+    # ------------------------------------------------------------------------------------------- inputs
+
+    @cached_property
+    def _embedding_factor(self) -> float:
+        """What the decoder multiplies embeddings by before its first layer."""
+        source = inspect.getsource(inspect.unwrap(type(self.get_decoder()).forward))
+        config = self.language_model.config
+        if "normalizer" in source:  # Gemma and Gemma 2 in 4.57; later in the embedding
+            return config.hidden_size**0.5
+        return getattr(config, "embedding_multiplier", 1.0) if "embedding_multiplier" in source else 1.0
+
+    def encode_videos(self, pixel_values_videos: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        """``video_features`` of uint8 frames [T, height, width, 3] of each video, by the model's vision tower.
+
+        Raises:
+            ValueError: the model has no tower; as ``encode_frames``.
+        """
+        if self.vision_tower is None:
+            raise ValueError("pixel_values_videos: got frames, want video_features: the model has no vision tower")
+        return [encode_frames(self.vision_tower, frames) for frames in pixel_values_videos]
+
+    def _as_features(self, video_features, pixel_values_videos) -> list[Tensor]:
+        if pixel_values_videos is not None:
+            if video_features is not None:
+                raise ValueError("pixel_values_videos: got frames beside video_features, want one of them")
+            video_features = self.encode_videos(pixel_values_videos)
+        if isinstance(video_features, Tensor):
+            if video_features.dim() != 4:
+                width, shape = self.config.mm_hidden_size, list(video_features.shape)
+                raise ValueError(f"video_features: got shape {shape}, want [V, T, H*W, {width}] or a list of videos")
+            video_features = list(video_features.unbind())
+        features = [] if video_features is None else video_features
+        if not torch.compiler.is_compiling():
+            check_features(features, self.config.mm_hidden_size, FEATURE_DTYPES, None, "video_features")
+        if features and self.config.video_token_id is None:
+            raise ValueError("video_features: got videos, want none: config.video_token_id is None")
+        return list(features)
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor, may_have: bool) -> Tensor:
+        """[B, L] bool: rows that a fast token takes. ``may_have``: embeddings alone are looked at for them."""
+        token = self.config.video_token_id
+        if token is not None and input_ids is not None:
+            return input_ids == token
+        if token is not None and may_have:
+            marker = self.get_input_embeddings()(torch.tensor([token], device=inputs_embeds.device))
+            return (inputs_embeds == marker.to(inputs_embeds)).all(-1)
+        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+
+    def _slow_and_fast(self, features: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        if not features:
+            nothing = like.new_zeros(0, self.config.mm_hidden_size)
+            tokens = self.mm_projector(nothing).to(like.device)
+            return tokens, tokens, []
+        features = [x.to(like.device, like.dtype) for x in features]
+        slow, fast, counts = project_and_pool(self.mm_projector, features, self.slow_fast, None, None)
+        return slow.to(like.device), fast.to(like.device), counts
+
+    # -------------------------------------------------------------------------------------------- calls
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        video_features: Sequence[Tensor] | Tensor | None = None,
+        pixel_values_videos: Sequence[Tensor] | Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        cache=None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        video_repeats: int = 1,
+        **kwargs,
+    ):
+        """What the language model returns: logits [B, L, V], the loss, the cache, and what else is asked for.
+
+        Args:
+            input_ids: [B, L] int64; ``config.video_token_id`` stands for one fast token, so often for a video as
+                ``config.num_fast_tokens`` says.
+            attention_mask: [B, L] (with a cache: of all its rows too), 1 on tokens and 0 on padding, on either side;
+                or a mask that transformers has prepared.
+            video_features: vision features before the projector, in reading order over the batch: a list of
+                [T, H*W, mm_hidden] a video, or one tensor [V, T, H*W, mm_hidden]. Another float type is cast. With a
+                cache that holds videos: the new ones alone.
+            pixel_values_videos: uint8 frames [T, height, width, 3] of each video instead, for the model's tower.
+            labels: [B, L] int64, -100 where there is no target; not read on placeholders.
+            inputs_embeds: [B, L, C] instead of input_ids; rows equal to the embedding of ``video_token_id`` are
+                placeholders.
+            position_ids: [B, L]. None: counted along the mask. Without padding and cache, where they do not go on
+                by 1 another packed sample begins, which shares nothing with the one before it.
+            past_key_values, cache: a cache of transformers, which carries the slow tokens' K and V along; two names.
+            use_cache: whether a cache is filled and returned. None: as the language model's configuration says.
+            logits_to_keep: as in transformers.
+            video_repeats: every sample stands so many times in a row (beams) and its videos are given once.
+            kwargs: what else the language model takes.
+
+        Raises:
+            ValueError: placeholders that are not those of the videos; a video of another width, without frames or on
+                no square grid; videos without placeholders or placeholders without videos; a new video behind a cache
+                without ``config.causal_slow_tokens``; frames without a tower.
+            TypeError: features of another type.
+        """
+        past = past_key_values if past_key_values is not None else cache
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds, want one of them")
+        eager = not torch.compiler.is_compiling()
+        features = self._as_features(video_features, pixel_values_videos)
+        if inputs_embeds is None:
+            if eager:
+                check_dense("input_ids", input_ids, "[B, L]")
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        valid = torch.ones((batch, length), dtype=torch.bool, device=inputs_embeds.device)
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            valid = attention_mask[:, -length:].to(inputs_embeds.device) != 0
+            if position_ids is None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        restarts = None
+        if position_ids is not None and past is None:
+            restarts, attention_mask, use_cache = _packed(position_ids, attention_mask, valid, use_cache)
+
+        starts = past is None or (eager and cached_length(past) == 0 and held_by(past) is None)
+        placeholders = self._placeholders(input_ids, inputs_embeds, bool(features) or (eager and starts)) & valid
+        held = held_by(past)
+        if eager and not features and (starts or length > 1) and bool(placeholders.any()):
+            raise ValueError(
+                f"video_features: got none, want the videos of the {int(placeholders.sum())} video_token_id in "
+                "input_ids"
+            )
+
+        recomputes = self._recomputes()
+        keeps = use_cache
+        if keeps is None:
+            keeps = getattr(self.language_model.config, "use_cache", True)
+        keeps = keeps and not recomputes
+        trains = self.training and torch.is_grad_enabled() and self.mm_projector is not None
+        reading, after = None, held
+        if features or (trains and past is None):
+            slow, fast, counts = self._slow_and_fast(features, inputs_embeds)
+            new = NewVideos.of(placeholders, counts, video_repeats)
+            past_length = cached_length(past) if eager else 0
+            if features:
+                self._check_turn(past_length)
+                rows = (fast / self._factor_like(fast))[new.fast].to(inputs_embeds.dtype)
+                inputs_embeds = torch.where(placeholders[..., None], rows, inputs_embeds)
+            else:
+                inputs_embeds = inputs_embeds + fast.sum().to(inputs_embeds.dtype)
+            after = HeldVideos.after(held, new, past_length)
+            kept = HeldVideos(after.pieces, after.total, after.seen) if keeps else None
+            before = None if held is None else held.total
+            begin, end = ranges(self.slow_fast, new.seen, before, valid, placeholders, restarts)
+            if recomputes and self._is_reentrant() and torch.is_grad_enabled() and slow.requires_grad:
+                leaf = slow.detach().requires_grad_()
+                inputs_embeds, slow = _HandOn.apply(inputs_embeds, slow, leaf), leaf
+            older = {} if held is None else held.kv
+            keep = None if kept is None else kept.kv
+            reading = SlowReading.of(after.pieces, begin, end, tokens=slow, held=older, keep=keep)
+            after = kept
+        elif held is not None:
+            begin = torch.zeros((batch, length), dtype=torch.int64, device=valid.device)
+            end = torch.where(valid, held.total[:, None], begin)
+            reading = SlowReading.of(held.pieces, begin, end, held=held.kv)
+
+        if not self.config.hybrid_layers:
+            reading = None
+        if features and keeps:
+            past = self._with_videos(past, after)
+        if labels is not None:
+            labels = labels.masked_fill(placeholders.to(labels.device), -100)
+        passed = {CACHE: past, "use_cache": use_cache, "slow_context": reading}
+        kwargs |= {name: value for name, value in passed.items() if value is not None}
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _factor_like(self, x: Tensor) -> Tensor | float:
+        factor = self._embedding_factor
+        return 1.0 if factor == 1.0 else torch.tensor(factor, dtype=x.dtype, device=x.device)
+
+    def _check_turn(self, past_length: int) -> None:
+        if past_length and not self.config.causal_slow_tokens:
+            raise ValueError(
+                "video_features: got a video behind a cache, want text alone: what came before would have to attend "
+                "it too (but for a model with causal_slow_tokens=True in its config)"
+            )
+
+    def _with_videos(self, past, videos: HeldVideos):
+        """The cache of this call, carrying ``videos``."""
+        if past is None:
+            past = DynamicVideoCache(config=self.language_model.config)
+        elif not torch.compiler.is_compiling():
+            carry_videos(past)
+        past.videos = videos
+        return past
+
+
+def _is_initialised(x: nn.Module | Tensor) -> bool:
+    return getattr(x, "_is_hf_initialized", False)
+
+
+def _packed(
+    position_ids: Tensor, attention_mask: Tensor | None, valid: Tensor, use_cache: bool | None
+) -> tuple[Tensor | None, Tensor | None, bool | None]:
+    """Where packed samples begin [B, L], and the mask and ``use_cache`` with which transformers keeps them apart."""
+    if position_ids.dim() != 2 or not (attention_mask is None or attention_mask.dim() == 2):
+        return None, attention_mask, use_cache
+    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    restarts = torch.cat([torch.zeros_like(valid[:, :1]), ~goes_on.to(valid.device).expand(len(valid), -1)], 1)
+    if torch.compiler.is_compiling():
+        return (restarts if attention_mask is None else None), attention_mask, use_cache
+    if not bool(restarts.any()) or not bool(valid.all()):
+        return None, attention_mask, use_cache
+    return restarts, None, False
