@@ -87,7 +87,7 @@ class HybridAttention:
         *gating, value = gate_arguments(*gate, flat, places[1])
         mixed = sk.slowfast_cross_attention(
             flat,
-            query.transpose(1, 2).flatten(0, 1),
+            query.transpose(1, 2).flatten(0, 1).to(flat.dtype),
             self.slow_kv(reading, flat),
             *places,
             *gating,
