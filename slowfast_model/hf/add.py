@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from slowfast_kernels.numbers import as_float, as_int
 
 from .attention import start_from_own_kv, unsupported_reason
-from .config import SLOW_FAST_KEYS, SlowFastVLConfig
+from .config import SLOW_FAST_KEYS, SlowFastVLConfig, sorted_layers
 from .modeling import SlowFastVLForConditionalGeneration
 from .towers import tower_config
 
@@ -67,6 +67,12 @@ def add_slow_fast(
         raise ValueError(f"kv_init: got {kv_init!r}, want {' or '.join(map(repr, KV_INITS))}")
     warm_up, bias = as_float("warm_up_init", warm_up_init), as_float("gate_bias_init", gate_bias_init)
     _check_language_model(lm)
+    layers = lm.get_decoder().layers
+    hybrid_layers = sorted_layers(hybrid_layers, len(layers))
+    for index in hybrid_layers:
+        reason = unsupported_reason(layers[index])
+        if reason is not None:
+            raise ValueError(f"lm: got {type(lm).__name__}, whose layer {index} cannot attend slow tokens: {reason}")
     config = SlowFastVLConfig(
         text_config=lm.config,
         mm_hidden_size=as_int("mm_hidden_size", mm_hidden_size, 1),
@@ -75,12 +81,6 @@ def add_slow_fast(
         vision_tower=tower_config(vision_tower),
         **slow_fast_keys,
     )
-    layers = lm.get_decoder().layers
-    for index in config.hybrid_layers:
-        reason = unsupported_reason(layers[index])
-        if reason is not None:
-            raise ValueError(f"lm: got {type(lm).__name__}, whose layer {index} cannot attend slow tokens: {reason}")
-
     was_training = lm.training
     tower = vision_tower if isinstance(vision_tower, nn.Module) else None  # None: by its name
     model = SlowFastVLForConditionalGeneration(config, lm, tower)

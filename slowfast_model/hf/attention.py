@@ -73,7 +73,7 @@ class HybridAttention:
         if reading.tokens is not None:
             (layer,) = self._decoder_layer
             tokens = layer.input_layernorm(reading.tokens.to(like.device))
-            new = self.cross_attn_kv_proj(tokens).to(like.dtype).view(len(tokens), -1, 2, self.head_dim)
+            new = self.cross_attn_kv_proj(tokens).to(like.dtype).unflatten(-1, (-1, 2, self.head_dim))
             kv = new if kv is None else torch.cat([kv, new])
             if reading.keep is not None:
                 reading.keep[self.layer_idx] = kv

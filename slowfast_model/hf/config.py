@@ -52,7 +52,6 @@ class SlowFastVLConfig(PreTrainedConfig):
     model_type = "slowfast_vl"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
-    has_no_defaults_at_init = True
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class SlowFastVLConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
         self.mm_hidden_size = mm_hidden_size
-        self.hybrid_layers = _layers(hybrid_layers, text_config.num_hidden_layers)
+        self.hybrid_layers = sorted_layers(hybrid_layers, text_config.num_hidden_layers)
         self.video_token_id = _token(video_token_id, text_config.vocab_size)
         self.vision_tower = None if vision_tower is None else dict(vision_tower)
         for key in SLOW_FAST_KEYS:
@@ -135,7 +134,12 @@ class SlowFastVLConfig(PreTrainedConfig):
         return make_pool_plan((num_frames,), (side, side), *strides).videos[0].num_fast
 
 
-def _layers(hybrid_layers: Sequence[int], num_layers: int) -> list[int]:
+def sorted_layers(hybrid_layers: Sequence[int], num_layers: int) -> list[int]:
+    """Indices of ``num_layers`` layers, each once, in order.
+
+    Raises:
+        ValueError, TypeError: what is none, as ``SlowFastVLConfig`` says.
+    """
     if isinstance(hybrid_layers, str | bytes | int) or not isinstance(hybrid_layers, Sequence):
         raise TypeError(f"hybrid_layers: got {hybrid_layers!r}, want a sequence of layer indices")
     layers = [as_int("hybrid_layers", layer) for layer in hybrid_layers]

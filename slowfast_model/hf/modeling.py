@@ -97,7 +97,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         self.vocab_size = language_model.config.vocab_size
         if vision_tower is None and config.vision_tower is not None:
             vision_tower = build_tower(config.vision_tower)
-        self.vision_tower = vision_tower
+        if vision_tower is not None:  # no attribute without a tower, as tools look for one
+            self.vision_tower = vision_tower
         slow_fast = config.slow_fast()
         weight = self.get_input_embeddings().weight
         self.mm_projector = build_projector(slow_fast) if config.mm_hidden_size is not None else None
@@ -207,7 +208,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         Raises:
             ValueError: the model has no tower; as ``encode_frames``.
         """
-        if self.vision_tower is None:
+        if not hasattr(self, "vision_tower"):
             raise ValueError("pixel_values_videos: got frames, want video_features: the model has no vision tower")
         return [encode_frames(self.vision_tower, frames) for frames in pixel_values_videos]
 
@@ -276,7 +277,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
                 [T, H*W, mm_hidden] a video, or one tensor [V, T, H*W, mm_hidden]. Another float type is cast. With a
                 cache that holds videos: the new ones alone.
             pixel_values_videos: uint8 frames [T, height, width, 3] of each video instead, for the model's tower.
-            labels: [B, L] int64, -100 where there is no target; not read on placeholders.
+            labels: [B, L] int64, -100 where there is no target; not read on placeholders (but Trainer counts
+                targets itself: -100 is right there).
             inputs_embeds: [B, L, C] instead of input_ids; rows equal to the embedding of ``video_token_id`` are
                 placeholders.
             position_ids: [B, L]. None: counted along the mask. Without padding and cache, where they do not go on
