@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import slowfast_kernels as sk
 from slowfast_kernels.numbers import as_bool, as_int
 from slowfast_kernels.ops.checks import check_dense
-from slowfast_kernels.pool_plan import PoolOptions, make_pool_plan
+from slowfast_kernels.pool_plan import PoolOptions, token_counts
 
 from .config import SlowFastConfig
 
@@ -120,14 +120,14 @@ def slow_and_fast_tokens(
         frame_counts = [len(projected[i]) for i in members]
         frames = projected[members[0]] if len(members) == 1 else torch.cat([projected[i] for i in members])
         pooled = sk.slowfast_pool(frames, frame_counts, grid, **strides._asdict(), norm_eps=norm_eps, backend=backend)
-        plan = make_pool_plan(tuple(frame_counts), grid, *strides)
-        for i, video in zip(members, plan.videos, strict=True):
-            counts[i] = (video.num_fast, video.num_slow)
+        for i, frame_count in zip(members, frame_counts, strict=True):
+            num_slow, num_fast = token_counts(frame_count, grid, strides)
+            counts[i] = (num_fast, num_slow)
         if len(by_grid) == 1:
             return pooled.slow, pooled.fast, counts
         for tokens, parts, sizes in (
-            (pooled.slow, slow, [video.num_slow for video in plan.videos]),
-            (pooled.fast, fast, [video.num_fast for video in plan.videos]),
+            (pooled.slow, slow, [counts[i][1] for i in members]),
+            (pooled.fast, fast, [counts[i][0] for i in members]),
         ):
             for i, part in zip(members, tokens.split(sizes), strict=True):
                 parts[i] = part

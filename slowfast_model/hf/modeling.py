@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +106,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         layers = self.get_decoder().layers
         for index in config.hybrid_layers:
             make_hybrid(layers[index], slow_fast)
+        self._embedding_factor = embedding_factor(language_model)
         self._no_split_modules = list(language_model._no_split_modules or [])
         if isinstance(language_model._tied_weights_keys, list):  # 4.57; later the language model's own are found
             self._tied_weights_keys = [f"language_model.{key}" for key in language_model._tied_weights_keys]
@@ -192,15 +192,6 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         return getattr(function, "keywords", {}).get("use_reentrant", False)
 
     # ------------------------------------------------------------------------------------------- inputs
-
-    @cached_property
-    def _embedding_factor(self) -> float:
-        """What the decoder multiplies embeddings by before its first layer."""
-        source = inspect.getsource(inspect.unwrap(type(self.get_decoder()).forward))
-        config = self.language_model.config
-        if "normalizer" in source:  # Gemma and Gemma 2 in 4.57; later in the embedding
-            return config.hidden_size**0.5
-        return getattr(config, "embedding_multiplier", 1.0) if "embedding_multiplier" in source else 1.0
 
     def encode_videos(self, pixel_values_videos: Sequence[Tensor] | Tensor) -> list[Tensor]:
         """``video_features`` of uint8 frames [T, height, width, 3] of each video, by the model's vision tower.
@@ -392,6 +383,14 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             carry_videos(past)
         past.videos = videos
         return past
+
+
+def embedding_factor(language_model: PreTrainedModel) -> float:
+    """What its decoder multiplies embeddings by before the first layer."""
+    source = inspect.getsource(inspect.unwrap(type(language_model.get_decoder()).forward))
+    if "normalizer" in source:  # Gemma and Gemma 2 in 4.57; later the embedding does
+        return language_model.config.hidden_size**0.5
+    return getattr(language_model.config, "embedding_multiplier", 1.0) if "embedding_multiplier" in source else 1.0
 
 
 def _is_initialised(x: nn.Module | Tensor) -> bool:
