@@ -1,6 +1,7 @@
 # make test        the whole test suite
 # make smoke       a minute's part of it: every op on every backend, Triton's kernels, torch.compile, the model
 # make test-torch  the whole suite under each torch of TORCHES, in a virtual environment of its own (5 GB at a time)
+# make test-hf     the suite of slowfast_model.hf under each transformers of HF_VERSIONS, in environments of their own
 # make bench       decode a real video, run the model on it, benchmark every op; table, JSON and plots (VIDEO=clip.mp4)
 # make bench-backward  gradients of attention, pool and mix: forward + backward, and the backward pass alone
 # make bench-host  host time of an op call and CPU kernels, against the stored baseline
@@ -21,6 +22,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHES ?= 2.6.0 2.7.1 2.8.0 2.9.1 2.13.0 2.14.1
+HF_VERSIONS ?= 4.57.6 newest
 VENV ?= .venv
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 PYTEST_ARGS ?=
@@ -42,7 +44,7 @@ SMOKE := $(addprefix tests/test_,$(addsuffix .py,extension torch_integration tri
 	ops_fused ops_tensor_kinds model_forward model_training model_generate)) \
 	--deselect tests/test_torch_integration.py::test_inductor_code_around_an_op_gives_the_same_answer
 
-.PHONY: test smoke test-torch bench bench-backward bench-host lint build clean
+.PHONY: test smoke test-torch test-hf bench bench-backward bench-host lint build clean
 .DELETE_ON_ERROR:
 
 test smoke: $(READY)
@@ -55,6 +57,30 @@ test-torch:
 		venv=.venv-torch-$$version; \
 		if $(MAKE) test TORCH=torch==$$version VENV=$$venv; then rm -rf $$venv; else failed="$$failed $$version"; fi; \
 	done; test -z "$$failed" || { echo "torch$$failed: see above"; exit 1; }
+
+# With transformers' own tests, from its source distribution. The environment goes when its tests have passed.
+test-hf: $(READY)
+	@failed=; for version in $(HF_VERSIONS); do \
+		if $(MAKE) .venv-hf-$$version/.tested HF=$$version; then rm -rf .venv-hf-$$version; \
+		else failed="$$failed $$version"; fi; \
+	done; test -z "$$failed" || { echo "transformers$$failed: see above"; exit 1; }
+
+HF_PY = $(CURDIR)/.venv-hf-$(HF)/bin/python
+HF_TESTS = pytest pytest-xdist peft parameterized torchao av setuptools wheel
+
+.venv-hf-$(HF)/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-hf-$(HF)
+	$(HF_PY) -m pip install '$(TORCH)'
+	$(HF_PY) -m pip install transformers$(if $(filter newest,$(HF)),,==$(HF)) accelerate $(HF_TESTS)
+	$(HF_PY) -m pip download --no-deps --no-binary :all: --no-build-isolation --dest $(@D)/source \
+		transformers==$$($(HF_PY) -c 'import transformers; print(transformers.__version__)')
+	tar -xzf $(@D)/source/*.tar.gz --directory $(@D)/source --strip-components 1
+	touch $@
+
+.PHONY: .venv-hf-$(HF)/.tested
+.venv-hf-$(HF)/.tested: .venv-hf-$(HF)/.installed
+	cd tests/hf && SLOWFAST_TRANSFORMERS_SOURCE=$(CURDIR)/$(@D)/source PYTHONPATH=$(CURDIR) \
+		$(HF_PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(PY) -m bench $(if $(VIDEO),--video "$(VIDEO)")
@@ -77,7 +103,7 @@ build: $(READY)
 	cd dist && $(PY) -m build --outdir . ..
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist *.egg-info slowfast_kernels/_C.*.so bench/out
+	rm -rf $(VENV) .venv-torch-* .venv-hf-* build dist *.egg-info slowfast_kernels/_C.*.so bench/out
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

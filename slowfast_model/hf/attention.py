@@ -149,8 +149,8 @@ def unsupported_reason(layer: nn.Module) -> str | None:
     kind = type(attention)
     if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(inspect.unwrap(kind.forward)):
         return f"{kind.__name__} does not go through transformers' AttentionInterface"
-    missing = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(attention, name)]
-    missing += [name for name in ("layer_idx", "head_dim") if not hasattr(attention, name)]
+    parts = ("o_proj", "layer_idx", "head_dim") + (() if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj"))
+    missing = [name for name in parts if not hasattr(attention, name)]
     if missing:
         return f"{kind.__name__} has no {', '.join(missing)}"
     if not hasattr(layer, "input_layernorm"):
@@ -161,17 +161,33 @@ def unsupported_reason(layer: nn.Module) -> str | None:
 def make_hybrid(layer: nn.Module, config: SlowFastConfig) -> None:
     """Give a decoder layer's attention the projections and the gate that read slow tokens, uninitialised.
 
-    They are of the type, and on the device, of the layer's k_proj.
+    They are of the sizes and the type of the layer's own, and on its device.
     """
     attention = layer.self_attn
     attention.__class__ = hybrid_class(type(attention))
     attention._decoder_layer = (layer,)  # in a tuple: no child of its child
     attention._slow_gate, attention._warm_up_tanh = config.gate, not config.updates_every_row
-    options = {"dtype": weights_dtype(attention), "device": _device_of(attention.k_proj)}
-    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    attention.cross_attn_kv_proj = nn.Linear(width, 2 * config.num_key_value_heads * config.head_dim, **options)
-    attention.cross_attn_gate_proj = nn.Sequential(nn.Linear(heads, 1, **options))
+    options = {"dtype": weights_dtype(attention), "device": _device_of(attention.o_proj)}
+    own = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.k_proj
+    attention.cross_attn_kv_proj = nn.Linear(own.in_features, 2 * _kv_width(attention), **options)
+    attention.cross_attn_gate_proj = nn.Sequential(nn.Linear(attention.o_proj.in_features, 1, **options))
     attention.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1, **options)) if config.has_warm_up else None
+
+
+def _kv_width(attention: nn.Module) -> int:
+    """Hkv * D."""
+    if hasattr(attention, "qkv_proj"):  # of Hq, Hkv and Hkv heads
+        return (attention.qkv_proj.out_features - attention.o_proj.in_features) // 2
+    return attention.k_proj.out_features
+
+
+def _own_kv(attention: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of K's and of V's projection."""
+    if not hasattr(attention, "qkv_proj"):
+        return [_weight_and_bias(attention.k_proj), _weight_and_bias(attention.v_proj)]
+    sizes = (attention.o_proj.in_features, _kv_width(attention), _kv_width(attention))
+    weight, bias = (x.split(sizes)[1:] for x in _weight_and_bias(attention.qkv_proj))
+    return list(zip(weight, bias, strict=True))
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -185,13 +201,13 @@ def _device_of(module: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def start_from_own_kv(attention: HybridAttention) -> None:
-    """``cross_attn_kv_proj`` becomes the layer's own k_proj and v_proj, K and V of a head side by side.
+    """``cross_attn_kv_proj`` becomes the layer's own projections of K and V, those of a head side by side.
 
     A missing bias is a zero bias.
     """
     projection = attention.cross_attn_kv_proj
-    pairs = (_weight_and_bias(attention.k_proj), _weight_and_bias(attention.v_proj))
-    heads = len(pairs[0][0]) // attention.head_dim
+    pairs = _own_kv(attention)
+    heads = _kv_width(attention) // attention.head_dim
     for into, (k, v) in zip((projection.weight, projection.bias), zip(*pairs, strict=True), strict=True):
         into.copy_(interleave_kv(k, v, heads))
 

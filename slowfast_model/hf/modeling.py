@@ -194,10 +194,10 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
     # ------------------------------------------------------------------------------------------- inputs
 
     def encode_videos(self, pixel_values_videos: Sequence[Tensor] | Tensor) -> list[Tensor]:
-        """``video_features`` of uint8 frames [T, height, width, 3] of each video, by the model's vision tower.
+        """``video_features``, by the model's tower, of ``pixel_values_videos``: uint8 [T, height, width, 3] a video.
 
         Raises:
-            ValueError: the model has no tower; as ``encode_frames``.
+            ValueError: ``pixel_values_videos`` for a model without a tower; as ``encode_frames``.
         """
         if not hasattr(self, "vision_tower"):
             raise ValueError("pixel_values_videos: got frames, want video_features: the model has no vision tower")

@@ -187,6 +187,9 @@ def test_layers_that_attend_in_ways_of_their_own():
     hybrid = transformers.Lfm2Config(**sizes, num_key_value_heads=2, layer_types=["conv", "full_attention"])
     lm = AutoModelForCausalLM.from_config(hybrid)
     refuses(lambda: add_slow_fast(lm, WIDTH, (0,)), ValueError, "Lfm2ForCausalLM", "layer 0", "no self_attn")
+    olmo = transformers.Olmo2Config(**sizes, intermediate_size=32, num_key_value_heads=2, pad_token_id=0)
+    lm = AutoModelForCausalLM.from_config(olmo)
+    refuses(lambda: add_slow_fast(lm, WIDTH, (0,)), ValueError, "Olmo2ForCausalLM", "input_layernorm")
     bloom = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=100)
     refuses(lambda: add_slow_fast(AutoModelForCausalLM.from_config(bloom), WIDTH, (0,)), ValueError, "Bloom")
 

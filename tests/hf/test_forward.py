@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+import transformers
 from families import (
     FAMILIES,
     GRID,
@@ -79,6 +80,26 @@ def test_kv_starts_as_the_layers_own(family):
         close(v.flatten(1), attention.v_proj(x), 1e-6)
         assert not attention.cross_attn_warm_up_gate.any()
         assert not attention.cross_attn_gate_proj[0].bias.any()
+
+
+def test_a_fused_projection_of_q_k_and_v_gives_k_and_v():
+    sizes = FAMILIES["llama"][1] | {"original_max_position_embeddings": 256}
+    lm = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**sizes)).eval()
+    base = twin(lm)
+    model = add_slow_fast(lm, WIDTH, HYBRID, video_token_id=VIDEO, **STRIDES)
+    for attention in model.hybrid_attentions():
+        x = torch.randn(5, 64)
+        kv = attention.cross_attn_kv_proj(x).view(5, 2, 2, 16).unbind(2)
+        own = attention.qkv_proj(x)[:, 64:].view(5, 2, 2, 16).unbind(1)
+        for got, want in zip(kv, own, strict=True):
+            close(got, want, 1e-6)
+    open_gates(model)
+    inputs, features, owners = ragged(model, "left")
+    with torch.no_grad():
+        got = model(**inputs, video_features=features).logits
+        want = dense(model, base, inputs, features, owners)
+    valid = inputs["attention_mask"].bool()
+    close(got[valid], want[valid], 5e-5)
 
 
 def test_a_fresh_start_opens_the_gate_as_asked():

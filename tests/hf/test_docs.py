@@ -1,0 +1,88 @@
+"""README's block for transformers runs, and the public docstrings speak of every argument."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import language_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import slowfast_model.hf
+from slowfast_model.hf import SlowFastVLForConditionalGeneration, SlowFastVLProcessor
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def tiny_tokenizer(name):
+    """In place of a download: words, and the token that Qwen2.5's tokenizer has for videos."""
+    words = ["<pad>", "user", "assistant", "What", "happens?", "A", "ball", "rolls.", "<|video_pad|>"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": ["<|video_pad|>"]})
+    made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    return made
+
+
+def test_readmes_example_adds_trains_and_answers(tmp_path, monkeypatch, capsys):
+    av = pytest.importorskip("av")
+    monkeypatch.chdir(tmp_path)
+    with av.open("clip.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for i in range(40):
+            picture = np.full((32, 32, 3), 6 * i, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    sizes = {"num_hidden_layers": 17, "max_position_embeddings": 512}
+    tiny = lambda name: language_model("qwen2.5", **sizes)  # noqa: E731
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tiny)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tiny_tokenizer)
+    (code,) = re.findall(r"<!-- example: transformers -->\n```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    model, prompt = names["model"], names["prompt"]
+    assert isinstance(model, SlowFastVLForConditionalGeneration)
+    assert (prompt["input_ids"] == model.config.video_token_id).sum() == 32 // 4 * 36
+    assert any(gate.any() for gate in (a.cross_attn_warm_up_gate for a in model.hybrid_attentions()))
+    assert torch.is_grad_enabled()
+    assert capsys.readouterr().out.strip().endswith("]")
+
+
+def documented():
+    """(docstring, the function with the signature) of the public names."""
+    yield pytest.param(slowfast_model.hf.add_slow_fast, slowfast_model.hf.add_slow_fast, id="add_slow_fast")
+    for kind in (slowfast_model.hf.SlowFastVLConfig, SlowFastVLForConditionalGeneration, SlowFastVLProcessor):
+        yield pytest.param(kind, kind.__init__, id=kind.__name__)
+    methods = [
+        slowfast_model.hf.SlowFastVLConfig.num_fast_tokens,
+        SlowFastVLForConditionalGeneration.forward,
+        SlowFastVLForConditionalGeneration.generate,
+        SlowFastVLForConditionalGeneration.encode_videos,
+        SlowFastVLProcessor.__call__,
+        SlowFastVLProcessor.apply_chat_template,
+    ]
+    for method in methods:
+        yield pytest.param(method, method, id=method.__qualname__)
+
+
+@pytest.mark.parametrize(("documented", "called"), list(documented()))
+def test_a_public_docstring_speaks_of_every_argument_and_of_no_other(documented, called):
+    doc = inspect.getdoc(documented)
+    arguments = [name for name in inspect.signature(called).parameters if name != "self"]
+    missing = [name for name in arguments if not re.search(rf"\b{name}\b", doc)]
+    assert not missing, f"no word of {missing}"
+    if "Args:\n" in doc:
+        section = doc.split("Args:\n")[1].split("\n\n")[0]
+        entries = re.findall(r"^    (\w+(?:, \w+)*):", section, re.MULTILINE)
+        assert sorted(name for entry in entries for name in entry.split(", ")) == sorted(arguments)
+
+
+def test_the_package_names_what_it_exports():
+    assert all(hasattr(slowfast_model.hf, name) for name in slowfast_model.hf.__all__)
