@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .add import add_slow_fast
 from .config import SlowFastVLConfig
+from .mllama import accelerate_cross_attention
 from .modeling import SlowFastVLForConditionalGeneration
 from .processing import SlowFastVLProcessor
 
@@ -14,4 +15,10 @@ AutoConfig.register(SlowFastVLConfig.model_type, SlowFastVLConfig)
 AutoModelForImageTextToText.register(SlowFastVLConfig, SlowFastVLForConditionalGeneration)
 AutoProcessor.register(SlowFastVLConfig, SlowFastVLProcessor)
 
-__all__ = ["SlowFastVLConfig", "SlowFastVLForConditionalGeneration", "SlowFastVLProcessor", "add_slow_fast"]
+__all__ = [
+    "SlowFastVLConfig",
+    "SlowFastVLForConditionalGeneration",
+    "SlowFastVLProcessor",
+    "accelerate_cross_attention",
+    "add_slow_fast",
+]

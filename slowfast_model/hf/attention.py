@@ -28,44 +28,65 @@ from .videos import SlowReading
 NAME = "slowfast"  # of our function in the AttentionInterface
 
 
-class _OurConfig:
-    """A layer's configuration that names our attention function; everything else is the layer's."""
+class _NamingConfig:
+    """A layer's configuration that names another attention function; everything else is the layer's."""
 
-    _attn_implementation = NAME
-
-    def __init__(self, config) -> None:
-        self._of_layer = config
+    def __init__(self, config, name: str) -> None:
+        self._of_layer, self._attn_implementation = config, name
 
     def __getattr__(self, name: str):
         return getattr(self._of_layer, name)
 
 
-class _ReadingAttention:
-    """An attention module as its own forward sees it while it reads slow tokens. Nothing is kept on the module."""
+class StandIn:
+    """An attention module as its own forward sees it when function ``name`` is to attend. The module keeps nothing."""
 
-    def __init__(self, module: HybridAttention, reading: SlowReading) -> None:
-        self._module, self._reading, self._has_read = module, reading, False
-        self.config = _OurConfig(module.config)
+    def __init__(self, module: nn.Module, name: str, reading: SlowReading | None = None) -> None:
+        self._module, self._reading, self._has_attended = module, reading, False
+        self.config = _NamingConfig(module.config, name)
+
+    def forward(self, *args, **kwargs):
+        """That of the module's own class.
+
+        Raises:
+            RuntimeError: the function was not called.
+        """
+        kind = self._module._plain_class
+        result = kind.forward(self, *args, **kwargs)
+        if not self._has_attended:
+            raise RuntimeError(f"{kind.__name__} did not call the attention interface")
+        return result
+
+    def attend_as_chosen(self, *args, **kwargs):
+        """By the function that the user chose."""
+        self._has_attended = True
+        module, chosen = self._module, self._module.config._attn_implementation
+        own = type(module)._eager_attention if chosen in (None, "eager") else ALL_ATTENTION_FUNCTIONS[chosen]
+        return own(module, *args, **kwargs)
 
     def __getattr__(self, name: str):
         return getattr(self._module, name)
 
 
-class HybridAttention:
-    """Mixed in before a model's own attention class by ``hybrid_class``."""
+class ReplacedAttention:
+    """Mixed in before a model's own attention class by ``subclass_of``. Instances pickle, though the class does not."""
 
+    _mixin: type[ReplacedAttention]
     _plain_class: type[nn.Module]
     _eager_attention = None  # what the model calls "eager", which is not in the interface
+
+    def __reduce_ex__(self, protocol):
+        return _new, (self._mixin, self._plain_class), self.__dict__
+
+
+class HybridAttention(ReplacedAttention):
+    """Attention that reads slow tokens too, where its forward is given any."""
 
     def forward(self, *args, slow_context: SlowReading | None = None, **kwargs):
         """The model's own; ``slow_context``: what the rows read."""
         if slow_context is None:
             return super().forward(*args, **kwargs)
-        reading = _ReadingAttention(self, slow_context)
-        result = type(self)._plain_class.forward(reading, *args, **kwargs)
-        if not reading._has_read:
-            raise RuntimeError(f"{type(self)._plain_class.__name__} did not call the attention interface")
-        return result
+        return StandIn(self, NAME, slow_context).forward(*args, **kwargs)
 
     def slow_kv(self, reading: SlowReading, like: Tensor) -> Tensor:
         """K and V [Ns, Hkv, 2, D] of all slow tokens, in the type and on the device of ``like``."""
@@ -99,21 +120,11 @@ class HybridAttention:
         )
         return mixed.view(state.shape)
 
-    def __reduce_ex__(self, protocol):
-        return _new_hybrid, (self._plain_class,), self.__dict__
 
-
-def attend(module: _ReadingAttention, query, key, value, attention_mask, **kwargs):
+def attend(module: StandIn, query, key, value, attention_mask, **kwargs):
     """Our function of the interface: the attention that the user chose, then the slow tokens."""
-    hybrid, reading = module._module, module._reading
-    chosen = hybrid.config._attn_implementation
-    if chosen in (None, "eager"):
-        own = type(hybrid)._eager_attention
-    else:
-        own = ALL_ATTENTION_FUNCTIONS[chosen]
-    state, weights = own(hybrid, query, key, value, attention_mask, **kwargs)
-    module._has_read = True
-    return hybrid.read(state, query, reading, kwargs.get("scaling")), weights
+    state, weights = module.attend_as_chosen(query, key, value, attention_mask, **kwargs)
+    return module._module.read(state, query, module._reading, kwargs.get("scaling")), weights
 
 
 AttentionInterface.register(NAME, attend)
@@ -121,21 +132,22 @@ AttentionInterface.register(NAME, attend)
 
 # ------------------------------------------------------------------------------------------------ classes and layers
 
-_HYBRIDS: dict[type[nn.Module], type[nn.Module]] = {}
+_SUBCLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 
 
-def hybrid_class(plain_class: type[nn.Module]) -> type[nn.Module]:
-    """The hybrid subclass of a model's attention class; the same one each time, and its instances pickle."""
-    if plain_class not in _HYBRIDS:
+def subclass_of(plain_class: type[nn.Module], mixin: type[ReplacedAttention]) -> type[nn.Module]:
+    """The subclass of a model's attention class with ``mixin`` before it; the same one each time."""
+    key = (mixin, plain_class)
+    if key not in _SUBCLASSES:
         eager = getattr(sys.modules[plain_class.__module__], "eager_attention_forward", None)
-        names = {"_plain_class": plain_class, "_eager_attention": None if eager is None else staticmethod(eager)}
-        names |= {"__module__": plain_class.__module__, "__doc__": plain_class.__doc__}
-        _HYBRIDS[plain_class] = type(f"SlowFast{plain_class.__name__}", (HybridAttention, plain_class), names)
-    return _HYBRIDS[plain_class]
+        names = {"_mixin": mixin, "_plain_class": plain_class, "__doc__": plain_class.__doc__}
+        names |= {"_eager_attention": eager and staticmethod(eager), "__module__": plain_class.__module__}
+        _SUBCLASSES[key] = type(f"SlowFast{plain_class.__name__}", (mixin, plain_class), names)
+    return _SUBCLASSES[key]
 
 
-def _new_hybrid(plain_class: type[nn.Module]) -> nn.Module:
-    made = hybrid_class(plain_class)
+def _new(mixin: type[ReplacedAttention], plain_class: type[nn.Module]) -> nn.Module:
+    made = subclass_of(plain_class, mixin)
     return made.__new__(made)
 
 
@@ -164,7 +176,7 @@ def make_hybrid(layer: nn.Module, config: SlowFastConfig) -> None:
     They are of the sizes and the type of the layer's own, and on its device.
     """
     attention = layer.self_attn
-    attention.__class__ = hybrid_class(type(attention))
+    attention.__class__ = subclass_of(type(attention), HybridAttention)
     attention._decoder_layer = (layer,)  # in a tuple: no child of its child
     attention._slow_gate, attention._warm_up_tanh = config.gate, not config.updates_every_row
     options = {"dtype": weights_dtype(attention), "device": _device_of(attention.o_proj)}

@@ -305,43 +305,29 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         if position_ids is not None and past is None:
             restarts, attention_mask, use_cache = _packed(position_ids, attention_mask, valid, use_cache)
 
-        starts = past is None or (eager and cached_length(past) == 0 and held_by(past) is None)
-        placeholders = self._placeholders(input_ids, inputs_embeds, bool(features) or (eager and starts)) & valid
         held = held_by(past)
+        # A decode step does not ask, as a cache that counts on its device would be waited for.
+        starts = past is None or (eager and held is None and length > 1 and cached_length(past) == 0)
+        placeholders = self._placeholders(input_ids, inputs_embeds, bool(features) or (eager and starts)) & valid
         if eager and not features and (starts or length > 1) and bool(placeholders.any()):
             raise ValueError(
                 f"video_features: got none, want the videos of the {int(placeholders.sum())} video_token_id in "
                 "input_ids"
             )
 
-        recomputes = self._recomputes()
         keeps = use_cache
         if keeps is None:
             keeps = getattr(self.language_model.config, "use_cache", True)
-        keeps = keeps and not recomputes
+        keeps = keeps and not self._recomputes()
         trains = self.training and torch.is_grad_enabled() and self.mm_projector is not None
-        reading, after = None, held
+        reading = None
         if features or (trains and past is None):
-            slow, fast, counts = self._slow_and_fast(features, inputs_embeds)
-            new = NewVideos.of(placeholders, counts, video_repeats)
+            rows = (placeholders, valid, restarts)
             past_length = cached_length(past) if eager else 0
-            if features:
-                self._check_turn(past_length)
-                rows = (fast / self._factor_like(fast))[new.fast].to(inputs_embeds.dtype)
-                inputs_embeds = torch.where(placeholders[..., None], rows, inputs_embeds)
-            else:
-                inputs_embeds = inputs_embeds + fast.sum().to(inputs_embeds.dtype)
-            after = HeldVideos.after(held, new, past_length)
-            kept = HeldVideos(after.pieces, after.total, after.seen) if keeps else None
-            before = None if held is None else held.total
-            begin, end = ranges(self.slow_fast, new.seen, before, valid, placeholders, restarts)
-            if recomputes and self._is_reentrant() and torch.is_grad_enabled() and slow.requires_grad:
-                leaf = slow.detach().requires_grad_()
-                inputs_embeds, slow = _HandOn.apply(inputs_embeds, slow, leaf), leaf
-            older = {} if held is None else held.kv
-            keep = None if kept is None else kept.kv
-            reading = SlowReading.of(after.pieces, begin, end, tokens=slow, held=older, keep=keep)
-            after = kept
+            inputs_embeds, reading, after = self._read(inputs_embeds, features, rows, video_repeats, held, past_length)
+            if features and keeps:
+                reading.keep = after.kv
+                past = self._with_videos(past, after)
         elif held is not None:
             begin = torch.zeros((batch, length), dtype=torch.int64, device=valid.device)
             end = torch.where(valid, held.total[:, None], begin)
@@ -349,8 +335,6 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
 
         if not self.config.hybrid_layers:
             reading = None
-        if features and keeps:
-            past = self._with_videos(past, after)
         if labels is not None:
             labels = labels.masked_fill(placeholders.to(labels.device), -100)
         passed = {CACHE: past, "use_cache": use_cache, "slow_context": reading}
@@ -363,6 +347,38 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _read(
+        self,
+        embeddings: Tensor,
+        features: list[Tensor],
+        rows: tuple[Tensor, Tensor, Tensor | None],
+        repeats: int,
+        held: HeldVideos | None,
+        past_length: int,
+    ) -> tuple[Tensor, SlowReading, HeldVideos]:
+        """Embeddings with fast tokens in place, what the hybrid layers read, and what a cache holds after (but K and V).
+
+        Text alone, in training, has no tokens instead of no video: every module runs, and every parameter gets a
+        gradient, so that data-parallel ranks agree.
+        """
+        placeholders, valid, restarts = rows
+        slow, fast, counts = self._slow_and_fast(features, embeddings)
+        new = NewVideos.of(placeholders, counts, repeats)
+        if features:
+            self._check_turn(past_length)
+            tokens = (fast / self._factor_like(fast))[new.fast].to(embeddings.dtype)
+            embeddings = torch.where(placeholders[..., None], tokens, embeddings)
+        else:
+            embeddings = embeddings + fast.sum().to(embeddings.dtype)
+        if self._recomputes() and self._is_reentrant() and torch.is_grad_enabled() and slow.requires_grad:
+            leaf = slow.detach().requires_grad_()
+            embeddings, slow = _HandOn.apply(embeddings, slow, leaf), leaf
+        after = HeldVideos.after(held, new, past_length)
+        before = None if held is None else held.total
+        begin, end = ranges(self.slow_fast, new.seen, before, valid, placeholders, restarts)
+        older = {} if held is None else held.kv
+        return embeddings, SlowReading.of(after.pieces, begin, end, tokens=slow, held=older), after
 
     def _factor_like(self, x: Tensor) -> Tensor | float:
         factor = self._embedding_factor

@@ -106,10 +106,10 @@ class HeldVideos:
         total, offset = new.seen[:, -1], 0 if held is None else held.num_slow
         piece = torch.stack([offset + new.first, offset + new.first + total], -1)[:, None]
         if held is None:
-            return HeldVideos(piece, total, F.pad(new.seen, (past_length, 0)))
+            return HeldVideos(piece, total, F.pad(new.seen, (past_length, 0)))  # K and V: none yet
         since = held.total[:, None].expand(-1, max(past_length - held.seen.shape[1], 0))
         seen = torch.cat([held.seen, since, held.total[:, None] + new.seen], 1)
-        return HeldVideos(torch.cat([held.pieces, piece], 1), held.total + total, seen, held.kv)
+        return HeldVideos(torch.cat([held.pieces, piece], 1), held.total + total, seen)
 
 
 # ----------------------------------------------------------------------------------------------- what rows read

@@ -57,7 +57,8 @@ def test_readmes_example_adds_trains_and_answers(tmp_path, monkeypatch, capsys):
 
 def documented():
     """(docstring, the function with the signature) of the public names."""
-    yield pytest.param(slowfast_model.hf.add_slow_fast, slowfast_model.hf.add_slow_fast, id="add_slow_fast")
+    for name in ("add_slow_fast", "accelerate_cross_attention"):
+        yield pytest.param(*[getattr(slowfast_model.hf, name)] * 2, id=name)
     for kind in (slowfast_model.hf.SlowFastVLConfig, SlowFastVLForConditionalGeneration, SlowFastVLProcessor):
         yield pytest.param(kind, kind.__init__, id=kind.__name__)
     methods = [
