@@ -357,7 +357,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         held: HeldVideos | None,
         past_length: int,
     ) -> tuple[Tensor, SlowReading, HeldVideos]:
-        """Embeddings with fast tokens in place, what the hybrid layers read, and what a cache holds after (but K and V).
+        """Embeddings with fast tokens in place, what the hybrid layers read, what a cache then holds (but K and V).
 
         Text alone, in training, has no tokens instead of no video: every module runs, and every parameter gets a
         gradient, so that data-parallel ranks agree.
