@@ -3,7 +3,12 @@
 Importing this package makes its model known to transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+try:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+except ImportError as error:
+    raise ImportError(
+        "slowfast_model.hf needs transformers 4.57 or newer: pip install 'slowfast-kernels[hf]'"
+    ) from error
 
 from .add import add_slow_fast
 from .config import SlowFastVLConfig

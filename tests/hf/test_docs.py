@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,12 @@ def test_a_public_docstring_speaks_of_every_argument_and_of_no_other(documented,
         section = doc.split("Args:\n")[1].split("\n\n")[0]
         entries = re.findall(r"^    (\w+(?:, \w+)*):", section, re.MULTILINE)
         assert sorted(name for entry in entries for name in entry.split(", ")) == sorted(arguments)
+
+
+def test_without_transformers_the_import_says_what_is_missing():
+    code = "import sys; sys.modules['transformers'] = None; import slowfast_model; import slowfast_model.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: slowfast_model.hf needs transformers 4.57 or newer" in done.stderr
 
 
 def test_the_package_names_what_it_exports():
