@@ -42,7 +42,7 @@ def test_readmes_example_adds_trains_and_answers(tmp_path, monkeypatch, capsys):
             picture = np.full((32, 32, 3), 6 * i, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    sizes = {"num_hidden_layers": 17, "max_position_embeddings": 512}
+    sizes = {"num_hidden_layers": 17, "max_position_embeddings": 1024}
     tiny = lambda name: language_model("qwen2.5", **sizes)  # noqa: E731
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tiny)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tiny_tokenizer)
@@ -51,7 +51,7 @@ def test_readmes_example_adds_trains_and_answers(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), names)
     model, prompt = names["model"], names["prompt"]
     assert isinstance(model, SlowFastVLForConditionalGeneration)
-    assert (prompt["input_ids"] == model.config.video_token_id).sum() == 32 // 4 * 36
+    assert (prompt["input_ids"] == model.config.video_token_id).sum() == 32 // 8 * 144
     assert any(gate.any() for gate in (a.cross_attn_warm_up_gate for a in model.hybrid_attentions()))
     assert torch.is_grad_enabled()
     assert capsys.readouterr().out.strip().endswith("]")
