@@ -179,7 +179,7 @@ def make_hybrid(layer: nn.Module, config: SlowFastConfig) -> None:
     attention.__class__ = subclass_of(type(attention), HybridAttention)
     attention._decoder_layer = (layer,)  # in a tuple: no child of its child
     attention._slow_gate, attention._warm_up_tanh = config.gate, not config.updates_every_row
-    options = {"dtype": weights_dtype(attention), "device": _device_of(attention.o_proj)}
+    options = {"dtype": weights_dtype(attention), "device": device_of(attention.o_proj)}
     own = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.k_proj
     attention.cross_attn_kv_proj = nn.Linear(own.in_features, 2 * _kv_width(attention), **options)
     attention.cross_attn_gate_proj = nn.Sequential(nn.Linear(attention.o_proj.in_features, 1, **options))
@@ -202,7 +202,7 @@ def _own_kv(attention: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return list(zip(weight, bias, strict=True))
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: that of its weights, or, where they are offloaded, of the hook that fetches them."""
     device = next(module.parameters()).device
     hook = getattr(module, "_hf_hook", None)
@@ -229,7 +229,7 @@ def _weight_and_bias(projection: nn.Module) -> tuple[Tensor, Tensor]:
     if is_plain(projection, nn.Linear):
         bias = projection.bias
         return projection.weight, projection.weight.new_zeros(len(projection.weight)) if bias is None else bias
-    device, dtype = _device_of(projection), weights_dtype(projection)
+    device, dtype = device_of(projection), weights_dtype(projection)
     one = torch.eye(projection.in_features, device=device, dtype=dtype)
     with torch.autocast(device.type, enabled=False):
         bias = projection(torch.zeros_like(one[:1]))[0]

@@ -19,7 +19,7 @@ from slowfast_kernels.ops.checks import check_dense
 from ..config import SlowFastConfig
 from ..vision import PatchTower, build_projector, check_features, encode_frames, project_and_pool
 from ._versions import CACHE
-from .attention import HybridAttention, make_hybrid
+from .attention import HybridAttention, device_of, make_hybrid
 from .config import SLOW_FAST_KEYS, SlowFastVLConfig
 from .generation import VideoGeneration
 from .towers import build_tower
@@ -94,15 +94,15 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         config.text_config = language_model.config
         self.language_model = language_model
         self.vocab_size = language_model.config.vocab_size
+        device = device_of(language_model.get_input_embeddings())
         if vision_tower is None and config.vision_tower is not None:
-            vision_tower = build_tower(config.vision_tower)
+            vision_tower = build_tower(config.vision_tower).to(device)
         if vision_tower is not None:  # no attribute without a tower, as tools look for one
             self.vision_tower = vision_tower
         slow_fast = config.slow_fast()
-        weight = self.get_input_embeddings().weight
         self.mm_projector = build_projector(slow_fast) if config.mm_hidden_size is not None else None
         if self.mm_projector is not None:
-            self.mm_projector.to(device=weight.device, dtype=weight.dtype)
+            self.mm_projector.to(device=device, dtype=self.get_input_embeddings().weight.dtype)
         layers = self.get_decoder().layers
         for index in config.hybrid_layers:
             make_hybrid(layers[index], slow_fast)
