@@ -148,7 +148,7 @@ def test_every_head_dimension_is_right(dim, apart, dtype, rng):
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one", "pair"])
 def test_a_head_dimension_of_one_is_right(apart, rng):
-    """In float32: of a single product the rounding to half precision is not the sum of many that the rule takes it for."""
+    """In float32: a single product's rounding to half precision is not the sum of many that the rule takes it for."""
     assert_accurate(case([2, 5], [50, 90], (6, 2), 1, torch.float32, rng(), apart=apart))
 
 
