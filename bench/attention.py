@@ -70,17 +70,10 @@ def run(runner: Runner) -> None:
     if not shapes:
         return
     backends = our_backends(runner, OP)
-    peers = [peer for peer in PEERS if runner.wants_peer(peer.name)]
-    present = []
-    for peer in peers:
-        reason = peer.absent(runner.device)
-        if reason is None:
-            present.append(peer)
-        else:
-            runner.absent(OP, peer.name, reason)
+    peers = runner.present(OP, PEERS)
     for shape in shapes:
         for dtype in runner.dtypes:
-            _run_shape(runner, shape, dtype, backends, present)
+            _run_shape(runner, shape, dtype, backends, peers)
     for dtype in runner.dtypes[:1]:
         _run_host(runner, dtype, backends)
 

@@ -57,17 +57,10 @@ def run(runner: Runner) -> None:
     if not shapes:
         return
     backends = our_backends(runner, f"attention-{STEP}")
-    present = []
-    for peer in GRADIENT_PEERS:
-        if not runner.wants_peer(peer.name):
-            continue
-        if reason := peer.absent(runner.device):
-            runner.absent(f"attention-{STEP}", peer.name, reason)
-        else:
-            present.append(peer)
+    peers = runner.present(f"attention-{STEP}", GRADIENT_PEERS)
     for shape in shapes:
         for dtype in runner.dtypes:
-            _run_shape(runner, shape, dtype, backends, present)
+            _run_shape(runner, shape, dtype, backends, peers)
 
 
 def _run_shape(

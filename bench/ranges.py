@@ -100,14 +100,7 @@ def _ours(who: str, backend: str, sets: Sets, want: Tensor, cost: Cost, **select
 
 def _run_prefixes(runner: Runner, shapes: list[AttentionShape]) -> None:
     backends = our_backends(runner, "ranges")
-    peers = []
-    for peer in masked_peers(tuned=not runner.quick):
-        if not runner.wants_peer(peer.name):
-            continue
-        if reason := peer.absent(runner.device):
-            runner.absent("ranges", peer.name, reason)
-        else:
-            peers.append(peer)
+    peers = runner.present("ranges", masked_peers(tuned=not runner.quick))
     for shape in shapes:
         for dtype in runner.dtypes:
             _run_prefixes_of(runner, shape, dtype, backends, peers)

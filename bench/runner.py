@@ -225,6 +225,19 @@ class Runner:
     def wants_peer(self, name: str) -> bool:
         return self.peers is None or name in self.peers
 
+    def present(self, op: str, peers: Iterable[T]) -> list[T]:
+        """Of ``peers`` those that are wanted and run here; a row says why one that is wanted does not."""
+        found = []
+        for peer in peers:
+            if not self.wants_peer(peer.name):
+                continue
+            reason = peer.absent(self.device)
+            if reason is None:
+                found.append(peer)
+            else:
+                self.absent(op, peer.name, reason)
+        return found
+
     def is_done(self, *key: str) -> bool:
         return key in self._done
 

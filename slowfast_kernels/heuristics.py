@@ -203,6 +203,15 @@ _MAX_SPLITS = 128
 _SPLIT_PENALTY = 0.04  # of the whole, for the partials of one more split
 
 
+def _fewest_waves(programs: int, slots: int, most: int) -> int:
+    """Splits of each of ``programs``, up to ``most``, that fill waves of ``slots`` best."""
+
+    def share(splits: int) -> float:
+        return -(-programs * splits // slots) / splits * (1 + _SPLIT_PENALTY * splits)
+
+    return min(range(1, most + 1), key=share)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -262,11 +271,7 @@ def triton_attention_config(
         num_blocks = max(1, -(-num_slow // (batch * block_n)))
         # One program of 4 warps an SM streams at the memory's rate; where products rule, a second one fills its gaps.
         slots = num_sms * (2 if rows > 16 and num_warps == 4 else 1)
-
-        def share(splits: int) -> float:
-            return -(-programs * splits // slots) / splits * (1 + _SPLIT_PENALTY * splits)
-
-        num_splits = min(range(1, min(num_blocks, _MAX_SPLITS) + 1), key=share)
+        num_splits = _fewest_waves(programs, slots, min(num_blocks, _MAX_SPLITS))
     return AttentionConfig(block_m, block_n, num_splits, num_warps, num_stages)
 
 
@@ -314,11 +319,7 @@ def triton_attention_backward_config(
         all_products = longest * programs + 4 * rows * steps * batch * num_kv_heads
         num_splits = max(1, ceil(longest * slots / all_products - 0.1))
     else:
-
-        def share(splits: int) -> float:
-            return -(-programs * splits // slots) / splits * (1 + _SPLIT_PENALTY * splits)
-
-        num_splits = min(range(1, 1 + max(1, slots // programs)), key=share)
+        num_splits = _fewest_waves(programs, slots, max(1, slots // programs))
     return AttentionBackwardConfig(block_m, block_n, min(num_splits, steps), num_warps, num_stages, step)
 
 

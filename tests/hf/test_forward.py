@@ -94,12 +94,7 @@ def test_a_fused_projection_of_q_k_and_v_gives_k_and_v():
         for got, want in zip(kv, own, strict=True):
             close(got, want, 1e-6)
     open_gates(model)
-    inputs, features, owners = ragged(model, "left")
-    with torch.no_grad():
-        got = model(**inputs, video_features=features).logits
-        want = dense(model, base, inputs, features, owners)
-    valid = inputs["attention_mask"].bool()
-    close(got[valid], want[valid], 5e-5)
+    assert_as_under_a_dense_mask(model, base)
 
 
 def test_a_fresh_start_opens_the_gate_as_asked():
@@ -145,6 +140,16 @@ def dense(model, base, inputs, features, owners):
     return oracle.logits(model, base, embeddings, slow, sees, **given)
 
 
+def assert_as_under_a_dense_mask(model, base):
+    """Of a ragged batch of videos."""
+    inputs, features, owners = ragged(model, "left")
+    with torch.no_grad():
+        got = model(**inputs, video_features=features).logits
+        want = dense(model, base, inputs, features, owners)
+    valid = inputs["attention_mask"].bool()
+    close(got[valid], want[valid], 5e-5)
+
+
 def ragged(model, side):
     """Samples with one video, none, two and three, of several lengths and grids."""
     features = [video(8), video(1), video(5, 36), video(4), video(2), video(7)]
@@ -185,12 +190,7 @@ def test_every_variant_reads_as_under_a_dense_mask(gating, implementation, proje
     base = twin(lm)
     names = {"cross_attn_gating_type": gating, "cross_attn_implementation": implementation}
     model = slow_fast_model(lm=lm, mm_projector_type=projector, **names)
-    inputs, features, owners = ragged(model, "left")
-    with torch.no_grad():
-        got = model(**inputs, video_features=features).logits
-        want = dense(model, base, inputs, features, owners)
-    valid = inputs["attention_mask"].bool()
-    close(got[valid], want[valid], 5e-5)
+    assert_as_under_a_dense_mask(model, base)
 
 
 def test_a_tensor_of_features_is_a_list_of_videos():
