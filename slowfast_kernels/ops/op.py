@@ -127,7 +127,6 @@ class Op:
         )
         self.registered.register_autograd(self._backward, setup_context=self._setup_context)
         self.prepared = SignatureCache()
-        self.prepared_backward = SignatureCache()
 
     def _register(self, suffix: str, implementation: Callable, fake: Callable, schema: str):
         op = torch.library.custom_op(f"{self.qualified_name}{suffix}", implementation, mutates_args=(), schema=schema)
@@ -194,9 +193,9 @@ class Op:
         """The gradients of ``differentiable``; None where there was no tensor or ``needs`` is False."""
         signatures = tuple(map(signature, call))
         key = (signatures, options, needs, requested_backend(options.backend))
-        prepared = self.prepared_backward.get(key)
+        prepared = self.prepared.get(key)
         if prepared is None:
-            prepared = self.prepared_backward.remember(key, self._prepare_backward(call, options, needs))
+            prepared = self.prepared.remember(key, self._prepare_backward(call, options, needs))
         return prepared(call)
 
     def _prepare_backward(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Callable:
@@ -227,15 +226,14 @@ class Op:
         names += self.tensors._fields
         if observe.LOG:
             flat = (*call.grads, *call.results, *call.inputs)
-            passed_over = "".join(f"; not {name}: {limit}" for name, limit in choice.rejected.items())
-            observe.log_once(f"{self.name} backward({observe.listed(names, flat)}): {choice.backend}{passed_over}")
-
-        def run_flat(tensors: tuple) -> tuple[Tensor | None, ...]:
-            num_grads, num_given = len(self.has_gradient), self.num_given
-            given = (tensors[:num_grads], tensors[num_grads:num_given], self.tensors(*tensors[num_given:]))
-            return run(BackwardTensors(*given))
-
-        seen = observe.observed(run_flat, f"{self.name} backward", names, f"{self.qualified_name}_backward")
+            text = f"{self.name} backward({observe.listed(names, flat)}): {choice.backend}"
+            observe.log_once(text + _passed_over(choice.rejected))
+        seen = observe.observed(
+            lambda flat: run(self._backward_tensors(flat)),
+            f"{self.name} backward",
+            names,
+            f"{self.qualified_name}_backward",
+        )
         return lambda call: seen((*call.grads, *call.results, *call.inputs))
 
     # ------------------------------------------------------------------------------------------- seen
@@ -259,8 +257,7 @@ class Op:
         return call(tensors)
 
     def _log(self, tensors, options, backend: str, reason: str, rejected: dict[str, str]) -> None:
-        passed_over = "".join(f"; not {name}: {limit}" for name, limit in rejected.items())
-        observe.log_once(f"{self.call_text(tensors, options)}: {backend}, {reason}{passed_over}")
+        observe.log_once(f"{self.call_text(tensors, options)}: {backend}, {reason}{_passed_over(rejected)}")
 
     def call_text(self, tensors, options) -> str:
         """The call on one line: tensors by type and shape, options that are given by value."""
@@ -286,10 +283,14 @@ class Op:
 
     def _split_backward(self, arguments: tuple) -> tuple[BackwardTensors, tuple, tuple[bool, ...]]:
         """(what it is called with, options, needs) of the registered backward's arguments."""
-        num_grads, num_given = len(self.has_gradient), self.num_given
-        grads, results = arguments[:num_grads], arguments[num_grads:num_given]
+        num_given = self.num_given
         tensors, options = self._split(arguments[num_given + 1 :])
-        return BackwardTensors(grads, results, tensors), options, tuple(arguments[num_given])
+        return self._backward_tensors((*arguments[:num_given], *tensors)), options, tuple(arguments[num_given])
+
+    def _backward_tensors(self, flat: tuple) -> BackwardTensors:
+        """Of gradients, results and tensors one after the other."""
+        num_grads, num_given = len(self.has_gradient), self.num_given
+        return BackwardTensors(flat[:num_grads], flat[num_grads:num_given], self.tensors(*flat[num_given:]))
 
     @property
     def num_given(self) -> int:
@@ -334,6 +335,10 @@ class Op:
 
 
 EAGER_PLAN = CallPlan(workspace_bytes=None, notes=("PyTorch's own ops, a sequence after the other",))
+
+
+def _passed_over(rejected: dict[str, str]) -> str:
+    return "".join(f"; not {name}: {limit}" for name, limit in rejected.items())
 
 
 def _present(like: Tensor, results, dtype: torch.dtype | None = None):
