@@ -30,6 +30,11 @@ __device__ __forceinline__ float log_add_exp(float x, float y) {
   return high + log1pf(expf(low - high));
 }
 
+// Of the difference alone: the sum of both is rounded by more the larger they are.
+__device__ __forceinline__ float share_of(float lse, float other) {
+  return lse == -INFINITY ? 0.f : 1.f / (1.f + expf(other - lse));
+}
+
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeParams p) {
   constexpr int kWidth = kVectors ? kVectorSize<T> : 1;
@@ -38,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeParams p) {
     const int64_t row = i / p.num_heads, head = i % p.num_heads;
     const float lse_a = p.lse_a[row * p.lse_a_row_stride + head], lse_b = p.lse_b[row * p.lse_b_row_stride + head];
     const float total = log_add_exp(lse_a, lse_b);
-    const Shares share = {lse_a == -INFINITY ? 0.f : expf(lse_a - total), lse_b == -INFINITY ? 0.f : expf(lse_b - total)};
+    const Shares share = {share_of(lse_a, lse_b), share_of(lse_b, lse_a)};
     const T* a = static_cast<const T*>(p.context_a) + row * p.a_row_stride + head * p.a_head_stride;
     const T* b = static_cast<const T*>(p.context_b) + row * p.b_row_stride + head * p.b_head_stride;
     T* out = static_cast<T*>(p.context) + i * p.head_dim;
