@@ -12,16 +12,15 @@ from cases import Shape, Video, make_frames, make_inputs
 
 import slowfast_kernels as sk
 from slowfast_kernels import _extension, cpu, cuda
-from slowfast_kernels.heuristics import (
+from slowfast_kernels.heuristics.backends import (
     BACKENDS,
     MIX_ROWS_FOR_TRITON,
     OpCall,
     choose_backend,
-    hopper_attention_config,
-    triton_attention_config,
-    triton_row_config,
     unsupported_reason,
 )
+from slowfast_kernels.heuristics.cuda import hopper_attention_config
+from slowfast_kernels.heuristics.triton import triton_attention_config, triton_row_config
 from slowfast_kernels.ops.explain import FUNCTIONS
 from slowfast_kernels.ops.op import OPS
 

@@ -1,4 +1,4 @@
-"""From a call to the backend that runs it. The choice itself is ``heuristics.choose_backend``."""
+"""From a call to the backend that runs it. The choice itself is ``heuristics.backends.choose_backend``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from .. import _extension
-from ..heuristics import BACKENDS, BackendChoice, OpCall, choose_backend, unsupported_reason
+from ..heuristics.backends import BACKENDS, BackendChoice, OpCall, choose_backend, unsupported_reason
 from .checks import has_tangent, named
 
 _requested: ContextVar[str | None] = ContextVar("slowfast_backend", default=None)

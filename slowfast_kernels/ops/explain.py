@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..call_plan import CallPlan
-from ..heuristics import BACKENDS
+from ..heuristics.backends import BACKENDS
 from ..messages import describe
 from .attention import text_cross_attention
 from .dispatch import choice_for, needs_formula, needs_torch_op, requested_backend, signature, why

@@ -17,7 +17,7 @@ from torch.autograd import profiler
 from .. import observe
 from ..call_plan import CallPlan
 from ..calls import BackwardTensors
-from ..heuristics import BackendChoice, OpCall, unsupported_reason
+from ..heuristics.backends import BackendChoice, OpCall, unsupported_reason
 from .dispatch import (
     SignatureCache,
     backend_for,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import eager, flops, observe
 from ..call_plan import CallPlan
 from ..calls import BackwardTensors, PoolCallOptions, PoolTensors
-from ..heuristics import OpCall
+from ..heuristics.backends import OpCall
 from ..pool_plan import PoolOptions, check_pool_arguments, describe_pool, token_counts
 from . import checks
 from .dispatch import backend_for, backend_module, check_backend_name, compute_capability
