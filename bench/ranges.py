@@ -15,7 +15,7 @@ from torch import Tensor
 
 import slowfast_kernels as sk
 from slowfast_kernels import flops
-from slowfast_kernels.heuristics import hopper_attention_config
+from slowfast_kernels.heuristics.cuda import hopper_attention_config
 
 from .attention import our_backends
 from .inputs import AttentionInputs, make_inputs, prefix_sums, reference_context

@@ -17,7 +17,7 @@ import slowfast_kernels as sk
 from slowfast_kernels import cuda
 from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.gate import WEIGHTED_GATES, Gate
-from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
+from slowfast_kernels.heuristics.cuda import HopperConfig, hopper_attention_config
 
 RAGGED = (((1, 70), (3, 0), (0, 40), (2, 33)), ((30, 400), (7, 180), (1, 5)))
 # Lengths that the device shares out: rows of question and of decode, beside sequences with nothing to do.

@@ -3,7 +3,7 @@
     python -m bench.tune_cuda [--out FILE] [--shapes 1x64x10368 ...] [--budget SECONDS]
 
 For each shape: what ``heuristics`` chooses and the best found. Every configuration must give the heuristic's answer
-first, and that one is checked against float32. Constants in heuristics.py come from this.
+first, and that one is checked against float32. Constants in heuristics/cuda.py come from this.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 
-from slowfast_kernels import cuda, heuristics
+from slowfast_kernels import cuda
 from slowfast_kernels.calls import AttentionTensors
 from slowfast_kernels.gate import Gate
-from slowfast_kernels.heuristics import HopperConfig, hopper_attention_config
+from slowfast_kernels.heuristics.cuda import HOPPER_SMS, HopperConfig, hopper_attention_config
 
 from . import tuning
 from .inputs import AttentionInputs
@@ -46,7 +46,7 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     blocks = -(-max(shape.slow) // own.block_n)
     pairs_halves = own.consumers == 2 and 0 < rows % 128 <= 64
     idle = shape.batch * (heads.num_kv // 2) if pairs_halves else 0
-    slots = heuristics._HOPPER_SMS * (2 if own.consumers == 1 else 1)
+    slots = HOPPER_SMS * (2 if own.consumers == 1 else 1)
     most_waves = 12
     if tiles <= 100:
         most_waves = 3 if max(shape.slow) > 50000 else 1

@@ -4,7 +4,8 @@
 
 For each shape: what ``heuristics`` chooses, the best found, and that one without dependent launch and without
 prefetch. Every configuration must give the heuristic's answer first, and that one is checked against float32. Tables
-and constants in heuristics.py come from this. A minute on one GPU; kernels compile in parallel before any is timed.
+and constants in heuristics/triton.py come from this. A minute on one GPU; kernels compile in parallel before any is
+timed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from unittest.mock import patch
 import torch
 import triton
 
-from slowfast_kernels import heuristics
 from slowfast_kernels.calls import FusedTensors
 from slowfast_kernels.gate import Gate
-from slowfast_kernels.heuristics import AttentionConfig
+from slowfast_kernels.heuristics.triton import (
+    AttentionConfig,
+    padded_head_dim,
+    tile_shared_bytes,
+    triton_attention_config,
+)
 from slowfast_kernels.triton import attention
 from slowfast_kernels.triton._common import describe
 
@@ -62,7 +67,7 @@ def fused(config: AttentionConfig, inputs: AttentionInputs) -> torch.Tensor:
 
 def own_config(shape: AttentionShape, device: torch.device) -> AttentionConfig:
     heads, facts = shape.heads, describe(device)
-    return heuristics.triton_attention_config(
+    return triton_attention_config(
         shape.num_text, shape.num_slow, shape.batch, heads.num_q, heads.num_kv, heads.dim, 2,
         facts.num_sms, 0, facts.shared_bytes,
     )  # fmt: skip
@@ -74,7 +79,7 @@ def candidates(shape: AttentionShape, device: torch.device) -> list[AttentionCon
     heads_per_kv = heads.num_q // heads.num_kv
     configs = {own: None}
     for tile in FEW_ROWS if max(shape.text) * heads_per_kv <= 32 else MANY_ROWS:
-        if heuristics._shared_bytes(tile, heuristics.padded_head_dim(heads.dim), 2) > facts.shared_bytes:
+        if tile_shared_bytes(tile, padded_head_dim(heads.dim), 2) > facts.shared_bytes:
             continue
         config = AttentionConfig(tile[0], tile[1], 1, *tile[2:])
         programs = config.num_tiles(shape.num_text, shape.batch, heads_per_kv) * heads.num_kv

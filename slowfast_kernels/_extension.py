@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from .heuristics import BACKENDS
+from .heuristics.backends import BACKENDS
 
 MIN_CUDA_CAPABILITY = (8, 0)
 MIN_TORCH = (2, 6)

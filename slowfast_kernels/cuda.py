@@ -30,7 +30,7 @@ from .calls import (
 )
 from .gate import Gate
 from .gradients import mix_differentiable, mix_needs, new_gradients, row_major
-from .heuristics import (
+from .heuristics.cuda import (
     HopperBackwardConfig,
     HopperConfig,
     cuda_mix_backward_blocks,

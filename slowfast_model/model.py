@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from slowfast_kernels.dtypes import KERNEL_DTYPES
-from slowfast_kernels.heuristics import BACKENDS
+from slowfast_kernels.heuristics.backends import BACKENDS
 from slowfast_kernels.ops.checks import check_dense
 
 from . import checkpoint

@@ -19,7 +19,7 @@ from hypothesis import currently_in_test_context, reject
 
 import slowfast_kernels as sk
 from slowfast_kernels.dtypes import HALF_DTYPES, KERNEL_DTYPES
-from slowfast_kernels.heuristics import BACKENDS
+from slowfast_kernels.heuristics.backends import BACKENDS
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"

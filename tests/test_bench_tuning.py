@@ -1,11 +1,11 @@
-"""The sweeps behind heuristics.py: what they try, and that a wrong answer stops them. They run on a GPU only."""
+"""The sweeps behind heuristics: what they try, and that a wrong answer stops them. They run on a GPU only."""
 
 import pytest
 import torch
 
 from bench import inputs, tune_cuda, tuning
 from bench.selection import parse_attention
-from slowfast_kernels.heuristics import HopperConfig
+from slowfast_kernels.heuristics.cuda import HopperConfig
 
 SHAPE = parse_attention("2x3x70@4/2/16")
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from slowfast_kernels.calls import (
     PoolCallOptions,
     PoolTensors,
 )
-from slowfast_kernels.heuristics import HopperConfig, cuda_mix_backward_blocks
+from slowfast_kernels.heuristics.cuda import HopperConfig, cuda_mix_backward_blocks
 from slowfast_kernels.params import CrossAttentionParams, SplitPlan
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from targets import ALL, UNAVAILABLE
 
 import slowfast_kernels as sk
 from slowfast_kernels import _extension, eager
-from slowfast_kernels.heuristics import BACKENDS, OpCall, choose_backend, unsupported_reason
+from slowfast_kernels.heuristics.backends import BACKENDS, OpCall, choose_backend, unsupported_reason
 from slowfast_kernels.ops import dispatch, pool
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

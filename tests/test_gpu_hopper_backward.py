@@ -13,7 +13,7 @@ from targets import HAS_GPU, REPEATS
 from slowfast_kernels import cuda, eager
 from slowfast_kernels._extension import unavailable_reason
 from slowfast_kernels.calls import AttentionTensors, BackwardTensors, scale_of
-from slowfast_kernels.heuristics import HopperBackwardConfig, hopper_attention_backward_config
+from slowfast_kernels.heuristics.cuda import HopperBackwardConfig, hopper_attention_backward_config
 
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 REASON = unavailable_reason("cuda", torch.device("cuda")) if IS_HOPPER else "no Hopper GPU"

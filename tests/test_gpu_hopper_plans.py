@@ -14,7 +14,7 @@ import slowfast_kernels as sk
 from slowfast_kernels import cuda
 from slowfast_kernels._extension import unavailable_reason
 from slowfast_kernels.gate import Gate
-from slowfast_kernels.heuristics import HopperConfig
+from slowfast_kernels.heuristics.cuda import HopperConfig
 
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 REASON = unavailable_reason("cuda", torch.device("cuda")) if IS_HOPPER else "no Hopper GPU"

@@ -10,16 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slowfast_kernels.heuristics import (
+from slowfast_kernels.heuristics.backends import OpCall, choose_backend, unsupported_reason
+from slowfast_kernels.heuristics.cuda import (
     HOPPER_CLUSTER_SIZES,
     HOPPER_HEAD_DIMS,
     HopperConfig,
-    OpCall,
-    choose_backend,
     hopper_attention_backward_config,
     hopper_attention_config,
     rows_outweigh,
-    unsupported_reason,
 )
 
 HALF = OpCall("text_cross_attention", "cuda", torch.bfloat16, (9, 0), head_dim=128)

@@ -19,7 +19,7 @@ from test_torch_integration import registered_calls
 import slowfast_kernels as sk
 from slowfast_kernels import _extension, flops, observe
 from slowfast_kernels.calls import AttentionTensors
-from slowfast_kernels.heuristics import OpCall
+from slowfast_kernels.heuristics.backends import OpCall
 from slowfast_kernels.ops import dispatch
 from slowfast_kernels.ops.dispatch import SignatureCache
 from slowfast_kernels.ops.op import OPS

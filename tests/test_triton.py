@@ -29,7 +29,7 @@ from triton_launches import (
 )
 
 import slowfast_kernels as sk
-from slowfast_kernels import eager, heuristics
+from slowfast_kernels import eager
 from slowfast_kernels._extension import interpreter_reason
 from slowfast_kernels.calls import (
     AttentionOptions,
@@ -43,6 +43,7 @@ from slowfast_kernels.calls import (
     PoolTensors,
 )
 from slowfast_kernels.gate import GATE_CODES, WEIGHTED_GATES
+from slowfast_kernels.heuristics.triton import AttentionConfig, triton_attention_config, triton_mix_backward_config
 from slowfast_kernels.pool_plan import make_pool_plan
 
 triton = pytest.importorskip("triton")
@@ -55,7 +56,7 @@ triton = pytest.importorskip("triton")
 @pytest.mark.parametrize("head_dim", [1, 64, 80, 96, 128, 256])
 def test_a_tile_fits_the_shared_memory(shared_bytes, dtype_bytes, head_dim):
     for num_text in (1, 4, 16, 64, 1024):
-        config = heuristics.triton_attention_config(
+        config = triton_attention_config(
             num_text, 10368, 1, 28, 4, head_dim, dtype_bytes, 132, shared_bytes=shared_bytes
         )
         padded = max(16, 1 << (head_dim - 1).bit_length())
@@ -71,36 +72,36 @@ def test_a_tile_fits_the_shared_memory(shared_bytes, dtype_bytes, head_dim):
 @pytest.mark.parametrize("channels", [1, 896, 3584, 9000, 70_000])
 def test_rows_of_the_mix_s_backward_fit_the_shared_memory(shared_bytes, dtype_bytes, channels):
     for num_text in (0, 1, 1024, 8192):
-        config = heuristics.triton_mix_backward_config(num_text, channels, dtype_bytes, 132, shared_bytes)
+        config = triton_mix_backward_config(num_text, channels, dtype_bytes, 132, shared_bytes)
         assert config.num_stages >= 1
         assert 3 * (config.num_stages - 1) * config.block_c * dtype_bytes <= shared_bytes
         assert 1 <= config.num_programs <= max(1, num_text)
 
 
 def test_a_decoded_row_is_split_over_the_whole_gpu():
-    config = heuristics.triton_attention_config(1, 10368, 1, 28, 4, 128, 2, 132)
+    config = triton_attention_config(1, 10368, 1, 28, 4, 128, 2, 132)
     assert config.num_splits * 4 >= 132
 
 
 def test_enough_rows_are_not_split():
-    assert heuristics.triton_attention_config(4096, 32 * 1296, 32, 28, 4, 128, 2, 132).num_splits == 1
+    assert triton_attention_config(4096, 32 * 1296, 32, 28, 4, 128, 2, 132).num_splits == 1
 
 
 def test_splits_that_were_asked_for_are_kept():
-    assert heuristics.triton_attention_config(1, 10368, 1, 28, 4, 128, 2, 132, num_splits=5).num_splits == 5
+    assert triton_attention_config(1, 10368, 1, 28, 4, 128, 2, 132, num_splits=5).num_splits == 5
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_a_fixed_number_of_splits_fixes_the_tile_whatever_the_batch(num_splits):
     """So that a sequence's bits do not depend on what it shares its batch with."""
     sizes = [(1, 5184, 1), (64, 5184, 1), (900, 40_000, 9), (4096, 98304, 1)]
-    configs = {heuristics.triton_attention_config(*size, 28, 4, 128, 2, 132, num_splits) for size in sizes}
+    configs = {triton_attention_config(*size, 28, 4, 128, 2, 132, num_splits) for size in sizes}
     assert len(configs) == 1
 
 
 def test_no_more_splits_than_blocks_are_chosen():
-    assert heuristics.triton_attention_config(1, 0, 1, 28, 4, 128, 2, 132).num_splits == 1
-    assert heuristics.triton_attention_config(1, 65, 1, 28, 4, 128, 2, 132).num_splits <= 5
+    assert triton_attention_config(1, 0, 1, 28, 4, 128, 2, 132).num_splits == 1
+    assert triton_attention_config(1, 65, 1, 28, 4, 128, 2, 132).num_splits <= 5
 
 
 def test_the_grid_has_a_tile_for_every_row_of_any_ragged_batch():
@@ -108,13 +109,13 @@ def test_the_grid_has_a_tile_for_every_row_of_any_ragged_batch():
     for _ in range(200):
         texts = [rng.choice((0, 1, 1, 2, 30)) for _ in range(rng.randint(1, 20))]
         heads_per_kv, block_m = rng.randint(1, 16), rng.choice((16, 32, 64, 128))
-        config = heuristics.AttentionConfig(block_m, 64, 1, 4, 2)
+        config = AttentionConfig(block_m, 64, 1, 4, 2)
         needed = sum(-(-n * heads_per_kv // block_m) for n in texts)
         assert config.num_tiles(sum(texts), len(texts), heads_per_kv) >= needed
 
 
 def test_decode_launches_no_idle_tile():
-    config = heuristics.triton_attention_config(16, 16 * 10368, 16, 28, 4, 128, 2, 132)
+    config = triton_attention_config(16, 16 * 10368, 16, 28, 4, 128, 2, 132)
     assert config.num_tiles(16, 16, 7) == 16
 
 

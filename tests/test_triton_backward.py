@@ -14,9 +14,9 @@ from test_triton_visible import PIECES, RANGES, make_call, seen_by
 from torch import Tensor
 from triton_launches import HALF, VERSION, compile_all, compiled, index, interpreted, meta, recorder
 
-from slowfast_kernels import eager, heuristics
+from slowfast_kernels import eager
 from slowfast_kernels.calls import AttentionTensors, BackwardTensors
-from slowfast_kernels.heuristics import AttentionBackwardConfig
+from slowfast_kernels.heuristics.triton import AttentionBackwardConfig, triton_attention_backward_config
 
 TILES = {"memory": (16, 16, 4, 2, 16), "tensor cores": (64, 64, 4, 2, 32)}  # without PEEL, and with
 WAYS = pytest.mark.parametrize(("tile", "num_splits"), [("memory", 3), ("tensor cores", 1)])
@@ -283,9 +283,7 @@ def test_hopper_loads_by_tma_and_keeps_its_loops_in_registers(record, tmp_path):
 
 
 def backward_config(num_text, num_slow, batch=1, heads=(28, 4), dim=128, dtype_bytes=2, **options):
-    return heuristics.triton_attention_backward_config(
-        num_text, num_slow, batch, *heads, dim, dtype_bytes, 132, **options
-    )
+    return triton_attention_backward_config(num_text, num_slow, batch, *heads, dim, dtype_bytes, 132, **options)
 
 
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 163 * 1024, 227 * 1024])

@@ -13,7 +13,7 @@ from triton_launches import HALF, VERSION, compile_all, compiled, index, interpr
 
 from slowfast_kernels.calls import AttentionTensors, FusedTensors, MergeTensors
 from slowfast_kernels.gate import Gate
-from slowfast_kernels.heuristics import AttentionConfig
+from slowfast_kernels.heuristics.triton import AttentionConfig
 
 
 def int32(*numbers) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import _extension, eager, flops
 from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, scale_of
-from ..heuristics import OpCall, rows_outweigh
+from ..heuristics.backends import OpCall
+from ..heuristics.cuda import rows_outweigh
 from . import checks
 from .dispatch import check_backend_name, compute_capability, follows_gradients
 from .op import Op

@@ -1,4 +1,4 @@
-"""From a call to the backend that runs it. The choice itself is ``heuristics.choose_backend``."""
+"""From a call to the backend that runs it. The choice itself is ``heuristics.backends.choose_backend``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from .. import _extension
-from ..heuristics import BACKENDS, BackendChoice, OpCall, choose_backend, unsupported_reason
+from ..heuristics.backends import BACKENDS, BackendChoice, OpCall, choose_backend, unsupported_reason
 from .checks import has_tangent, named
 
 _requested: ContextVar[str | None] = ContextVar("slowfast_backend", default=None)
@@ -157,30 +157,29 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def needs_torch_op(*tensors: Tensor | None) -> bool:
-    """True where the call must be visible to PyTorch: autograd, torch.compile, traces, subclasses, modes, and tensors
-    whose memory is not what they are (meta, lazily negated, all zero without storage).
+    """True where PyTorch's dispatcher must see the call: torch.compile, traces, subclasses, modes, and tensors whose
+    memory is not what they are (meta, lazily negated, all zero without storage).
 
     Otherwise the backend is called directly, which spares tens of microseconds a call.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
         return True
-    grad = torch.is_grad_enabled()
     for x in tensors:
         if isinstance(x, Tensor) and (
-            (grad and x.requires_grad)
-            or type(x) not in (Tensor, torch.nn.Parameter)
-            or x.is_meta
-            or x.is_neg()
-            or x._is_zerotensor()
+            type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or x.is_neg() or x._is_zerotensor()
         ):
             return True
     return False
 
 
+def is_differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Autograd follows the call."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
 def follows_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
     """A backward pass may come, which reads results of the forward: they are kept."""
-    differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    return differentiated and not needs_formula(*tensors)
+    return is_differentiated(tensors) and not needs_formula(*tensors)
 
 
 def needs_formula(*tensors: Tensor | None) -> bool:

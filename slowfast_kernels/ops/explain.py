@@ -13,10 +13,10 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..call_plan import CallPlan
-from ..heuristics import BACKENDS
+from ..heuristics.backends import BACKENDS
 from ..messages import describe
 from .attention import text_cross_attention
-from .dispatch import choice_for, needs_formula, needs_torch_op, requested_backend, signature, why
+from .dispatch import choice_for, is_differentiated, needs_formula, needs_torch_op, requested_backend, signature, why
 from .fused import slowfast_cross_attention
 from .gated_mix import gated_residual_mix
 from .merge import merge_attention
@@ -180,6 +180,8 @@ def _has_shapes_alone(tensors: tuple) -> bool:
 
 def _route_of(op: Op, tensors: tuple) -> str:
     if not needs_torch_op(*tensors):
+        if is_differentiated(tensors):
+            return f"directly to the backend, as a node of autograd's graph: {_followed(op, tensors)}"
         return "directly to the backend: nothing that PyTorch must see"
     return f"the registered op {op.qualified_name}: {_why_registered(op, tensors)}"
 
@@ -193,19 +195,20 @@ def _why_registered(op: Op, tensors: tuple) -> str:
     if modes:
         return f"the dispatch mode {type(modes[-1]).__name__} is on"
     named = {name: x for name, x in zip(op.tensors._fields, tensors, strict=True) if isinstance(x, Tensor)}
-    if torch.is_grad_enabled():
-        differentiated = [name for name, x in named.items() if x.requires_grad]
-        if differentiated:
-            return f"autograd follows {', '.join(differentiated)}"
     subclasses = [name for name, x in named.items() if type(x) not in (Tensor, torch.nn.Parameter)]
     if subclasses:
         return f"{subclasses[0]} is a {type(named[subclasses[0]]).__name__}"
     return "a trace is made, or a tensor's memory is not what it is (negated, all zero)"
 
 
+def _followed(op: Op, tensors: tuple) -> str:
+    named = zip(op.tensors._fields, tensors, strict=True)
+    return f"autograd follows {', '.join(name for name, x in named if isinstance(x, Tensor) and x.requires_grad)}"
+
+
 def _backward_of(op: Op, tensors: tuple, options: tuple) -> str:
     backend = op.backward_choice(tensors, options).backend
     runs = f"{op.qualified_name}_backward, on {'the eager formula' if backend == 'eager' else backend}"
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+    if is_differentiated(tensors):
         return runs
     return f"none, for no argument asks for a gradient (else {runs})"

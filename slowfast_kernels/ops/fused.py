@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import eager, flops
 from ..calls import AttentionOptions, BackwardTensors, FusedOptions, FusedTensors, MixOptions, MixTensors, scale_of
 from ..gate import GATES, Gate
-from ..heuristics import OpCall
+from ..heuristics.backends import OpCall
 from . import checks
 from .attention import (
     attention_facts,

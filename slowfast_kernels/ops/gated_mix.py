@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import eager, flops
 from ..calls import BackwardTensors, MixOptions, MixTensors
 from ..gate import GATE_CODES, GATES, WEIGHTED_GATES, Gate
-from ..heuristics import OpCall
+from ..heuristics.backends import OpCall
 from . import checks
 from .dispatch import check_backend_name, compute_capability
 from .op import Op

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import eager, flops
 from ..calls import BackwardTensors, MergeOptions, MergeTensors
-from ..heuristics import OpCall
+from ..heuristics.backends import OpCall
 from . import checks
 from .dispatch import check_backend_name, compute_capability
 from .op import Op

@@ -1,7 +1,7 @@
 """An op as its callers, PyTorch and the backends see it. Each file here describes one; what is common is here.
 
 A call's way: the eager formula under function transforms and tangents, the registered op where PyTorch must see the
-call, else straight to ``run``. ``run`` keeps one prepared call a signature: arguments checked, backend chosen, tiles
+call, else straight to ``run``, as a node of autograd's graph where autograd follows. ``run`` keeps one prepared call a signature: arguments checked, backend chosen, tiles
 and argument block fixed; what is left to a later call of that signature is its addresses.
 """
 
@@ -17,12 +17,13 @@ from torch.autograd import profiler
 from .. import observe
 from ..call_plan import CallPlan
 from ..calls import BackwardTensors
-from ..heuristics import BackendChoice, OpCall, unsupported_reason
+from ..heuristics.backends import BackendChoice, OpCall, unsupported_reason
 from .dispatch import (
     SignatureCache,
     backend_for,
     backend_module,
     choice_for,
+    is_differentiated,
     needs_formula,
     needs_torch_op,
     refuse_tangents,
@@ -126,6 +127,7 @@ class Op:
             f"({', '.join(given)}, bool[] needs, {arguments}) -> {gradients}",
         )
         self.registered.register_autograd(self._backward, setup_context=self._setup_context)
+        self.node = _node_of(self)
         self.prepared = SignatureCache()
 
     def _register(self, suffix: str, implementation: Callable, fake: Callable, schema: str):
@@ -149,10 +151,9 @@ class Op:
             self.check_data(tensors)
             return self._run_formula(tensors, options)
         if not needs_torch_op(*tensors):
-            if profiler._is_profiler_enabled:  # a registered op is in the profile by itself
-                with profiler.record_function(self.qualified_name):
-                    return self.run(tensors, options)
-            return self.run(tensors, options)
+            if is_differentiated(tensors):
+                return self.node.apply(options, *tensors)
+            return self.run_seen(tensors, options)
         try:
             plain = (x.clone() if isinstance(x, Tensor) and x._is_zerotensor() else x for x in tensors)
             return self.registered(*plain, *options)
@@ -160,6 +161,13 @@ class Op:
             failure = error
         self.check(tensors, options)  # PyTorch refuses what does not fit a schema in words of its own
         raise failure
+
+    def run_seen(self, tensors, options):
+        """``run``, which a profiler sees by the name by which it sees the registered op."""
+        if profiler._is_profiler_enabled:
+            with profiler.record_function(self.qualified_name):
+                return self.run(tensors, options)
+        return self.run(tensors, options)
 
     def run(self, tensors, options):
         key = (signature(tensors), options, requested_backend(options.backend))
@@ -313,7 +321,10 @@ class Op:
         return zip(self.differentiable, needs, strict=True)
 
     def _setup_context(self, ctx, inputs, output):
-        tensors, options = self._split(inputs)
+        self.keep(ctx, *self._split(inputs), output)
+
+    def keep(self, ctx, tensors, options, output) -> None:
+        """What the backward pass of a call reads."""
         ctx.options = options._replace(backend=requested_backend(options.backend))  # what is around it now
         results = output if isinstance(output, tuple) else (output,)
         ctx.save_for_backward(*tensors, *(results[i] for i in self.saves))
@@ -321,17 +332,54 @@ class Op:
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx, *grads):
-        grads = [grads[i] for i in self.has_gradient]
+        asked = ctx.needs_input_grad[: len(self.tensors._fields)]
+        return *self.gradients_of(ctx, grads, asked, self._backward_registered), *[None] * len(ctx.options)
+
+    def gradients_of(self, ctx, grads, asked: Sequence[bool], backward: Callable) -> tuple[Tensor | None, ...]:
+        """Of every tensor of a call that was kept in ``ctx``, None where it is not ``asked`` for, by ``backward``."""
+        names, grads = self.tensors._fields, tuple(grads[i] for i in self.has_gradient)
         if all(grad is None for grad in grads):
-            return (None,) * (len(self.tensors._fields) + len(ctx.options))
-        count, saved = len(self.tensors._fields), ctx.saved_tensors  # which can be read once, under checkpointing
-        tensors, results = self.tensors(*saved[:count]), saved[count:]
-        asked = dict(zip(tensors._fields, ctx.needs_input_grad[:count], strict=True))
-        needs = [asked[name] for name in self.differentiable]
-        found = self.backward(*grads, *results, needs, *tensors, *ctx.options)
-        found = dict(zip(self.differentiable, found if isinstance(found, (tuple, list)) else (found,), strict=True))
-        gradients = (found.get(name) if asked[name] else None for name in tensors._fields)
-        return *gradients, *[None] * len(ctx.options)
+            return (None,) * len(names)
+        saved = ctx.saved_tensors  # which can be read once, under checkpointing
+        call = BackwardTensors(grads, saved[len(names) :], self.tensors(*saved[: len(names)]))
+        asked = dict(zip(names, asked, strict=True))
+        found = backward(call, ctx.options, tuple(asked[name] for name in self.differentiable))
+        found = dict(zip(self.differentiable, found, strict=True))
+        return tuple(found.get(name) if asked[name] else None for name in names)
+
+    def _backward_registered(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Sequence[Tensor]:
+        found = self.backward(*call.grads, *call.results, list(needs), *call.inputs, *options)
+        return found if isinstance(found, (tuple, list)) else (found,)
+
+    def backward_seen(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
+        """``run_backward``, as ``__call__`` is ``run``."""
+        given = (*call.grads, *call.results, *call.inputs)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or needs_formula(*given) or needs_torch_op(*given):
+            return self._backward_registered(call, options, needs)
+        if profiler._is_profiler_enabled:
+            with profiler.record_function(f"{self.qualified_name}_backward"):
+                return self.run_backward(call, options, needs)
+        return self.run_backward(call, options, needs)
+
+
+def _node_of(op: Op) -> type[torch.autograd.Function]:
+    """What autograd follows of a call that PyTorch need not see otherwise. It computes what the registered op does, and
+    spares its way through the dispatcher, which takes longer than a small call's kernels."""
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, options, *tensors):
+            tensors = op.tensors(*tensors)
+            results = op.run_seen(tensors, options)
+            op.keep(ctx, tensors, options, results)
+            return results
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *op.gradients_of(ctx, grads, ctx.needs_input_grad[1:], op.backward_seen)
+
+    Node.__name__ = Node.__qualname__ = f"slowfast_{op.torch_name}_"  # as a graph prints it, with Backward behind
+    return Node
 
 
 EAGER_PLAN = CallPlan(workspace_bytes=None, notes=("PyTorch's own ops, a sequence after the other",))

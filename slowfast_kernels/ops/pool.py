@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import eager, flops, observe
 from ..call_plan import CallPlan
 from ..calls import BackwardTensors, PoolCallOptions, PoolTensors
-from ..heuristics import OpCall
+from ..heuristics.backends import OpCall
 from ..pool_plan import PoolOptions, check_pool_arguments, describe_pool, token_counts
 from . import checks
 from .dispatch import backend_for, backend_module, check_backend_name, compute_capability
@@ -84,7 +84,7 @@ def _by_value(
     strides = [checks.as_int(name, value) for name, value in zip(PoolOptions._fields, given, strict=True)]
     eps = None if norm_eps is None else checks.as_float("norm_eps", norm_eps)
     check_backend_name(backend)
-    return PoolCallOptions(counts, sides, *strides, eps, backend)
+    return PoolCallOptions(tuple(counts), tuple(sides), *strides, eps, backend)
 
 
 class _Pool(Op):
@@ -150,7 +150,7 @@ def _check_kind(frames: Tensor, options: PoolCallOptions) -> None:
     checks.check_tensor("frames", frames, 3, "[sum(frame_counts), H*W, C]")
     checks.check_float("frames", frames)
     if len(options.grid) != 2:
-        checks.fail("grid", options.grid, "(H, W)")
+        checks.fail("grid", list(options.grid), "(H, W)")
 
 
 def _check_fit(frames: Tensor, options: PoolCallOptions) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..call_plan import CallPlan, described, nothing_to_attend
 from ..calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTensors, scale_of
 from ..gate import Gate
-from ..heuristics import (
+from ..heuristics.triton import (
     AttentionConfig,
     next_power_of_2,
     padded_head_dim,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..call_plan import CallPlan, described, nothing_to_attend
 from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, scale_of
-from ..heuristics import (
+from ..heuristics.triton import (
     AttentionBackwardConfig,
     next_power_of_2,
     padded_head_dim,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..call_plan import CallPlan, described
 from ..calls import MixOptions, MixTensors
 from ..gate import Gate
-from ..heuristics import triton_row_config
+from ..heuristics.triton import triton_row_config
 from ._common import gate_of, gdc_wait, on_device_of
 
 

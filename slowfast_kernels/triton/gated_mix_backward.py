@@ -19,7 +19,7 @@ from torch import Tensor
 from ..call_plan import CallPlan, described
 from ..calls import BackwardTensors, MixOptions
 from ..gradients import mix_differentiable, mix_needs, mix_partial_stride, new_gradients, row_major
-from ..heuristics import triton_mix_backward_config
+from ..heuristics.triton import triton_mix_backward_config
 from ._common import (
     activated,
     before_activation,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..call_plan import CallPlan, described
 from ..calls import MergeOptions, MergeTensors
-from ..heuristics import next_power_of_2
+from ..heuristics.triton import next_power_of_2
 from ._common import on_device_of
 
 _ELEMENTS = 4096  # of a program's block of heads: 16 a thread, in flight together

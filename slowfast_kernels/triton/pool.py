@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call_plan import CallPlan
-from ..heuristics import triton_row_config
+from ..heuristics.triton import triton_row_config
 from ..pool_plan import PoolPlan, describe_pool
 from ._common import on_device_of
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..call_plan import described
 from ..calls import BackwardTensors, PoolCallOptions
 from ..gradients import row_major
-from ..heuristics import triton_row_config
+from ..heuristics.triton import triton_row_config
 from ..pool_plan import describe_pool
 from ._common import on_device_of
 from .pool import common_stride, features

@@ -7,11 +7,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/dependent_launch.cuh"
 #include "../common/memory.cuh"
 
 namespace slowfast::ptx {
 
+using cuda::let_next_kernel_start;
 using cuda::shared_address;
+using cuda::wait_for_previous_kernel;
 
 // ---- mbarrier ----
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t arrivals) {
@@ -186,10 +189,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-// ---- programmatic dependent launch ----
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- registers ----
 template <int kRegisters>
