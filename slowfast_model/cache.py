@@ -17,6 +17,8 @@ from torch import Tensor
 
 import slowfast_kernels as sk
 
+from .transfer import to_device
+
 
 @dataclass
 class SlowContext:
@@ -65,9 +67,9 @@ class SlowSlots:
         """``cu_slow`` and ``pieces`` of a SlowContext."""
         bounds = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32)
         if self.room is None:
-            return bounds.to(device), None
+            return to_device(bounds, device), None
         every = torch.arange(len(bounds), dtype=torch.int32, device=device)
-        return every, torch.stack([bounds[:-1], bounds[1:]], 1).to(device)
+        return every, to_device(torch.stack([bounds[:-1], bounds[1:]], 1), device)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class NewRows:
         """The first ``lengths`` rows of each sample."""
         rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(lengths)])
         cu_rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(rows.int().to(device), cu_rows.to(device), width)
+        return cls(to_device(rows.int(), device), to_device(cu_rows, device), width)
 
     @property
     def last(self) -> Tensor:

@@ -28,7 +28,7 @@ from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import GenerationMixin
 from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
-from .tokens import IGNORE_INDEX, Layout, splice
+from .tokens import IGNORE_INDEX, Layout, Prompts, splice
 from .vision import build_projector, check_features, project_and_pool
 
 
@@ -170,16 +170,17 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         """
         normalise = not torch.is_grad_enabled() and self._folds_norms()
         videos = [] if frame_features is None else frame_features
-        self._check_inputs(input_ids, videos)
+        device = self._check_inputs(input_ids, videos)
+        prompts = Prompts(
+            input_ids, attention_mask, labels, device
+        )  # before the projector, which their way then overlaps
         slow, fast, counts = None, None, []
         if videos:
             slow, fast, counts = self._slow_and_fast(videos, self.config.rms_norm_eps if normalise else None)
         elif run_every_module:
-            slow = fast = self._no_tokens(input_ids.device)
+            slow = fast = self._no_tokens(device)
         layout = splice(
-            input_ids,
-            attention_mask,
-            labels,
+            prompts,
             counts,
             vocab_size=self.config.vocab_size,
             every_row=self.config.updates_every_row,
@@ -202,8 +203,11 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
             )
         return F.embedding(layout.source, rows), layout, context
 
-    def _check_inputs(self, input_ids: Tensor, frame_features: Sequence[Tensor]) -> None:
-        """Ids and features are where the weights are, and features are in their dtype; values are ``splice``'s."""
+    def _check_inputs(self, input_ids: Tensor, frame_features: Sequence[Tensor]) -> torch.device:
+        """Features are where the weights are, and in their dtype; ids too, or on the CPU; values are ``splice``'s.
+
+        Returns where the model computes.
+        """
         check_dense("input_ids", input_ids, "[B, L]")
         device, dtypes = input_ids.device, (weights_dtype(self),)
         weight = next(self.model.embed_tokens.parameters(), None)
@@ -211,11 +215,14 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
             dtypes = KERNEL_DTYPES  # sharded: not yet what it computes with, so the model casts them itself
         elif weight is not None and not weight.is_meta:  # on meta: offloaded
             device = weight.device
-        if compute_dtype(dtypes[0], input_ids.device) != dtypes[0]:
+        if compute_dtype(dtypes[0], device) != dtypes[0]:
             dtypes = KERNEL_DTYPES  # autocast
-        if input_ids.device != device:
-            raise ValueError(f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device)")
+        if input_ids.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device) or the CPU"
+            )
         check_features(frame_features, self.config.mm_hidden_size, dtypes, device)
+        return device
 
     def _folds_norms(self) -> bool:
         """Whether one normalisation of the slow tokens serves every hybrid layer. A wrapper that hides a layer: no."""
@@ -263,7 +270,9 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         gradient of zeros.
 
         Args:
-            input_ids: [B, L] int64 or int32; -200 stands for a video (or an image: a video of one frame).
+            input_ids: [B, L] int64 or int32, on the model's device or on the CPU; -200 stands for a video (or an image:
+                a video of one frame). They are laid out on the host: those of a GPU come in a copy that overlaps with
+                the projector and the pooling.
             frame_features: vision features before the projector, [T, H*W, mm_hidden] of each video, in the model's
                 dtype, in reading order over the batch; grids may differ between videos. None or []: text alone.
             attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, on either side.
