@@ -24,7 +24,8 @@ from .transfer import to_device
 class SlowContext:
     """What the hybrid layers attend, for the rows of one call.
 
-    ``tokens`` [Ns, C] make K and V in the call that brings them; decoding reads the layers' caches and has none.
+    ``tokens`` [Ns, C] make K and V in the call that brings them, or ``kv`` has those of the layer that it is for;
+    decoding reads the layers' caches and has neither.
     ``text_rows`` [Nt] are rows of the flattened [B * L, C] state, sequence by sequence as ``cu_text`` [B + 1] counts.
     """
 
@@ -36,6 +37,7 @@ class SlowContext:
     slow_end: Tensor | None = None  # [Nt], how many of its sequence's slow tokens each row sees; None: all
     pieces: Tensor | None = None  # [P, 2], where a layer's K and V lie, and what ``cu_slow`` counts; None: in a row
     slots: Tensor | None = None  # [Ns] int64, where a layer's cache takes K and V of ``tokens``; None: they become it
+    kv: Tensor | None = None  # [Ns, Hkv, 2, D] of new tokens, made with those of other layers
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ layers; training keeps norm and projection apart, for their gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 
 import torch
@@ -23,7 +23,7 @@ from slowfast_kernels.heuristics.backends import BACKENDS
 from slowfast_kernels.ops.checks import check_dense
 
 from . import checkpoint
-from .attention import DecoderLayer
+from .attention import DecoderLayer, project_slow_at_once
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import GenerationMixin
@@ -78,8 +78,10 @@ class Decoder(nn.Module):
         """x [B, L, C] embeddings -> hidden states after the final norm."""
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         caches = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
-            arguments = (x, rope, slow, layer_cache, backend)
+        made = project_slow_at_once(self.layers, slow)
+        for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
+            mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)
+            arguments = (x, rope, mine, layer_cache, backend)
             if recompute:
                 x = recomputation.checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -171,9 +173,8 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         normalise = not torch.is_grad_enabled() and self._folds_norms()
         videos = [] if frame_features is None else frame_features
         device = self._check_inputs(input_ids, videos)
-        prompts = Prompts(
-            input_ids, attention_mask, labels, device
-        )  # before the projector, which their way then overlaps
+        # Before the projector is queued, which their way then overlaps with.
+        prompts = Prompts(input_ids, attention_mask, labels, device)
         slow, fast, counts = None, None, []
         if videos:
             slow, fast, counts = self._slow_and_fast(videos, self.config.rms_norm_eps if normalise else None)

@@ -79,7 +79,7 @@ class Prompts:
         attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, wherever it is. None: no padding.
         labels: [B, L] int64 or int32 token ids, -100 where there is no target; not read on padding and on -200. None:
             no targets, every text token is a prompt token.
-        device: where they are laid out, the model's. Each of the others is there or on the CPU. None: where the ids are.
+        device: where they are laid out, the model's. The others are there or on the CPU. None: where the ids are.
 
     Raises:
         ValueError: shapes that differ, another device.

@@ -18,21 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 GPU = torch.device("cuda", 0)
-READS = [
-    "item",
-    "tolist",
-    "numpy",
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__index__",
-    "__contains__",
-    "cpu",
-    "equal",
-    "allclose",
-    "is_nonzero",
-]
-READS += ["nonzero", "argwhere", "masked_select", "unique", "bincount", "repeat_interleave"]  # their shapes are data
+READS = {"item", "tolist", "numpy", "cpu", "equal", "allclose", "is_nonzero"}
+READS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__"}
+READS |= {"nonzero", "argwhere", "masked_select", "unique", "bincount", "repeat_interleave"}  # their shapes are data
 NONSENSE = -(2**40)
 
 
