@@ -226,8 +226,9 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         return device
 
     def _folds_norms(self) -> bool:
-        """Whether one normalisation of the slow tokens serves every hybrid layer. A wrapper that hides a layer: no."""
-        return all(getattr(self.model.layers[i], "folds_norm", False) for i in self.config.hybrid_layers)
+        """Whether one normalisation of the slow tokens serves hybrid layers, and all. A wrapper that hides one: no."""
+        hybrid = [self.model.layers[i] for i in self.config.hybrid_layers]
+        return bool(hybrid) and all(getattr(layer, "folds_norm", False) for layer in hybrid)
 
     def _slow_and_fast(self, frame_features: Sequence[Tensor], norm_eps: float | None):
         """Slow [Ns, C] and fast [Nf, C] tokens and the (fast, slow) counts of each video."""
