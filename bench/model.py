@@ -3,12 +3,16 @@
 Times are wall times, from a call to its answer; beside them stands, at two numbers of frames, how long a prefill's
 kernels keep the GPU busy, so that one sees what is the host's.
 
-What slow-fast adds is measured in pairs, A B A B: A a prompt with the video, B the base LLM, which is the same model on
-as many rows of text, so that all that the video costs (pooling, splicing, keys and values, attention, mix) is in A
-alone. Both live at once, with their caches and captured steps, and meet the same clock; the difference is taken pair by
-pair. "All tokens", the same model with every slow token in self-attention (a prompt of that many rows), takes up to 160
-times as long and heats the GPU: it is measured alone, after the pair. A decode step's floor is one read of the weights
-and caches. On a GPU the model has the shape of Qwen2-7B, on a CPU a tiny one; weights are random in both.
+What slow-fast adds is measured in pairs, A B A B: A a model with hybrid layers, B the base LLM, which is the same
+weights without them. Both are given the video and bring it through the same projector and the same pooling to fast
+tokens, so that the difference is the slow path alone: the slow tokens' norm, keys and values, attention, gate and mix.
+Both live at once, with their caches and captured steps, and meet the same clock; the difference is taken pair by pair.
+Beside the time stands what either computes by ``torch.utils.flop_counter``: the paper's claim is in FLOP. ``--parts``
+times each part of the slow path (``parts``).
+
+"All tokens", the same model with every slow token in self-attention (a prompt of that many rows), takes up to 160 times
+as long and heats the GPU: it is measured alone, after the pair. A decode step's floor is one read of the weights and
+caches. On a GPU the model has the shape of Qwen2-7B, on a CPU a tiny one; weights are random in both.
 """
 
 from __future__ import annotations
@@ -21,14 +25,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from . import parts
+from .backward import peak_and_left_bytes
 from .runner import Contender, Row, Runner, Variant, relative_error
 from .selection import model_shapes
-from .shapes import BYTES, CLOSER_FRAMES, TINY_MODEL, Heads, ModelShape, model_cost
+from .shapes import BYTES, CLOSER_FRAMES, TINY_MODEL, Heads, ModelShape, model_cost, vision_cost
 from .timing import Call, kernel_lane, wall_lane
+
+if TYPE_CHECKING:
+    from slowfast_model import SlowFastForCausalLM
 
 PAIRS = 30  # at most, of prefills or of decode steps; a quick run takes a third
 BUDGET_S = 3.0  # of the pairs' one side
@@ -77,8 +86,8 @@ def make_model(shape: ModelShape, dtype: str, device: torch.device, **config):
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads.num_q,
         "num_key_value_heads": shape.heads.num_kv,
-        "mm_hidden_size": shape.hidden,
-        "mm_projector_type": "identity",
+        "mm_hidden_size": shape.vision_channels,
+        "mm_projector_type": "mlp2x_gelu",
         "cross_attn_every_n_layers": shape.every,
         "mm_video_pooling_stride": 2,
         # more frames to a window than any video has: the pooling then averages to min_fast_frames frames
@@ -92,6 +101,17 @@ def make_model(shape: ModelShape, dtype: str, device: torch.device, **config):
             if name.endswith("cross_attn_warm_up_gate"):
                 parameter.fill_(0.9)
     return model
+
+
+def without_slow_path(model):
+    """The base LLM: the weights of ``model``, shared, in a model without hybrid layers."""
+    from slowfast_model import SlowFastForCausalLM
+
+    with torch.device("meta"):
+        base = SlowFastForCausalLM(replace(model.config, cross_attn_every_n_layers=0)).eval()
+    shared = {name: x for name, x in model.state_dict().items() if ".cross_attn_" not in name}
+    base.load_state_dict(shared, assign=True)
+    return base
 
 
 # ------------------------------------------------------------------------------------------------ demo
@@ -124,7 +144,7 @@ def demo(runner: Runner, video: str | None) -> None:
             torch.manual_seed(1)
             tower = PatchTower(64, grid=2 * shape.slow_side).eval()
         features = [encode_frames(tower, frames)]
-        model = make_model(shape, dtype, runner.device, mm_hidden_size=64, mm_projector_type="mlp2x_gelu")
+        model = make_model(shape, dtype, runner.device, mm_hidden_size=64)
         generator = torch.Generator().manual_seed(2)
         text = torch.randint(shape.vocab, (1, shape.text), generator=generator)
         ids = torch.cat([text[:, :8], torch.full((1, 1), IMAGE_TOKEN_INDEX), text[:, 8:]], 1).to(runner.device)
@@ -190,6 +210,18 @@ def _compare(runner: Runner, model, ids: torch.Tensor, features: list, shape: st
 # ----------------------------------------------------------------------------------------------- costs
 
 
+class Models(NamedTuple):
+    """The model, and the base LLM of the same weights."""
+
+    slow_fast: SlowFastForCausalLM
+    base: SlowFastForCausalLM
+
+    @classmethod
+    def of(cls, shape: ModelShape, dtype: str, device: torch.device) -> Models:
+        model = make_model(shape, dtype, device)
+        return cls(model, without_slow_path(model))
+
+
 class Prompt(NamedTuple):
     """What one contender is given."""
 
@@ -201,7 +233,7 @@ class Prompt(NamedTuple):
     slow: int  # tokens that the hybrid layers attend
 
 
-def run(runner: Runner, video: str | None) -> None:
+def run(runner: Runner, video: str | None, with_parts: bool = False) -> None:
     shapes = model_shapes(runner.shapes, not runner.is_gpu)
     if not runner.shapes:
         demo(runner, video)
@@ -216,22 +248,24 @@ def run(runner: Runner, video: str | None) -> None:
             "prefill", "slow-fast", f"the model needs {weights / 2**30:.0f} GiB of free GPU memory", kind="ours"
         )
         return
-    model = make_model(shapes[0], dtype, runner.device)
+    models = Models.of(shapes[0], dtype, runner.device)
     for shape in shapes:
-        _costs(runner, model, shape, dtype)
+        _costs(runner, models, shape, dtype)
+        if with_parts:
+            parts.run(runner, models.slow_fast, shape, dtype, _prompts(shape, dtype, runner.device)[0])
     closer = [shape for shape in shapes if shape.frames in CLOSER_FRAMES and runner.is_gpu]
     for op in ("decode-compiled", "prefill-gpu"):  # the profiler last: what it leaves behind slows no other row
         for shape in closer:
-            _measure(runner, model, shape, dtype, op, _prompts(shape, dtype, runner.device)[:2], {})
+            _measure(runner, models, shape, dtype, op, _prompts(shape, dtype, runner.device)[:2], {})
 
 
-def _costs(runner: Runner, model, shape: ModelShape, dtype: str) -> None:
+def _costs(runner: Runner, models: Models, shape: ModelShape, dtype: str) -> None:
     """Prefill and decode of the pair, then of all tokens alone. Sessions of the prefills' checks go on to decode."""
     *pair, all_tokens = _prompts(shape, dtype, runner.device)
     for prompts in (pair, [all_tokens]):
         ready: dict = {}
         for op in ("prefill", "decode"):
-            _measure(runner, model, shape, dtype, op, prompts, ready)
+            _measure(runner, models, shape, dtype, op, prompts, ready)
 
 
 def _prompts(shape: ModelShape, dtype: str, device: torch.device) -> list[Prompt]:
@@ -239,11 +273,10 @@ def _prompts(shape: ModelShape, dtype: str, device: torch.device) -> list[Prompt
     from slowfast_model import IMAGE_TOKEN_INDEX
 
     slow_fast_rows, all_rows = shape.text + shape.num_fast, shape.text + shape.num_slow
-    size = (shape.frames, (2 * shape.slow_side) ** 2, shape.hidden)
 
     @cache
     def features() -> list:
-        return [torch.randn(size, device=device, dtype=getattr(torch, dtype))]
+        return [torch.randn(shape.vision_size, device=device, dtype=getattr(torch, dtype))]
 
     def text_ids(rows: int) -> torch.Tensor:
         return torch.randint(shape.vocab, (1, rows), device=device)
@@ -252,21 +285,25 @@ def _prompts(shape: ModelShape, dtype: str, device: torch.device) -> list[Prompt
     with_video[0, 8] = IMAGE_TOKEN_INDEX
     return [
         Prompt("slow-fast", "ours", with_video, features, slow_fast_rows, shape.num_slow),
-        Prompt("base LLM", "base", text_ids(slow_fast_rows), lambda: None, slow_fast_rows, 0),
+        Prompt("base LLM", "base", with_video, features, slow_fast_rows, 0),
         Prompt("all tokens", "peer", text_ids(all_rows), lambda: None, all_rows, 0),
     ]
 
 
-def _measure(runner: Runner, model, shape: ModelShape, dtype: str, op: str, prompts: list[Prompt], ready: dict) -> None:
+def _measure(
+    runner: Runner, models: Models, shape: ModelShape, dtype: str, op: str, prompts: list[Prompt], ready: dict
+) -> None:
     """Rows of one op, in pairs where there are two prompts. Every point of an op is of the same variant."""
     contenders = []
     for prompt in prompts:
-        make = partial(_session, model, prompt)
+        make = partial(_session, models, prompt)
         if op.startswith("prefill"):
             variant = _prefill(prompt.who, make, ready)
         else:
             variant = _decode(prompt.who, make, ready, runner.is_gpu, compiled=op == "decode-compiled")
         cost = model_cost(shape, dtype, prompt.rows, prompt.slow, decode=not op.startswith("prefill"))
+        if op.startswith("prefill") and prompt.kind != "peer":
+            cost += vision_cost(shape, dtype, prompt.slow or shape.num_fast)
         facts = {"slow_tokens": shape.num_slow}
         contenders.append(Contender(prompt.who, [variant], cost, prompt.kind, facts=facts))
     if op == "prefill-gpu":
@@ -275,13 +312,41 @@ def _measure(runner: Runner, model, shape: ModelShape, dtype: str, op: str, prom
         short = 3 if runner.quick else 1
         lane = partial(wall_lane, device=runner.device, budget_s=BUDGET_S / short, most=PAIRS // short)
     base = prompts[1].who if len(prompts) == 2 else None
-    runner.compare(op, shape.name, dtype, contenders, base=base, lane=lane)
+    runner.compare(op, shape.name, dtype, contenders, base=base, lane=lane, observe=_work if op == "prefill" else None)
 
 
-def _session(model, prompt: Prompt):
+def _session(models: Models, prompt: Prompt):
     from slowfast_model import DecodeSession
 
+    model = models.base if prompt.kind == "base" else models.slow_fast
     return DecodeSession(model, prompt.ids, prompt.features(), max_new_tokens=DECODE_STEPS)
+
+
+class _NoModules:
+    """In the place of a counter's tracker of modules, which hooks all of them: hooked, a module is called for itself,
+    and what the model computes is not what it computes uncounted."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_) -> None: ...
+
+
+def _work(call: Call) -> dict:
+    """What a prefill multiplies and adds, and on a GPU the memory that it takes beside weights and caches."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    with counter:
+        answer = call()
+    facts = {"model_flops": counter.get_total_flops()}
+    if answer.logits.is_cuda:
+        del answer
+        peak, left = peak_and_left_bytes(call)
+        facts["transient_bytes"] = peak - left
+    return facts
 
 
 def _finite(logits: torch.Tensor) -> float:

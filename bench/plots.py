@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from . import parts_tables
 from .cells import by_shape
 from .report import OP_TITLES
 from .runner import Row
@@ -276,10 +277,42 @@ def _plot_against_base(plt, rows: list[Row]):
     return figure
 
 
+def _plot_parts(plt, rows: list[Row]):
+    """A prefill's slow path in its parts over frames, and what it adds in time beside what it adds in FLOP."""
+    points = [point for point in parts_tables.split(rows) if point.base_us]
+    if not points:
+        return None
+    figure, (parts, added) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    places, bottom = range(len(points)), [0.0] * len(points)
+    for name, colour in parts_tables.PARTS.items():
+        heights = [100 * point.us.get(name, 0.0) / point.base_us for point in points]
+        style = {"hatch": "//", "alpha": 0.5} if name in parts_tables.ON_BOTH_SIDES else {}
+        parts.bar(places, heights, 0.7, bottom=bottom, label=name, color=colour, **style)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    parts.set_title("parts of slow-fast's prefill; hatched: of the base LLM's too", fontsize=10)
+    lines = {
+        "wall time, in pairs": ("wall_percent", {"marker": "o", "color": "#2a7f2a"}),
+        "GPU time, in pairs": ("gpu_percent", {"marker": "s", "color": "#1f5fb4"}),
+        "FLOP, as the paper counts": ("flop_percent", {"marker": "^", "color": "#d62728"}),
+    }
+    for label, (figure_of, style) in lines.items():
+        known = [(i, percent) for i, point in enumerate(points) if (percent := getattr(point, figure_of)) is not None]
+        if known:
+            added.plot(*zip(*known, strict=True), label=label, **style)
+    added.set_title("what slow-fast adds to the base LLM's prefill", fontsize=10)
+    for axis in (parts, added):
+        axis.set(xlabel="frames", ylabel="% of the base LLM's prefill")
+        axis.set_xticks(places, [str(point.frames) for point in points], fontsize=8)
+        axis.grid(alpha=0.3, linewidth=0.5, axis="y")
+    _legend_below(figure, [parts, added])
+    return figure
+
+
 _PLOTS = {
     "attention": _plot_attention,
     "pool_mix": _plot_share,
     "model": _plot_model,
+    "parts": _plot_parts,
     "ranges": _plot_ranges,
     "pieces_ragged": _plot_against_base,
     "attention_backward": _plot_gradients,

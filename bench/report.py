@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from . import backward_tables, verdicts
+from . import backward_tables, parts_tables, verdicts
 from .cells import ADDED, added_cells, best_of, by_shape, milliseconds, time_or_status
 from .runner import Row, format_us, short
 
@@ -36,11 +36,12 @@ OP_TITLES = {
     "decode": "Model decode, one token",
     "decode-compiled": "Model decode, one token, the step fused by torch.compile",
     "prefill-gpu": "Model prefill, one video: GPU time",
+    "parts": "Where the time of a prefill's slow path goes: each part on the device, alone",
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
 SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
-TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met", *backward_tables.TEXT_COLUMNS)
+TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met", "order", *backward_tables.TEXT_COLUMNS)
 MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
 METHODS = {
     "wall": "Wall time, from a call to its answer.",
@@ -173,8 +174,10 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
     several = len({dtype for _, dtype in groups}) > 1
     counted = any("slow_tokens" in row.extra for members in groups.values() for row in members)
     paired = any(row.added for members in groups.values() for row in members)
+    work = parts_tables.WORK * any("model_flops" in row.extra for members in groups.values() for row in members)
+    memory = ["over caches MiB"] * any("transient_bytes" in row.extra for members in groups.values() for row in members)
     header = ["frames", *["dtype"] * several, *["slow tokens"] * counted, *(f"{who} ms" for who in pair)]
-    cells = [[*header, *ADDED * paired, *(f"{who} ms" for who in alone), "floor ms"]]
+    cells = [[*header, *ADDED * paired, *work, *memory, *(f"{who} ms" for who in alone), "floor ms"]]
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
         ours = of.get("slow-fast")
@@ -182,6 +185,8 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
         line += [str(members[0].extra.get("slow_tokens", ""))] * counted
         line += [milliseconds(of.get(who)) for who in pair]
         line += (added_cells(ours) if ours and ours.added else ["-"] * len(ADDED)) * paired
+        line += parts_tables.work_cells(members) if work else []
+        line += [parts_tables.mebibytes(ours)] if memory else []
         line += [milliseconds(of.get(who)) for who in alone]
         cells.append([*line, milliseconds(ours, "floor_us") if ours and ours.ok else ""])
     return cells
@@ -195,7 +200,8 @@ def _how_measured(rows: list[Row], op: str) -> str | None:
     if not any(row.added for row in ours):
         return NOT_PAIRED
     alone = any(row.op == op and row.kind == "peer" for row in rows)
-    return " ".join([METHODS.get(ours[0].method, ""), PAIRED, ALONE * alone]).strip()
+    both = parts_tables.BOTH_SIDES * any("model_flops" in row.extra for row in ours)
+    return " ".join(filter(None, [METHODS.get(ours[0].method, ""), PAIRED, both, ALONE * alone]))
 
 
 def demo_table(rows: list[Row]) -> list[list[str]]:
@@ -260,6 +266,8 @@ def _render(
         if by_shape(rows, op):
             if op in MODEL_OPS:
                 cells = model_table(rows, op)
+            elif op == "parts":
+                cells = parts_tables.table(rows)
             elif op in verdicts.OPS:
                 cells = verdicts.table(rows, op)
             elif op in backward_tables.TABLES:

@@ -207,10 +207,16 @@ class ModelShape:
     text: int = 64
     slow_side: int = 8
     fast_frames: int = 16
+    vision_channels: int = 3072  # of the released towers; two linear layers bring them to ``hidden``
 
     @property
     def name(self) -> str:
         return f"{self.frames} frames"
+
+    @property
+    def vision_size(self) -> tuple[int, int, int]:
+        """Of the video's features, before the projector and the pooling by 2."""
+        return self.frames, (2 * self.slow_side) ** 2, self.vision_channels
 
     @property
     def num_slow(self) -> int:
@@ -231,7 +237,6 @@ class TrainShape:
 
     model: ModelShape
     batch: int
-    vision_channels: int = 3072  # of the released towers; two linear layers bring them to the model's
 
     @property
     def name(self) -> str:
@@ -240,11 +245,6 @@ class TrainShape:
     @property
     def rows(self) -> int:
         return self.model.text + self.model.num_fast
-
-    @property
-    def vision_size(self) -> tuple[int, int, int]:
-        """Of one video's features, before the projector and the pooling by 2."""
-        return self.model.frames, (2 * self.model.slow_side) ** 2, self.vision_channels
 
 
 # ---------------------------------------------------------------------------------------------- formulas
@@ -341,6 +341,19 @@ def model_cost(shape: ModelShape, dtype: str, rows: int, slow: int, decode: bool
     return Cost(work, read, written)
 
 
+def vision_cost(shape: ModelShape, dtype: str, tokens: int) -> Cost:
+    """A video's features through a projector of two linear layers, to ``tokens`` that the rest of the model reads.
+
+    The first layer is one of all features. The last commutes with the averages that make slow and fast tokens, so that
+    it need be one of these alone.
+    """
+    frames, area, channels = shape.vision_size
+    features, size = frames * area, BYTES[dtype]
+    work = 2.0 * shape.hidden * (features * channels + tokens * shape.hidden)
+    read = (features * channels + shape.hidden * (channels + shape.hidden)) * size
+    return Cost(work, read, tokens * shape.hidden * size)
+
+
 def train_cost(shape: TrainShape, dtype: str, slow_path: bool = True) -> Cost:
     """Products of one optimizer step and the bytes of its weights: read in both passes, their gradients written.
 
@@ -352,14 +365,16 @@ def train_cost(shape: TrainShape, dtype: str, slow_path: bool = True) -> Cost:
     layer_weights = channels * (2 * heads.channels + 2 * width + 3 * model.intermediate)
     weights = model.layers * layer_weights + channels * model.vocab
     pairs = shape.rows * (shape.rows + 1) // 2 * model.layers
-    vision = shape.vision_size[0] * shape.vision_size[1]
-    linear = 6.0 * shape.rows * weights + vision * channels * (4.0 * shape.vision_channels + 6.0 * channels)
+    frames, area, vision_channels = model.vision_size
+    # The last linear layer of the projector is one of the slow tokens: frames are pooled before it.
+    vision = frames * area * 4.0 * vision_channels + model.num_slow * 6.0 * channels
+    linear = 6.0 * shape.rows * weights + channels * vision
     if slow_path:
         weights += model.num_hybrid * 2 * width * channels
         pairs += model.text * model.num_slow * model.num_hybrid
         linear += 6.0 * model.num_slow * channels * 2 * width * model.num_hybrid
     attended = flops.attention(pairs, heads.num_q, heads.dim) + flops.attention_backward(pairs, heads.num_q, heads.dim)
-    size = BYTES[dtype] * (weights + channels * (shape.vision_channels + channels))
+    size = BYTES[dtype] * (weights + channels * (vision_channels + channels))
     return Cost(shape.batch * (linear + attended), 2.0 * size, 1.0 * size)
 
 
@@ -467,6 +482,6 @@ CLOSER_FRAMES = (128, 1536)  # where decode is compiled too, half a minute a tim
 MODEL_FRAMES_ON_CPU = (16, 64, 256, 512, 1536)
 QWEN2_7B_MODEL = ModelShape(128, 3584, 18944, 28, QWEN2_7B, 152064, every=8)
 QWEN2_1_5B_MODEL = ModelShape(128, 1536, 8960, 28, HEADS["Qwen2-1.5B"], 151936, every=8, text=256, slow_side=9)
-TINY_MODEL = ModelShape(128, 256, 704, 4, Heads(4, 2, 64), 1024, every=2, text=16, slow_side=3)
+TINY_MODEL = ModelShape(128, 256, 704, 4, Heads(4, 2, 64), 1024, every=2, text=16, slow_side=3, vision_channels=64)
 TRAIN: list[TrainShape] = [TrainShape(QWEN2_1_5B_MODEL, 4)]
-TRAIN_ON_CPU: list[TrainShape] = [TrainShape(replace(TINY_MODEL, frames=32), 2, vision_channels=64)]
+TRAIN_ON_CPU: list[TrainShape] = [TrainShape(replace(TINY_MODEL, frames=32), 2)]

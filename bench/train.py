@@ -60,9 +60,8 @@ class Training:
     def __init__(self, shape: TrainShape, dtype: str, device: torch.device) -> None:
         from slowfast_model import IMAGE_TOKEN_INDEX
 
-        projector = {"mm_hidden_size": shape.vision_channels, "mm_projector_type": "mlp2x_gelu"}
         with torch.no_grad():
-            self.model = make_model(shape.model, dtype, device, tie_word_embeddings=True, **projector).train()
+            self.model = make_model(shape.model, dtype, device, tie_word_embeddings=True).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=device.type == "cuda"
         )
@@ -71,7 +70,7 @@ class Training:
         self.ids[:, min(8, text)] = IMAGE_TOKEN_INDEX
         self.labels = self.ids.masked_fill(self.ids < 0, -100)
         self.features = [
-            torch.randn(shape.vision_size, device=device, dtype=getattr(torch, dtype)) for _ in range(shape.batch)
+            torch.randn(shape.model.vision_size, device=device, dtype=getattr(torch, dtype)) for _ in range(shape.batch)
         ]
 
     @property

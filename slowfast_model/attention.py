@@ -7,6 +7,8 @@ layer's slow KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from .cache import LayerCache, SlowContext
 from .config import SlowFastConfig
 from .layers import MLP, RMSNorm, Rope, apply_rope
 from .plain import is_plain
+from .prefill import projects_at_once
 
 
 def _in_one_dtype(weight: Tensor, bias: Tensor, warm_up: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -103,9 +106,7 @@ class HybridAttention(SelfAttention):
         if norm_weight is None:
             kv = proj(tokens)
         else:
-            computed = torch.promote_types(proj.weight.dtype, torch.float32)
-            weight = (proj.weight.to(computed) * norm_weight.to(computed)).to(proj.weight.dtype)
-            kv = F.linear(tokens, weight, proj.bias)
+            kv = F.linear(tokens, (proj.weight * norm_weight).to(proj.weight.dtype), proj.bias)
         return kv.reshape(-1, self.num_kv_heads, 2, self.head_dim)
 
     def gating(self, state: Tensor, text_rows: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,13 +124,14 @@ class HybridAttention(SelfAttention):
         norm_weight: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``cache`` has all of K and V."""
+        """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``slow`` or ``cache`` has K and V."""
         a, q = self.attend(x, rope, cache)
         if slow is not None:
-            if slow_tokens is None:
+            new = slow.kv if slow_tokens is None else self.project_slow(slow_tokens, norm_weight)
+            if new is None:
                 slow_kv = cache.slow_kv
             else:
-                slow_kv = self.project_slow(slow_tokens, norm_weight).to(q.dtype)
+                slow_kv = new.to(q.dtype)
                 if cache is not None:
                     slow_kv = cache.add_slow(slow_kv, slow.slots)
             state = a.flatten(0, 1)
@@ -189,3 +191,39 @@ class DecoderLayer(nn.Module):
             hybrid_inputs = (slow, tokens, norm_weight, backend)
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, *hybrid_inputs)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def project_slow_at_once(layers: Sequence[nn.Module], slow: SlowContext | None) -> list[Tensor | None]:
+    """K and V [Ns, Hkv, 2, D] of new slow tokens for each hybrid layer, as views of one product [Ns, layers * 2 Hkv D].
+
+    None for every layer where each makes its own: by ``prefill.projects_at_once``, and where a layer's weights cannot
+    be read from outside of its call (wrapped, sharded or on another device) or norms are not folded.
+    """
+    apart = [None] * len(layers)
+    if slow is None or slow.tokens is None or not slow.tokens_are_normalised:
+        return apart
+    hybrid = [i for i, layer in enumerate(layers) if isinstance(layer, DecoderLayer) and layer.is_hybrid]
+    if not projects_at_once(slow.tokens, len(hybrid)) or not all(_is_readable(layers[i], slow.tokens) for i in hybrid):
+        return apart
+    attentions = [layers[i].self_attn for i in hybrid]
+    weights, biases = zip(*((a.cross_attn_kv_proj.weight, a.cross_attn_kv_proj.bias) for a in attentions), strict=True)
+    if len({weight.dtype for weight in weights}) > 1:
+        return apart
+    folded = weights[0].new_empty(len(hybrid), *weights[0].shape)
+    for into, weight, i in zip(folded, weights, hybrid, strict=True):
+        torch.mul(weight, layers[i].input_layernorm.weight, out=into)
+    kv = F.linear(slow.tokens, folded.flatten(0, 1), torch.cat(biases))
+    made = kv.unflatten(-1, (len(hybrid), attentions[0].num_kv_heads, 2, attentions[0].head_dim)).unbind(1)
+    for i, part in zip(hybrid, made, strict=True):
+        apart[i] = part
+    return apart
+
+
+def _is_readable(layer: DecoderLayer, tokens: Tensor) -> bool:
+    """A norm and a projection that are whole, beside the tokens. Sharded in place, weights have another shape."""
+    if not layer.folds_norm or layer.self_attn.cross_attn_kv_proj.bias is None:
+        return False
+    proj = layer.self_attn.cross_attn_kv_proj
+    width, channels = proj.out_features, proj.in_features
+    wanted = {proj.weight: (width, channels), proj.bias: (width,), layer.input_layernorm.weight: (channels,)}
+    return all(tuple(x.shape) == shape and x.device == tokens.device for x, shape in wanted.items())

@@ -17,12 +17,15 @@ from torch import Tensor
 
 import slowfast_kernels as sk
 
+from .transfer import to_device
+
 
 @dataclass
 class SlowContext:
     """What the hybrid layers attend, for the rows of one call.
 
-    ``tokens`` [Ns, C] make K and V in the call that brings them; decoding reads the layers' caches and has none.
+    ``tokens`` [Ns, C] make K and V in the call that brings them, or ``kv`` has those of the layer that it is for;
+    decoding reads the layers' caches and has neither.
     ``text_rows`` [Nt] are rows of the flattened [B * L, C] state, sequence by sequence as ``cu_text`` [B + 1] counts.
     """
 
@@ -34,6 +37,7 @@ class SlowContext:
     slow_end: Tensor | None = None  # [Nt], how many of its sequence's slow tokens each row sees; None: all
     pieces: Tensor | None = None  # [P, 2], where a layer's K and V lie, and what ``cu_slow`` counts; None: in a row
     slots: Tensor | None = None  # [Ns] int64, where a layer's cache takes K and V of ``tokens``; None: they become it
+    kv: Tensor | None = None  # [Ns, Hkv, 2, D] of new tokens, made with those of other layers
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class SlowSlots:
         """``cu_slow`` and ``pieces`` of a SlowContext."""
         bounds = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32)
         if self.room is None:
-            return bounds.to(device), None
+            return to_device(bounds, device), None
         every = torch.arange(len(bounds), dtype=torch.int32, device=device)
-        return every, torch.stack([bounds[:-1], bounds[1:]], 1).to(device)
+        return every, to_device(torch.stack([bounds[:-1], bounds[1:]], 1), device)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class NewRows:
         """The first ``lengths`` rows of each sample."""
         rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(lengths)])
         cu_rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(rows.int().to(device), cu_rows.to(device), width)
+        return cls(to_device(rows.int(), device), to_device(cu_rows, device), width)
 
     @property
     def last(self) -> Tensor:

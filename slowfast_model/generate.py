@@ -14,6 +14,7 @@ from slowfast_kernels.numbers import as_bool, as_int
 from .sampling import Choice, prompt_ids_seen, sample
 from .session import Decodes, DecodeSession
 from .tokens import IMAGE_TOKEN_INDEX
+from .transfer import to_device
 
 __all__ = ["DecodeSession", "GenerationMixin", "Streamer", "sample"]
 
@@ -139,10 +140,10 @@ class GenerationMixin:
             session.capture(compile_step=compile_step)
 
         ends = [i for i in choice.ends if i < vocab_size]
-        ends = torch.tensor(ends, device=device) if ends else None
+        ends = to_device(torch.tensor(ends), device) if ends else None
         seen = None
         if choice.repetition_penalty is not None:
-            seen = prompt_ids_seen(input_ids, attention_mask, vocab_size)
+            seen = prompt_ids_seen(input_ids, attention_mask, vocab_size).to(device)
         if streamer is not None:
             streamer.put(_prompt_text(input_ids, attention_mask))
         done = torch.zeros(batch, dtype=torch.bool, device=device)

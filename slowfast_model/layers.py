@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .transfer import to_device
+
 
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, statistics in float32."""
@@ -43,7 +45,7 @@ def _inverse_frequencies(head_dim: int, theta: float) -> Tensor:
 
 def rope_at(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
     """Rotation by ``positions`` [...]; angles in float32. The first half of sin is negated for ``apply_rope``."""
-    angles = positions[..., None, None].float() * _inverse_frequencies(head_dim, theta).to(positions.device)
+    angles = positions[..., None, None].float() * to_device(_inverse_frequencies(head_dim, theta), positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 

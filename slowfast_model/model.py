@@ -8,7 +8,7 @@ layers; training keeps norm and projection apart, for their gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 
 import torch
@@ -23,12 +23,12 @@ from slowfast_kernels.heuristics.backends import BACKENDS
 from slowfast_kernels.ops.checks import check_dense
 
 from . import checkpoint
-from .attention import DecoderLayer
+from .attention import DecoderLayer, project_slow_at_once
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import GenerationMixin
 from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
-from .tokens import IGNORE_INDEX, Layout, splice
+from .tokens import IGNORE_INDEX, Layout, Prompts, splice
 from .vision import build_projector, check_features, project_and_pool
 
 
@@ -78,8 +78,10 @@ class Decoder(nn.Module):
         """x [B, L, C] embeddings -> hidden states after the final norm."""
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         caches = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
-            arguments = (x, rope, slow, layer_cache, backend)
+        made = project_slow_at_once(self.layers, slow)
+        for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
+            mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)
+            arguments = (x, rope, mine, layer_cache, backend)
             if recompute:
                 x = recomputation.checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -170,16 +172,16 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         """
         normalise = not torch.is_grad_enabled() and self._folds_norms()
         videos = [] if frame_features is None else frame_features
-        self._check_inputs(input_ids, videos)
+        device = self._check_inputs(input_ids, videos)
+        # Before the projector is queued, which their way then overlaps with.
+        prompts = Prompts(input_ids, attention_mask, labels, device)
         slow, fast, counts = None, None, []
         if videos:
             slow, fast, counts = self._slow_and_fast(videos, self.config.rms_norm_eps if normalise else None)
         elif run_every_module:
-            slow = fast = self._no_tokens(input_ids.device)
+            slow = fast = self._no_tokens(device)
         layout = splice(
-            input_ids,
-            attention_mask,
-            labels,
+            prompts,
             counts,
             vocab_size=self.config.vocab_size,
             every_row=self.config.updates_every_row,
@@ -202,8 +204,11 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
             )
         return F.embedding(layout.source, rows), layout, context
 
-    def _check_inputs(self, input_ids: Tensor, frame_features: Sequence[Tensor]) -> None:
-        """Ids and features are where the weights are, and features are in their dtype; values are ``splice``'s."""
+    def _check_inputs(self, input_ids: Tensor, frame_features: Sequence[Tensor]) -> torch.device:
+        """Features are where the weights are, and in their dtype; ids too, or on the CPU; values are ``splice``'s.
+
+        Returns where the model computes.
+        """
         check_dense("input_ids", input_ids, "[B, L]")
         device, dtypes = input_ids.device, (weights_dtype(self),)
         weight = next(self.model.embed_tokens.parameters(), None)
@@ -211,15 +216,19 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
             dtypes = KERNEL_DTYPES  # sharded: not yet what it computes with, so the model casts them itself
         elif weight is not None and not weight.is_meta:  # on meta: offloaded
             device = weight.device
-        if compute_dtype(dtypes[0], input_ids.device) != dtypes[0]:
+        if compute_dtype(dtypes[0], device) != dtypes[0]:
             dtypes = KERNEL_DTYPES  # autocast
-        if input_ids.device != device:
-            raise ValueError(f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device)")
+        if input_ids.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"input_ids: got a tensor on {input_ids.device}, want {device} (the model's device) or the CPU"
+            )
         check_features(frame_features, self.config.mm_hidden_size, dtypes, device)
+        return device
 
     def _folds_norms(self) -> bool:
-        """Whether one normalisation of the slow tokens serves every hybrid layer. A wrapper that hides a layer: no."""
-        return all(getattr(self.model.layers[i], "folds_norm", False) for i in self.config.hybrid_layers)
+        """Whether one normalisation of the slow tokens serves hybrid layers, and all. A wrapper that hides one: no."""
+        hybrid = [self.model.layers[i] for i in self.config.hybrid_layers]
+        return bool(hybrid) and all(getattr(layer, "folds_norm", False) for layer in hybrid)
 
     def _slow_and_fast(self, frame_features: Sequence[Tensor], norm_eps: float | None):
         """Slow [Ns, C] and fast [Nf, C] tokens and the (fast, slow) counts of each video."""
@@ -263,7 +272,9 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         gradient of zeros.
 
         Args:
-            input_ids: [B, L] int64 or int32; -200 stands for a video (or an image: a video of one frame).
+            input_ids: [B, L] int64 or int32, on the model's device or on the CPU; -200 stands for a video (or an image:
+                a video of one frame). They are laid out on the host: those of a GPU come in a copy that overlaps with
+                the projector and the pooling.
             frame_features: vision features before the projector, [T, H*W, mm_hidden] of each video, in the model's
                 dtype, in reading order over the batch; grids may differ between videos. None or []: text alone.
             attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, on either side.

@@ -23,6 +23,7 @@ from .cache import KVCache, NewRows, SlowContext, SlowSlots
 from .config import SlowFastConfig
 from .layers import Rope, compute_dtype
 from .tokens import Layout, decode_rows
+from .transfer import to_device
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -57,7 +58,7 @@ class DecodeSession:
     0
 
     Args:
-        model: a SlowFastForCausalLM, on the device of ``input_ids``. Its weights are read at every step.
+        model: a SlowFastForCausalLM. Its weights are read at every step.
         input_ids, frame_features, attention_mask: as in its ``forward``.
         max_new_tokens: most steps to come; the caches are sized for them. What ``extend`` brings counts too, a fast
             token of a video as any other.
@@ -107,7 +108,7 @@ class DecodeSession:
         self._cos, self._sin = model.rope(torch.arange(capacity, device=device), x.dtype)
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
         hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
-        self.position = torch.tensor(layout.lengths, device=device)
+        self.position = to_device(torch.tensor(layout.lengths), device)
         last = hidden[torch.arange(batch, device=device), self.position - 1]
         self.logits = model.lm_head(last)
 
@@ -132,7 +133,7 @@ class DecodeSession:
     def _lay_out(self, slots: SlowSlots) -> None:
         """Caches of the hybrid layers for ``slots``, with what is held now."""
         held = self._slots.held
-        where = slots.numbers([0] * len(held), held).to(self.position.device)
+        where = to_device(slots.numbers([0] * len(held), held), self.position.device)
         for i in self.model.config.hybrid_layers:
             self.cache.layers[i].lay_out_slow(sum(slots.sizes), where)
         self._slots = slots
@@ -146,7 +147,7 @@ class DecodeSession:
                 rows, cu_text = decode_rows(held, device)
                 self.slow = SlowContext(self._slots.sequences(device)[0], rows, cu_text)
             return
-        ends = torch.tensor(held, dtype=torch.int32, device=device)
+        ends = to_device(torch.tensor(held, dtype=torch.int32), device)
         if self.slow is None:
             cu_slow, pieces = self._slots.sequences(device)
             every = torch.arange(len(held) + 1, dtype=torch.int32, device=device)
@@ -247,9 +248,10 @@ class DecodeSession:
         check_dense("input_ids", input_ids, "[B, L]")
         if input_ids.dim() == 2 and len(input_ids) != batch:
             raise ValueError(f"input_ids: got {len(input_ids)} samples, want {batch} (those of the session)")
-        if input_ids.device != self.position.device:
+        if input_ids.device not in (self.position.device, torch.device("cpu")):
             raise ValueError(
-                f"input_ids: got a tensor on {input_ids.device}, want {self.position.device} (the session's device)"
+                f"input_ids: got a tensor on {input_ids.device}, want {self.position.device} (the session's device) or "
+                "the CPU"
             )
         held = [0] * batch if self._slots is None else self._slots.held
         x, layout, context = self.model.prepare(input_ids, frame_features, attention_mask, None, held=held)
@@ -268,7 +270,7 @@ class DecodeSession:
                 cache.slow_kv = slow_kv
             raise
         self.logits = logits
-        self.position += torch.tensor(layout.lengths, device=x.device)
+        self.position += to_device(torch.tensor(layout.lengths), x.device)
         self._lengths = [a + b for a, b in zip(self._lengths, layout.lengths, strict=True)]
         self.steps_left = self._capacity - max(self._lengths)
         if context is not None:
@@ -316,12 +318,13 @@ class DecodeSession:
         slow_end = layout.slow_end
         if slots.room is not None and slow_end is None:
             width = layout.source.shape[1]
-            slow_end = torch.tensor(slots.held, dtype=torch.int32, device=device)[layout.text_rows.long() // width]
+            ends = to_device(torch.tensor(slots.held, dtype=torch.int32), device)
+            slow_end = ends[layout.text_rows.long() // width]
         cu_slow, pieces = slots.sequences(device)
         slow = SlowContext(cu_slow, layout.text_rows, layout.cu_text, slow_end=slow_end, pieces=pieces)
         if context is not None:
             slow.tokens, slow.tokens_are_normalised = context.tokens, context.tokens_are_normalised
-            slow.slots = slots.numbers(held, slots.held).to(device)
+            slow.slots = to_device(slots.numbers(held, slots.held), device)
         return slow
 
     def _compute_turn(self, x: Tensor, new: NewRows, slow: SlowContext | None) -> Tensor:

@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from slowfast_kernels.ops.checks import check_dense
 
+from .transfer import Download, to_device
+
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 PROMPT, RESPONSE, VISUAL, PADDING = 1, 2, 3, 4  # the released code's token types
@@ -25,7 +27,7 @@ MASK_DTYPES = (torch.bool, *ID_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Layout:
-    """B samples of L' rows. Index tensors are on the device of the input ids."""
+    """B samples of L' rows. Index tensors are on the model's device."""
 
     text_ids: Tensor  # [n] ids of all text tokens, sample by sample
     source: Tensor  # [B, L'] row of cat(text embeddings, fast tokens, one zero row)
@@ -44,7 +46,7 @@ class Layout:
         return self.token_types != PADDING
 
 
-def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
+def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, device: torch.device) -> None:
     """Everything but values: tensors of one shape, of integers, that can be read."""
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     given = {name: x for name, x in given.items() if x is not None or name == "input_ids"}
@@ -65,16 +67,45 @@ def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tenso
                 )
         elif x.dtype not in ID_DTYPES:
             raise TypeError(f"{name}: got {x.dtype}, want int64 or int32")
-        if x.device.type != "cpu" and (x.device.type == "meta" or x.device != input_ids.device):
+        if x.device.type != "cpu" and (x.device.type == "meta" or x.device != device):
             raise ValueError(f"{name}: got a tensor on {x.device}, want it on the model's device or on the CPU")
 
 
+class Prompts:
+    """A batch of prompts whose values come to the host while its GPU goes on. On a CPU they are there.
+
+    Args:
+        input_ids: [B, L] int64 or int32; -200 stands for a video or an image. Any number of them a sample, or none.
+        attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, wherever it is. None: no padding.
+        labels: [B, L] int64 or int32 token ids, -100 where there is no target; not read on padding and on -200. None:
+            no targets, every text token is a prompt token.
+        device: where they are laid out, the model's. The others are there or on the CPU. None: where the ids are.
+
+    Raises:
+        ValueError: shapes that differ, another device.
+        TypeError: not a dense tensor; ids or labels that are not int64 or int32; a floating (additive) mask.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device, self.has_labels = device or input_ids.device, labels is not None
+        _check_batch(input_ids, attention_mask, labels, self.device)
+        self._download = Download(input_ids, attention_mask, labels)
+
+    def selected(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Ids and labels of each sample without padding, on the CPU. Waits for them and for nothing queued since."""
+        return _selected(*self._download.wait())
+
+
 def _selected(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[list, list]:
-    """Ids and labels of each sample without padding, on the CPU (the one sync of a prefill)."""
-    _check_batch(input_ids, attention_mask, labels)
-    ids = input_ids.cpu().long()
-    keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else _mask(attention_mask.cpu())
-    targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.cpu().long()
+    ids = input_ids.long()
+    keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else _mask(attention_mask)
+    targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.long()
     for b, row in enumerate(keep):
         if not row.any():
             raise ValueError(f"attention_mask: got no selected token in row {b}, want at least one")
@@ -109,7 +140,7 @@ def _check_values(samples: list[Tensor], targets: list[Tensor], vocab_size: int,
 
 
 def _prefix_sums(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    return to_device(torch.tensor([0, *counts]).cumsum(0).int(), device)
 
 
 def attending_rows(
@@ -131,9 +162,7 @@ def attending_rows(
 
 
 def splice(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
+    prompts: Prompts,
     videos: Sequence[tuple[int, int]],
     *,
     vocab_size: int,
@@ -145,10 +174,7 @@ def splice(
     """Lay out a batch, or what goes on from one.
 
     Args:
-        input_ids: [B, L] int64 or int32; -200 stands for a video or an image. Any number of them a sample, or none.
-        attention_mask: [B, L] bool or integers, 1 on tokens and 0 on padding, wherever it is. None: no padding.
-        labels: [B, L] int64 or int32 token ids, -100 where there is no target; not read on padding and on -200. None:
-            no targets, every text token is a prompt token.
+        prompts: the batch.
         videos: (fast tokens, slow tokens) of each video, in reading order over the batch.
         every_row: all-to-media; visual rows attend slow tokens too.
         mask_system: text before a sample's first visual token attends nothing.
@@ -157,13 +183,12 @@ def splice(
         held: slow tokens that each sample has from before these prompts, which go on from there. None: a beginning.
 
     Raises:
-        ValueError: shapes that differ, a sample with no token, an id or a label outside the vocabulary, a mask of
-            values other than 0 and 1, a number of videos that is not the number of -200, devices that differ.
-        TypeError: not a dense tensor; ids or labels that are not int64 or int32; a floating (additive) mask.
+        ValueError: a sample with no token, an id or a label outside the vocabulary, a mask of values other than 0 and
+            1, a number of videos that is not the number of -200.
     """
-    samples, targets = _selected(input_ids, attention_mask, labels)
+    samples, targets = prompts.selected()
     _check_values(samples, targets, vocab_size, len(videos))
-    device = input_ids.device
+    device = prompts.device
 
     num_text = sum(int((ids != IMAGE_TOKEN_INDEX).sum()) for ids in samples)
     next_text, next_fast, next_video = 0, num_text, 0
@@ -205,21 +230,21 @@ def splice(
     rows = torch.cat([rows + b * width for b, rows in enumerate(attending)])
     text_ids = torch.cat([ids[ids != IMAGE_TOKEN_INDEX] for ids in samples])
     return Layout(
-        text_ids=text_ids.to(device),
-        source=pad_sequence(sources, batch_first=True, padding_value=next_fast).to(device),
-        token_types=pad_sequence(types, batch_first=True, padding_value=PADDING).to(device),
-        labels=None if labels is None else padded_labels.to(device),
+        text_ids=to_device(text_ids, device),
+        source=to_device(pad_sequence(sources, batch_first=True, padding_value=next_fast), device),
+        token_types=to_device(pad_sequence(types, batch_first=True, padding_value=PADDING), device),
+        labels=to_device(padded_labels, device) if prompts.has_labels else None,
         lengths=[len(kind) for kind in types],
         slow_lengths=slow_lengths,
         cu_slow=_prefix_sums(slow_lengths, device),
-        text_rows=rows.int().to(device),
+        text_rows=to_device(rows.int(), device),
         cu_text=_prefix_sums([len(rows) for rows in attending], device),
-        slow_end=None if whole else torch.cat(ends).int().to(device),
+        slow_end=None if whole else to_device(torch.cat(ends).int(), device),
     )
 
 
 def decode_rows(slow_lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """text_rows and cu_text of a decode step: one row a sample, which attends if the sample has slow tokens."""
     attends = [int(count > 0) for count in slow_lengths]
-    rows = torch.tensor([b for b, yes in enumerate(attends) if yes], dtype=torch.int32, device=device)
-    return rows, _prefix_sums(attends, device)
+    rows = torch.tensor([b for b, yes in enumerate(attends) if yes], dtype=torch.int32)
+    return to_device(rows, device), _prefix_sums(attends, device)

@@ -19,6 +19,8 @@ from slowfast_kernels.ops.checks import check_dense
 from slowfast_kernels.pool_plan import PoolOptions, token_counts
 
 from .config import SlowFastConfig
+from .plain import is_plain
+from .prefill import pools_first
 
 
 def build_projector(config: SlowFastConfig) -> nn.Module:
@@ -36,14 +38,13 @@ def build_projector(config: SlowFastConfig) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _grid(index: int, features: Tensor, argument: str = "frame_features") -> tuple[int, int]:
-    tokens = features.shape[1]
+def _grid(name: str, tokens: int) -> tuple[int, int]:
     side = isqrt(tokens)
     if side * side != tokens or not side:
         hint = ""
         if tokens > 1 and isqrt(tokens - 1) ** 2 == tokens - 1:
             hint = f"; {tokens} is one more than a square: drop the tower's class token"
-        raise ValueError(f"{argument}[{index}]: got {tokens} tokens a frame, want a square number (H * W, H = W){hint}")
+        raise ValueError(f"{name}: got {tokens} tokens a frame, want a square number (H * W, H = W){hint}")
     return side, side
 
 
@@ -74,7 +75,7 @@ def check_features(
             raise ValueError(f"{name}: got shape {list(x.shape)}, want [T, H*W, {width}]")
         if not x.shape[0]:
             raise ValueError(f"{name}: got no frames, want at least one")
-        _grid(i, x, argument)
+        _grid(name, x.shape[1])
         if device is not None and x.device != device:
             raise ValueError(f"{name}: got a tensor on {x.device}, want {device} (the model's device)")
         if x.dtype not in dtypes:
@@ -89,48 +90,78 @@ def project_and_pool(
     norm_eps: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """``slow_and_fast_tokens`` of features [T, H*W, mm_hidden] of each video, through one call of ``projector``."""
-    sizes = [len(x) * x.shape[1] for x in frame_features]
-    flat = [x.flatten(0, 1) for x in frame_features]
-    projected = projector(flat[0] if len(flat) == 1 else torch.cat(flat)).split(sizes)
-    videos = [y.view(len(x), x.shape[1], -1) for x, y in zip(frame_features, projected, strict=True)]
-    return slow_and_fast_tokens(videos, config, norm_eps, backend)
+    """Features [T, H*W, mm_hidden] of each video -> slow [Ns, C], fast [Nf, C], (fast, slow) counts of each video.
 
-
-def slow_and_fast_tokens(
-    projected: Sequence[Tensor], config: SlowFastConfig, norm_eps: float | None, backend: str | None
-) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """projected: [T, H*W, C] of each video -> slow [Ns, C], fast [Nf, C], and (fast, slow) counts of each video.
-
-    Videos on one grid are pooled in one call, whose output is already in reading order.
+    A linear layer and an average commute: where that is faster (``prefill.pools_first``), frames are pooled to slow
+    tokens before the projector's last linear layer. What is more than a linear layer, or is none, is called as it is.
     """
-    strides = PoolOptions(
+    videos = [(len(x), x.shape[1]) for x in frame_features]
+    flat = [x.flatten(0, 1) for x in frame_features]
+    x = flat[0] if len(flat) == 1 else torch.cat(flat)
+    options = PoolOptions(
         pool_stride=config.mm_video_pooling_stride,
         sampling_stride=config.fast_token_temporal_sampling_stride,
         temporal_stride=config.fast_token_temporal_stride,
         spatial_stride=config.fast_token_spatial_stride,
         min_fast_frames=config.min_fast_frames,
     )
+    parts = _parts_to_pool_between(projector, videos, options.pool_stride, x)
+    if parts is None:
+        return _pool(projector(x), videos, options, norm_eps, backend)
+    before, last = parts
+    for module in before:
+        x = module(x)
+    x, _, counts = _pool(x, videos, _SLOW_ALONE._replace(pool_stride=options.pool_stride), None, backend)
+    videos = [(frames, num_slow // frames) for (frames, _), (_, num_slow) in zip(videos, counts, strict=True)]
+    return _pool(last(x), videos, options._replace(pool_stride=1), norm_eps, backend)
+
+
+# Fast tokens are written too, whatever they are: one frame in so many, and one of each video.
+_SLOW_ALONE = PoolOptions(sampling_stride=2**20)
+
+
+def _parts_to_pool_between(
+    projector: nn.Module, videos: Sequence[tuple[int, int]], pool_stride: int, x: Tensor
+) -> tuple[Sequence[nn.Module], nn.Linear] | None:
+    """The modules of a projector before and from its last linear layer on; None where it is called whole."""
+    before, last = (), projector
+    if is_plain(projector, nn.Sequential) and len(projector):
+        *before, last = projector
+    if pool_stride == 1 or not is_plain(last, nn.Linear) or all(frames == 1 for frames, _ in videos):
+        return None
+    return (before, last) if pools_first(last.in_features, last.out_features, pool_stride, x) else None
+
+
+def _pool(
+    tokens: Tensor,
+    videos: Sequence[tuple[int, int]],
+    options: PoolOptions,
+    norm_eps: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """tokens [n, C] of ``videos`` (frames, tokens a frame) -> as ``project_and_pool``.
+
+    Videos on one grid are pooled in one call, whose output is already in reading order.
+    """
     by_grid: dict[tuple[int, int], list[int]] = {}
-    for i, frames in enumerate(projected):
-        by_grid.setdefault(_grid(i, frames), []).append(i)
-    slow, fast = [None] * len(projected), [None] * len(projected)
-    counts = [None] * len(projected)
+    for i, (_, area) in enumerate(videos):
+        by_grid.setdefault(_grid(f"frame_features[{i}]", area), []).append(i)
+    counts = [token_counts(frames, _grid("", area), options)[::-1] for frames, area in videos]
+    apart = tokens.split([frames * area for frames, area in videos]) if len(by_grid) > 1 else ()
+    slow, fast = [None] * len(videos), [None] * len(videos)
     for grid, members in by_grid.items():
-        frame_counts = [len(projected[i]) for i in members]
-        frames = projected[members[0]] if len(members) == 1 else torch.cat([projected[i] for i in members])
-        pooled = sk.slowfast_pool(frames, frame_counts, grid, **strides._asdict(), norm_eps=norm_eps, backend=backend)
-        for i, frame_count in zip(members, frame_counts, strict=True):
-            num_slow, num_fast = token_counts(frame_count, grid, strides)
-            counts[i] = (num_fast, num_slow)
-        if len(by_grid) == 1:
+        mine = tokens
+        if apart:
+            mine = apart[members[0]] if len(members) == 1 else torch.cat([apart[i] for i in members])
+        frames = mine.unflatten(0, (-1, grid[0] * grid[1]))
+        frame_counts = [videos[i][0] for i in members]
+        pooled = sk.slowfast_pool(frames, frame_counts, grid, **options._asdict(), norm_eps=norm_eps, backend=backend)
+        if not apart:
             return pooled.slow, pooled.fast, counts
-        for tokens, parts, sizes in (
-            (pooled.slow, slow, [counts[i][1] for i in members]),
-            (pooled.fast, fast, [counts[i][0] for i in members]),
-        ):
-            for i, part in zip(members, tokens.split(sizes), strict=True):
-                parts[i] = part
+        for i, part in zip(members, pooled.slow.split([counts[i][1] for i in members]), strict=True):
+            slow[i] = part
+        for i, part in zip(members, pooled.fast.split([counts[i][0] for i in members]), strict=True):
+            fast[i] = part
     return torch.cat(slow), torch.cat(fast), counts
 
 

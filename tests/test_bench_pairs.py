@@ -10,9 +10,9 @@ import pytest
 import torch
 from bench_cases import CPU
 
-from bench import attention, layer, mix, model, pool, shapes, timing
+from bench import attention, layer, mix, model, parts, pool, shapes, timing
 from bench.runner import Contender, DeviceLost, Journal, Runner, Variant
-from bench.shapes import TINY_MODEL, Cost
+from bench.shapes import TINY_MODEL, Cost, PoolShape
 
 SHAPES = [replace(TINY_MODEL, frames=frames, hidden=64, intermediate=128, vocab=64) for frames in (2, 5)]
 SHAPES = [replace(shape, heads=shapes.Heads(4, 2, 16), fast_frames=2, text=9) for shape in SHAPES]
@@ -270,6 +270,16 @@ def test_the_model_s_benchmark_measures_slow_fast_and_base_in_pairs_at_every_poi
         assert {row.method for row in (ours, base, alone)} == {"wall"}
 
 
+def test_what_slow_fast_adds_in_flop_is_keys_and_values_and_attention(measured):
+    for shape in SHAPES:
+        ours, base = (measured["prefill", shape.name, who].extra["model_flops"] for who in ("slow-fast", "base LLM"))
+        costs = parts.part_costs(shape, "float32")
+        # one op for gate and mix too, and the norm of the slow tokens
+        norm = shapes.pool_cost(PoolShape((shape.frames,), (3, 3), 64, pool_stride=1), "float32").flops
+        norm -= shapes.pool_cost(PoolShape((shape.frames,), (3, 3), 64, pool_stride=1), "float32", normed=False).flops
+        assert ours - base == costs["K and V"].flops + costs["attention with gate and mix"].flops + norm
+
+
 def test_every_point_of_a_curve_is_of_the_same_variant(measured):
     variants = {}
     for (op, _, _), row in measured.items():
@@ -277,11 +287,20 @@ def test_every_point_of_a_curve_is_of_the_same_variant(measured):
     assert {op: len(labels) for op, labels in variants.items()} == {"prefill": 1, "decode": 1}
 
 
-def test_the_base_is_the_same_model_on_as_many_rows_without_a_video():
+def test_the_base_is_the_same_weights_and_video_without_a_slow_path():
     with torch.no_grad():
-        tiny = model.make_model(SHAPES[0], "float32", CPU)
-        ours, base, _ = (model._session(tiny, prompt) for prompt in model._prompts(SHAPES[0], "float32", CPU))
-    assert ours.model is base.model
+        models = model.Models.of(SHAPES[0], "float32", CPU)
+        ours, base, _ = (model._session(models, prompt) for prompt in model._prompts(SHAPES[0], "float32", CPU))
+        for layer in models.slow_fast.model.layers:  # without it the two are one
+            if layer.is_hybrid:
+                layer.self_attn.cross_attn_warm_up_gate.zero_()
+        closed = model._session(models, model._prompts(SHAPES[0], "float32", CPU)[0])
+    weights = {name: x.data_ptr() for name, x in models.slow_fast.named_parameters()}
+    assert {name: x.data_ptr() for name, x in models.base.named_parameters()} == {
+        name: address for name, address in weights.items() if ".cross_attn_" not in name
+    }
+    assert any(".mm_projector." in name for name in weights)
+    assert ours.position.tolist() == closed.position.tolist()
     assert ours.position.tolist() == base.position.tolist() == [SHAPES[0].text + SHAPES[0].num_fast]
     assert ours.cache.step.capacity == base.cache.step.capacity
     assert ours.slow is not None
@@ -327,7 +346,7 @@ def test_a_session_has_room_for_every_step_of_its_lane():
 
 def test_compiled_steps_are_measured_at_some_points_of_the_curve_and_are_rows_of_their_own(run, monkeypatch):
     monkeypatch.setattr(model, "_session", FakeSession)
-    monkeypatch.setattr(model, "make_model", lambda *_: None)
+    monkeypatch.setattr(model.Models, "of", lambda *_: None)
     monkeypatch.setattr(run, "is_gpu", True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 60, 1 << 60))
     monkeypatch.setattr(model, "model_shapes", lambda *_: [replace(SHAPES[0], frames=n) for n in (64, 128, 1536)])

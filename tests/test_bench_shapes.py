@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,13 +120,21 @@ def test_the_backward_pass_of_the_mix_moves_gradients_on_all_rows_and_state_and_
 @pytest.mark.parametrize("slow_path", [False, True])
 def test_a_training_step_multiplies_by_every_weight_three_times_and_attends_three_and_a_half_times(slow_path):
     model = shapes.ModelShape(2, 64, 100, 3, TINY_HEADS, 500, every=2, text=5, slow_side=3, fast_frames=1)
-    shape = shapes.TrainShape(model, 7, vision_channels=48)
+    shape = shapes.TrainShape(replace(model, vision_channels=48), 7)
     rows, weights = 5 + 9, 64 * (2 * 64 + 2 * 32 + 3 * 100)
-    flops = 6 * rows * (3 * weights + 500 * 64) + 2 * 36 * (4 * 48 * 64 + 6 * 64 * 64)
+    flops = 6 * rows * (3 * weights + 500 * 64) + 2 * 36 * 4 * 48 * 64 + 18 * 6 * 64 * 64
     flops += 14 * (rows * (rows + 1) // 2) * 64 * 3
     if slow_path:
         flops += 14 * 5 * 18 * 64 * 2 + 6 * 18 * 64 * 64 * 2  # two hybrid layers: attention of the text, K and V
     assert shapes.train_cost(shape, "float32", slow_path).flops == 7 * flops
+
+
+def test_a_video_is_projected_by_two_layers_of_which_the_last_has_the_tokens_that_are_read():
+    shape = shapes.ModelShape(2, 64, 100, 3, TINY_HEADS, 500, every=2, slow_side=3, vision_channels=48)
+    cost = shapes.vision_cost(shape, "bfloat16", 18)
+    assert cost.flops == 2 * (2 * 36 * 48 * 64 + 18 * 64 * 64)
+    assert cost.read == 2 * (2 * 36 * 48 + 48 * 64 + 64 * 64)
+    assert cost.written == 2 * 18 * 64
 
 
 def test_mix_moves_state_twice_and_context_once():

@@ -13,7 +13,7 @@ from bench.runner import Row
 from bench.shapes import TINY_MODEL, Heads, TrainShape
 
 MODEL = replace(TINY_MODEL, frames=4, hidden=64, intermediate=96, vocab=64, heads=Heads(4, 2, 16), text=9)
-SHAPE = TrainShape(replace(MODEL, fast_frames=2), 2, vision_channels=24)
+SHAPE = TrainShape(replace(MODEL, fast_frames=2, vision_channels=24), 2)
 WAYS = {way.who: way for way in train.WAYS}
 
 

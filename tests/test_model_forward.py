@@ -259,7 +259,9 @@ def test_the_backend_reaches_every_layer_and_eager_generates_without_a_kernel(re
     model = tiny_model("eager")
     model.generate(torch.tensor([[1, VIDEO, 2]]), features((4, 4)), max_new_tokens=3)
     hybrid = len(model.config.hybrid_layers)
-    assert recorded_backends == {"slowfast_pool": ["eager"], "slowfast_cross_attention": ["eager"] * hybrid * 3}
+    assert {backend for calls in recorded_backends.values() for backend in calls} == {"eager"}
+    assert set(recorded_backends) == {"slowfast_pool", "slowfast_cross_attention"}
+    assert len(recorded_backends["slowfast_cross_attention"]) == hybrid * 3
 
 
 @torch.no_grad()

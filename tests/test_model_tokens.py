@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import VIDEO, padded
 
-from slowfast_model.tokens import attending_rows, decode_rows, splice
+from slowfast_model.tokens import Prompts, attending_rows, decode_rows, splice
 
 OPTIONS = {"vocab_size": 100}
 
 
 def lay_out(prompts, videos=(), labels=None, side="right", **options):
     ids, mask = padded(prompts, side)
-    return splice(ids, mask, labels, videos, **OPTIONS, **options)
+    return splice(Prompts(ids, mask, labels), videos, **OPTIONS, **options)
 
 
 def test_a_video_marker_gives_way_to_its_fast_tokens():
@@ -170,18 +170,17 @@ def test_wrong_ids_and_counts_are_refused(prompts, videos, message):
 
 def test_a_sample_without_a_token_is_refused():
     with pytest.raises(ValueError, match="row 1"):
-        splice(torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 0], [0, 0, 0]]), None, [], **OPTIONS)
+        splice(Prompts(torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 0], [0, 0, 0]])), [], **OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "labels"])
 def test_a_mask_or_labels_of_another_shape_are_refused(name):
-    arguments = {"attention_mask": None, "labels": None} | {name: torch.ones(1, 4, dtype=torch.int64)}
     with pytest.raises(ValueError, match=name):
-        splice(torch.ones(1, 3, dtype=torch.int64), **arguments, videos=[], **OPTIONS)
+        Prompts(torch.ones(1, 3, dtype=torch.int64), **{name: torch.ones(1, 4, dtype=torch.int64)})
 
 
 def test_ids_must_be_integers_in_a_batch():
     with pytest.raises(TypeError, match="input_ids"):
-        splice(torch.ones(1, 3), None, None, [], **OPTIONS)
+        Prompts(torch.ones(1, 3))
     with pytest.raises(ValueError, match="input_ids"):
-        splice(torch.ones(3, dtype=torch.int64), None, None, [], **OPTIONS)
+        Prompts(torch.ones(3, dtype=torch.int64))
