@@ -1,8 +1,9 @@
 """An op as its callers, PyTorch and the backends see it. Each file here describes one; what is common is here.
 
 A call's way: the eager formula under function transforms and tangents, the registered op where PyTorch must see the
-call, else straight to ``run``, as a node of autograd's graph where autograd follows. ``run`` keeps one prepared call a signature: arguments checked, backend chosen, tiles
-and argument block fixed; what is left to a later call of that signature is its addresses.
+call, else straight to ``run``, as a node of autograd's graph where autograd follows. ``run`` keeps one prepared call a
+signature: arguments checked, backend chosen, tiles and argument block fixed; what is left to a later call of that
+signature is its addresses.
 """
 
 from __future__ import annotations
