@@ -14,6 +14,7 @@ from .add import add_slow_fast
 from .config import SlowFastVLConfig
 from .mllama import accelerate_cross_attention
 from .modeling import SlowFastVLForConditionalGeneration
+from .presets import PRESETS, Preset
 from .processing import SlowFastVLProcessor
 
 AutoConfig.register(SlowFastVLConfig.model_type, SlowFastVLConfig)
@@ -21,6 +22,8 @@ AutoModelForImageTextToText.register(SlowFastVLConfig, SlowFastVLForConditionalG
 AutoProcessor.register(SlowFastVLConfig, SlowFastVLProcessor)
 
 __all__ = [
+    "PRESETS",
+    "Preset",
     "SlowFastVLConfig",
     "SlowFastVLForConditionalGeneration",
     "SlowFastVLProcessor",
