@@ -14,6 +14,7 @@ from slowfast_kernels.numbers import as_int
 
 from ..video import load_video
 from .config import SlowFastVLConfig
+from .released import is_released, load_released_processor
 from .towers import tokens_per_frame as tokens_of_tower
 
 _TOKENIZER_OUTPUTS = ("input_ids", "attention_mask")
@@ -50,6 +51,25 @@ class SlowFastVLProcessor(ProcessorMixin):
         self.num_frames = as_int("num_frames", num_frames, 1)
         self.tokens_per_frame = None if tokens_per_frame is None else as_int("tokens_per_frame", tokens_per_frame, 1)
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """What ``save_pretrained`` wrote; or that of a directory with a released checkpoint.
+
+        The latter has the directory's tokenizer with the placeholder "<image>" added, the ChatML prompt (qwen_1_5), and
+        takes as many frames as the model was trained on.
+
+        Args:
+            pretrained_model_name_or_path: a directory.
+            kwargs: of a released checkpoint: ``vision_tower`` as for the model, and the arguments of the class; else
+                as transformers'.
+
+        Raises:
+            ValueError: a released checkpoint without a tokenizer, or with a config.json that is not implemented.
+        """
+        if is_released(pretrained_model_name_or_path):
+            return load_released_processor(cls, pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def to_dict(self, *args, **kwargs) -> dict:
         """What ``save_pretrained`` writes."""
