@@ -3,7 +3,8 @@
 The released code resizes with PIL, whose bicubic filter passes over rows of pixels and then over columns and rounds to
 eight bits after each. Here both passes are torch's antialiased filter, which has the same weights in floating point,
 and the same rounding. Where PIL's fixed-point sum rounds the other way a pass is one of 255 levels apart, and so two
-passes are two at most. All of it is a few operations of any device: there is no trip to the host.
+passes are two at most. (Pillow 13 takes the columns of tall pictures first where the aspect is not kept; the released
+code's Pillow did not.) All of it is a few operations of any device: there is no trip to the host.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from .videos import (
     held_by,
     ranges,
 )
-from .vision_towers import TransformerTower
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -182,8 +181,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         super()._init_weights(module)
         if isinstance(module, PatchTower):
             nn.init.normal_(module.position, std=0.02)
-        if isinstance(module, TransformerTower):
-            module.reset_positions()
+        if "position_ids" in module._buffers:  # of SigLIP's and CLIP's embeddings: no checkpoint holds them
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]))
 
     def initialize_weights(self) -> None:
         """As transformers'; a warm-up gate that a checkpoint did not have starts at 0."""

@@ -140,8 +140,8 @@ def load_released(cls, directory: str | PathLike, vision_tower=None, config=None
             setattr(released.config, key, kwargs.pop(key))
         elif config is not None:
             setattr(released.config, key, getattr(config, key))
-    dtype = kwargs.pop("torch_dtype", None)
-    kwargs.setdefault("dtype", torch.float16 if dtype is None else dtype)
+    named = [x for x in (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)) if x is not None]
+    kwargs["dtype"] = named[0] if named else torch.float16
     weights = _weights(cls, released)
     result = cls.from_pretrained(None, config=released.config, state_dict=weights, **kwargs)
     model = result[0] if isinstance(result, tuple) else result

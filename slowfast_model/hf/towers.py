@@ -59,7 +59,9 @@ def _all_settings(config: Mapping) -> tuple[Tower, dict]:
     except TypeError as error:
         raise ValueError(f"vision_tower: got settings {settings}, which {name!r} does not take ({error})") from error
     bound.apply_defaults()
-    return TOWERS[name], bound.arguments
+    return TOWERS[name], {
+        key: list(value) if isinstance(value, tuple) else value for key, value in bound.arguments.items()
+    }
 
 
 def build_tower(config: Mapping) -> nn.Module:

@@ -75,10 +75,6 @@ class TransformerTower(nn.Module):
         if hasattr(inner, "pre_layrnorm"):
             self.pre_layrnorm = inner.pre_layrnorm
 
-    def reset_positions(self) -> None:
-        """What no checkpoint holds."""
-        self.embeddings.position_ids.copy_(torch.arange(self.embeddings.position_ids.shape[-1]))
-
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [n, 3, image_size, image_size] -> [n, (image_size // patch_size)^2, hidden_size]."""
         hidden = self.embeddings(pixels)

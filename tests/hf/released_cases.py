@@ -43,7 +43,7 @@ CONFIG = {
     "torch_dtype": "float16",
     "bos_token_id": 256,
     "eos_token_id": 258,
-    "mm_vision_tower": "convnext-128",
+    "mm_vision_tower": "convnext-64",
     "use_mm_proj": True,
     "mm_projector_type": "mlp2x_gelu",
     "mm_hidden_size": DIMS[-1],
