@@ -97,7 +97,9 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         self.vocab_size = language_model.config.vocab_size
         device = device_of(language_model.get_input_embeddings())
         if vision_tower is None and config.vision_tower is not None:
-            vision_tower = build_tower(config.vision_tower).to(device)
+            vision_tower = build_tower(config.vision_tower)
+            if device.type != "meta":  # 4.57 makes parameters there and buffers, which no checkpoint holds, elsewhere
+                vision_tower.to(device)
         if vision_tower is not None:  # no attribute without a tower, as tools look for one
             self.vision_tower = vision_tower
         slow_fast = config.slow_fast()

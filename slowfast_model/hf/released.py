@@ -23,6 +23,7 @@ from slowfast_kernels.dtypes import OP_DTYPES
 from ..config import SlowFastConfig
 from ..official_config import RELEASED
 from ..weight_files import CONFIG, listed, raise_on_keys, read_json, read_safetensors, read_shapes
+from ._versions import OFFLOADS_STATE_DICTS
 from .config import SLOW_FAST_KEYS, SlowFastVLConfig
 from .released_towers import PREFIX, WAYS_OUT, ReleasedTower, released_tower
 
@@ -134,6 +135,12 @@ def num_frames(config: SlowFastVLConfig) -> int:
 
 def load_released(cls, directory: str | PathLike, vision_tower=None, config=None, **kwargs):
     """``cls.from_pretrained`` of a released checkpoint; see ``SlowFastVLForConditionalGeneration.from_pretrained``."""
+    places = kwargs.get("device_map")
+    if not OFFLOADS_STATE_DICTS and isinstance(places, Mapping) and "disk" in places.values():
+        raise ValueError(
+            "device_map: got 'disk', to which transformers 4 does not take a released checkpoint; save_pretrained it "
+            "once, and load that"
+        )
     released = read_released(directory, vision_tower)
     for key in SLOW_FAST_KEYS:
         if key in kwargs:

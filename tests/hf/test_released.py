@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from slowfast_model import SlowFastConfig, SlowFastForCausalLM
 from slowfast_model.hf import SlowFastVLConfig, SlowFastVLForConditionalGeneration, SlowFastVLProcessor, released
+from slowfast_model.hf._versions import OFFLOADS_STATE_DICTS
 
 VIDEO = VOCABULARY  # the placeholder, behind the tokenizer's tokens
 
@@ -163,7 +164,15 @@ def test_a_device_map_with_layers_on_the_disk(directory, tmp_path):
     rest = ("mm_projector", "language_model.lm_head")
     rest += tuple(f"language_model.model.{x}" for x in ("embed_tokens", "layers.1", "layers.2", "norm", "rotary_emb"))
     places |= dict.fromkeys(rest, "cpu")
-    placed = load(directory, vision_tower=False, device_map=places, offload_folder=tmp_path)
+    if not OFFLOADS_STATE_DICTS:
+        with pytest.raises(ValueError, match=r"device_map: got 'disk'.*save_pretrained it once"):
+            load(directory, vision_tower=False, device_map=places, offload_folder=tmp_path)
+        model.save_pretrained(tmp_path / "own")
+        placed = SlowFastVLForConditionalGeneration.from_pretrained(
+            tmp_path / "own", device_map=places, offload_folder=tmp_path
+        )
+    else:
+        placed = load(directory, vision_tower=False, device_map=places, offload_folder=tmp_path)
     assert placed.hybrid_attentions()[0].cross_attn_kv_proj.weight.is_meta
     torch.testing.assert_close(placed(ids, video_features=[features]).logits, want, atol=1e-5, rtol=1e-5)
 
