@@ -11,11 +11,12 @@ except ImportError as error:
     ) from error
 
 from .add import add_slow_fast
-from .config import ReleasedConfig, SlowFastVLConfig
+from .config import SlowFastVLConfig
 from .mllama import accelerate_cross_attention
 from .modeling import SlowFastVLForConditionalGeneration
 from .presets import PRESETS, Preset
 from .processing import SlowFastVLProcessor
+from .released import ReleasedConfig
 
 AutoConfig.register(SlowFastVLConfig.model_type, SlowFastVLConfig)
 AutoConfig.register(ReleasedConfig.model_type, ReleasedConfig)

@@ -93,24 +93,14 @@ class SlowFastVLConfig(PreTrainedConfig):
         if found == RELEASED:
             raise ValueError(
                 f"model_type: got {found!r}, a released checkpoint, want the name of its directory on this machine "
-                "(huggingface_hub.snapshot_download returns one)"
+                "(huggingface_hub.snapshot_download returns one; AutoConfig reads its configuration)"
             )
-        if found != SlowFastVLConfig.model_type:
+        if found != cls.model_type:
             raise ValueError(
                 f"model_type: got {found!r}, want {cls.model_type!r}; a language model becomes one by "
                 "add_slow_fast(AutoModelForCausalLM.from_pretrained(...), ...)"
             )
         return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers'; of a directory with a released checkpoint too."""
-        from .released import is_released, read_released
-
-        if is_released(pretrained_model_name_or_path):
-            written = read_released(pretrained_model_name_or_path).config.to_dict()
-            return SlowFastVLConfig.from_dict(written, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def slow_fast(self) -> SlowFastConfig:
         """The same choices as a ``SlowFastConfig`` of the language model's sizes, which checks them."""
@@ -148,21 +138,6 @@ class SlowFastVLConfig(PreTrainedConfig):
             self.min_fast_frames,
         )
         return make_pool_plan((num_frames,), (side, side), *strides).videos[0].num_fast
-
-
-class ReleasedConfig(SlowFastVLConfig):
-    """Known to transformers' Auto classes by the released ``model_type``; what it makes is a ``SlowFastVLConfig``."""
-
-    model_type = RELEASED
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], name_or_path: str = "", **kwargs):
-        """As ``SlowFastVLConfig.from_pretrained`` of the directory ``name_or_path``."""
-        from .released import is_released
-
-        if is_released(name_or_path):
-            return SlowFastVLConfig.from_pretrained(name_or_path, **kwargs)
-        return SlowFastVLConfig.from_dict(config_dict, **kwargs)
 
 
 def sorted_layers(hybrid_layers: Sequence[int], num_layers: int) -> list[int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from inspect import signature
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def read_released(
     written, shapes = read_json(directory / CONFIG), read_shapes(directory)
     try:
         tower = released_tower(written, shapes, vision_tower)
-        config = _config(written, shapes, tower)
+        config = config_of(written, shapes, tower)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{directory / CONFIG}: {error}") from error
     text, tokenizer = config.text_config, None
@@ -94,8 +95,12 @@ def read_released(
     return Released(directory, config, tokenizer, tower, shapes)
 
 
-def _config(written: Mapping, shapes: Mapping[str, tuple[int, ...]], tower: ReleasedTower | None) -> SlowFastVLConfig:
-    """Of config.json; the vocabulary is that of the stored embeddings."""
+def config_of(written: Mapping, shapes: Mapping[str, tuple[int, ...]], tower: ReleasedTower | None) -> SlowFastVLConfig:
+    """Of config.json ``written``; the vocabulary is that of the stored embeddings, without a placeholder.
+
+    Raises:
+        ValueError, TypeError: a setting that is not implemented, or of a wrong kind, by its key.
+    """
     if written.get("mm_use_im_start_end"):
         raise ValueError("mm_use_im_start_end: got True, want False (a video stands alone in its prompt)")
     known = SlowFastConfig.from_official(written)
@@ -128,6 +133,22 @@ def num_frames(config: SlowFastVLConfig) -> int:
     """How many frames of a video the released models were trained on: 64, 96 and 128."""
     strides = config.fast_token_temporal_stride * config.fast_token_temporal_sampling_stride
     return strides * config.min_fast_frames
+
+
+class ReleasedConfig(SlowFastVLConfig):
+    """Known to transformers' Auto classes by the released ``model_type``; what it makes is a ``SlowFastVLConfig``."""
+
+    model_type = RELEASED
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], name_or_path: str = "", **kwargs):
+        """That of the directory ``name_or_path``.
+
+        Raises:
+            ValueError: no directory of this machine; as ``read_released``.
+        """
+        written = read_released(name_or_path).config.to_dict() if is_released(name_or_path) else config_dict
+        return SlowFastVLConfig.from_dict(written, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------ weights

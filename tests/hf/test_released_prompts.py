@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from released_cases import CONFIG, DIMS, VOCABULARY, write
+from released_cases import CONFIG, DIMS, VOCABULARY, convnext, stored_convnext, write
 
 from slowfast_model.hf import PRESETS, SlowFastVLForConditionalGeneration, SlowFastVLProcessor
 
@@ -130,6 +133,26 @@ def model(directory) -> SlowFastVLForConditionalGeneration:
     torch.manual_seed(1)
     model.vision_tower = build_tower({"name": "convnext", **SETTINGS}).eval()
     return model
+
+
+def test_readmes_example_answers(tmp_path, monkeypatch, clip, capsys):
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- example: released -->\n```python\n(.*?)```", text, re.DOTALL)
+    (name,) = re.findall(r'^directory = "(.*?)"', code, re.MULTILINE)
+    write(tmp_path / name, stored_convnext(convnext()))
+    shutil.copy(clip, tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    generate = SlowFastVLForConditionalGeneration.generate
+
+    def briefly(model, *args, **options):
+        return generate(model, *args, **options | {"max_new_tokens": 2})
+
+    monkeypatch.setattr(SlowFastVLForConditionalGeneration, "generate", briefly)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["model"].dtype == torch.float16
+    assert names["ids"].shape[1] <= names["prompt"]["input_ids"].shape[1] + 2
+    assert capsys.readouterr().out.endswith("\n")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
