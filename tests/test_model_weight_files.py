@@ -38,6 +38,7 @@ def test_a_file_that_is_something_else_is_named_with_its_cause(kind, name, tmp_p
 def test_shapes_are_read_from_the_heads_of_the_files(directory, tmp_path):
     want = {key: tuple(x.shape) for key, x in weights().items()}
     assert read_shapes(directory) == want
+    (tmp_path / "one").mkdir()
     file = write(tmp_path / "one", weights()) / "model.safetensors"
     assert read_shapes(file) == want
     file.write_bytes(file.read_bytes()[:100])

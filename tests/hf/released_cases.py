@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import timm
+import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -85,6 +85,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def convnext() -> nn.Module:
     """timm's, with its head."""
+    timm = pytest.importorskip("timm")
     return randomised(timm.create_model("convnext_xxlarge", depths=DEPTHS, dims=DIMS, num_classes=7))
 
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from released_cases import (
     CONFIG,
@@ -453,6 +452,7 @@ SEVEN_B = CONFIG | {
 
 def seven_b_shapes():
     """Of the reference model and of timm's own tower, without memory."""
+    timm = pytest.importorskip("timm")
     with torch.device("meta"):
         weights = SlowFastForCausalLM(SlowFastConfig.from_official(SEVEN_B)).state_dict()
         weights |= stored_convnext(timm.create_model("convnext_xxlarge"))
