@@ -214,7 +214,7 @@ def _weights(cls, released: Released) -> dict[str, Tensor]:
         raise ValueError(f"{released.directory}: got {listed(unusable)}, want floating point (dequantise it first)")
     for key in {names[stored] for stored in rows} & set(given):
         given[key] = _with_rows(given[key], len(own[key]))
-    if released.config.tie_word_embeddings:
+    if released.config.tie_word_embeddings:  # 4.57 looks for the embedding's key alone
         for here, there in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
             if names[here] in given:
                 given.setdefault(names[there], given[names[here]])
