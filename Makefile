@@ -66,7 +66,7 @@ test-hf: $(READY)
 	done; test -z "$$failed" || { echo "transformers$$failed: see above"; exit 1; }
 
 HF_PY = $(CURDIR)/.venv-hf-$(HF)/bin/python
-HF_TESTS = pytest pytest-xdist peft parameterized torchao av setuptools wheel
+HF_TESTS = pytest pytest-xdist peft parameterized torchao av timm setuptools wheel
 
 .venv-hf-$(HF)/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-hf-$(HF)

@@ -1,4 +1,5 @@
-"""``python -m bench [all|model|attention|ranges|pool|mix|train]``: run benchmarks, print the table, write JSON, plots.
+"""``python -m bench [all|model|attention|ranges|pool|mix|train|released]``: run benchmarks, print the table, write
+JSON, plots. ``all`` leaves out the last, which needs transformers and timm.
 ``--backward`` measures the gradients of attention, pool and mix instead.
 
 The measuring happens in a worker process that journals each row. If it dies (a peer's segmentation fault, a lost CUDA
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 MAX_WORKERS = 12
-BENCHMARKS = ("model", "attention", "ranges", "pool", "mix", "train")
+OF_ALL = ("model", "attention", "ranges", "pool", "mix", "train")
+BENCHMARKS = (*OF_ALL, "released")
 WITH_GRADIENTS = ("attention", "pool", "mix")
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -43,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="comma-separated patterns or parts of shape names, or explicit shapes: "
         "attention and ranges BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL], mix TEXTofROWS[@C], "
-        "model FRAMES, train BATCHxTEXTxFRAMESf; 'ragged' of attention: uneven batches, which run only when named",
+        "model FRAMES, train BATCHxTEXTxFRAMESf, released FRAMES-sSAMPLINGtTEMPORAL; "
+        "'ragged' of attention: uneven batches, which run only when named",
     )
     p.add_argument(
         "--backward",
@@ -107,7 +110,7 @@ def _words(text: str) -> list[str]:
 def _chosen(args: argparse.Namespace) -> tuple[str, ...]:
     if args.what != "all":
         return (args.what,)
-    return WITH_GRADIENTS if args.backward else BENCHMARKS
+    return WITH_GRADIENTS if args.backward else OF_ALL
 
 
 def _check(args: argparse.Namespace, error) -> None:
@@ -141,7 +144,7 @@ def worker(args: argparse.Namespace, error) -> int:
     """Measure what the journal lacks. Exit code 0, DEVICE_LOST, or whatever a crash makes of it."""
     import torch
 
-    from . import attention, attention_backward, layer, mix, model, pool, ragged, ranges, train
+    from . import attention, attention_backward, layer, mix, model, pool, ragged, ranges, released, train
     from .runner import DEVICE_LOST, DeviceLost, Journal, Runner
 
     torch.set_grad_enabled(False)
@@ -157,6 +160,7 @@ def worker(args: argparse.Namespace, error) -> int:
         "pool": [lambda: pool.run(runner)],
         "mix": [lambda: mix.run(runner)],
         "train": [lambda: train.run(runner)],
+        "released": [lambda: released.run(runner, args.video)],
     }
     if args.backward:
         steps = {

@@ -65,7 +65,7 @@ def find_video() -> Path | None:
 
 
 @contextmanager
-def _created_on(device: torch.device, dtype: str) -> Iterator[None]:
+def created_on(device: torch.device, dtype: str) -> Iterator[None]:
     """Parameters of modules made in the block are born on ``device`` in ``dtype``: a 7B model never visits the host."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
@@ -95,7 +95,7 @@ def make_model(shape: ModelShape, dtype: str, device: torch.device, **config):
         "fast_token_temporal_stride": 1 << 20,
         "min_fast_frames": shape.fast_frames,
     }
-    with _created_on(device, dtype):
+    with created_on(device, dtype):
         torch.manual_seed(0)
         model = SlowFastForCausalLM(SlowFastConfig.from_official({**options, **config})).eval()
         for name, parameter in model.named_parameters():
@@ -155,7 +155,7 @@ def demo(runner: Runner, video: str | None) -> None:
         return
     print(f"decoded {path.name}: {list(frames.shape)} frames in {time.perf_counter() - start:.2f} s", flush=True)
     for dtype in ("float32", "bfloat16") if runner.is_gpu else ("float32",):
-        with _created_on(runner.device, dtype):
+        with created_on(runner.device, dtype):
             torch.manual_seed(1)
             tower = PatchTower(64, grid=2 * shape.slow_side).eval()
         features = [encode_frames(tower, frames)]

@@ -37,11 +37,12 @@ OP_TITLES = {
     "decode-compiled": "Model decode, one token, the step fused by torch.compile",
     "prefill-gpu": "Model prefill, one video: GPU time",
     "parts": "Where the time of a prefill's slow path goes: each part on the device, alone",
+    "released": "A released model, from a file to its answer",
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
 SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
-TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met", "order", *backward_tables.TEXT_COLUMNS)
+TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met", "order", "stage", *backward_tables.TEXT_COLUMNS)
 MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
 METHODS = {
     "wall": "Wall time, from a call to its answer.",
@@ -217,6 +218,20 @@ def demo_table(rows: list[Row]) -> list[list[str]]:
     return cells
 
 
+def stages_table(rows: list[Row]) -> list[list[str]]:
+    """A line a stage of a released model: its time, and the memory that it adds to what lay there before it."""
+    mine = [row for row in rows if row.op == "released" and row.shape != "all"]
+    measured = any("peak_bytes" in row.extra for row in mine)
+    cells = [["shape", "dtype", "stage", "ms", "p20 .. p80", *["held GiB", "peak GiB"] * measured]]
+    for row in mine:
+        spread = f"{milliseconds(row, 'p20_us')} .. {milliseconds(row, 'p80_us')}" if row.ok else ""
+        memory = [
+            f"{row.extra[name] / 2**30:.2f}" if name in row.extra else "" for name in ("held_bytes", "peak_bytes")
+        ]
+        cells.append([row.shape, row.dtype, row.who, milliseconds(row), spread, *memory * measured])
+    return cells
+
+
 def _plain(cells: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
@@ -275,7 +290,8 @@ def _render(
             elif brief and op in BRIEF_OPS:
                 cells = brief_table(rows, op)
             else:
-                cells = demo_table(rows) if op == "demo" else table(rows, op)
+                own = {"demo": demo_table, "released": stages_table}.get(op)
+                cells = own(rows) if own else table(rows, op)
             how = (_how_measured if op in MODEL_OPS else backward_tables.note)(rows, op)
             said = f"{how}\n\n" if how else ""
             parts.append(f"{heading}{title}\n\n{said}{draw(cells)}")

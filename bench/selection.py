@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 
+from .released_shapes import RELEASED, RELEASED_ON_CPU, ReleasedShape
 from .shapes import (
     ATTENTION,
     ATTENTION_BACKWARD,
@@ -110,6 +111,22 @@ def train_shapes(wanted: Iterable[str], on_cpu: bool) -> list[TrainShape]:
     return select(registry, wanted, partial(parse_train, base=registry[0]), False) if wanted else list(registry)
 
 
+def parse_released(text: str, base: ReleasedShape = RELEASED[0]) -> ReleasedShape | None:
+    """``FRAMES-sSAMPLINGtTEMPORAL``, as in the released models' names, of the model of ``base``."""
+    match = re.fullmatch(r"(\d+)-s(\d+)t(\d+)", text)
+    if match is None:
+        return None
+    frames, sampling, temporal = (int(match[i]) for i in (1, 2, 3))
+    _check(text, frames=frames, sampling_stride=sampling, temporal_stride=temporal)
+    return replace(base, frames=frames, sampling=sampling, temporal=temporal)
+
+
+def released_shapes(wanted: Iterable[str], on_cpu: bool) -> list[ReleasedShape]:
+    """On a CPU of a tiny model."""
+    registry, wanted = RELEASED_ON_CPU if on_cpu else RELEASED, list(wanted)
+    return select(registry, wanted, partial(parse_released, base=registry[0]), False) if wanted else list(registry)
+
+
 def _parsed(parse: Callable, text: str):
     """None for what is no shape here: ``check_shapes`` has seen that it is one of another op."""
     try:
@@ -161,6 +178,7 @@ OPS = {
     "mix": (MIX, parse_mix),
     "model": ((), parse_frames),
     "train": (TRAIN, parse_train),
+    "released": (RELEASED, parse_released),
 }
 BACKWARD_OPS = {
     "attention": (ATTENTION_BACKWARD, parse_attention),

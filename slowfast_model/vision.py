@@ -1,7 +1,7 @@
 """From vision features to slow and fast tokens: the projector, the pooling call, and a small patch tower.
 
-The released towers (ConvNeXt, SigLIP) are not part of this package: the model takes their features. ``PatchTower`` is a
-patch embedding that turns real frames into features of the right shape where no tower is at hand.
+The model takes the features of a tower; the released ones (ConvNeXt, SigLIP, CLIP) are in ``hf.vision_towers``.
+``PatchTower`` is a patch embedding that turns real frames into features of the right shape where no tower is at hand.
 """
 
 from __future__ import annotations
@@ -174,6 +174,7 @@ class PatchTower(nn.Module):
 
     def __init__(self, width: int, grid: int = 16, patch: int = 14) -> None:
         super().__init__()
+        self.settings = {"width": width, "grid": grid, "patch": patch}
         self.size = grid * patch
         self.embed = nn.Conv2d(3, width, patch, stride=patch)
         self.position = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
@@ -197,7 +198,8 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32, keep_gra
     The tower is called with pixels [n, 3, height, width] in 0..1, in the dtype and on the device of its weights
     (without any: float32, where the frames are), and returns a tensor [n, H*W, mm_hidden]. A tower that returns more
     than that, as those of transformers do, is wrapped in a module that normalises the pixels as it was trained and
-    picks the layer, without a class token.
+    picks the layer, without a class token. If a tower has a ``preprocess``, that makes its pixels: a function of uint8
+    frames [n, height, width, 3] on the tower's device.
 
     The tower is frozen, as in the released code: the features carry no graph, whatever the tower's parameters require,
     and a chunk's activations are gone before the next one comes. ``keep_graph=True`` trains the tower with the model:
@@ -230,13 +232,18 @@ def encode_frames(tower: nn.Module, frames: Tensor, *, chunk: int = 32, keep_gra
     weights = (x for x in (*tower.parameters(), *tower.buffers()) if x.is_floating_point())
     like = next(weights, torch.empty(0, device=frames.device, dtype=torch.float32))
     device = frames.device if like.is_meta else like.device  # on meta: offloaded, and fetched when the tower is called
-    parts = (part.to(device).permute(0, 3, 1, 2).to(like.dtype) / 255 for part in frames.split(chunk))
+    parts = (_pixels(tower, part.to(device), like.dtype) for part in frames.split(chunk))
     with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()):
         features = [_features(tower(part), len(part)) for part in parts]
     shapes = sorted({tuple(x.shape[1:]) for x in features})
     if len(shapes) > 1:
         raise ValueError(f"tower: got features {' and '.join(map(str, shapes))} a frame, want the same of every frame")
     return torch.cat(features)
+
+
+def _pixels(tower: nn.Module, frames: Tensor, dtype: torch.dtype) -> Tensor:
+    preprocess = getattr(tower, "preprocess", None)
+    return frames.permute(0, 3, 1, 2).to(dtype) / 255 if preprocess is None else preprocess(frames).to(dtype)
 
 
 def _features(result: object, num_frames: int) -> Tensor:

@@ -12,8 +12,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -88,13 +90,24 @@ def read_safetensors(path: str | PathLike, *, device: str | torch.device = "cpu"
         ValueError: a file that is not what its name says (cut off, a git-lfs pointer), by its path; an index that is
             none; shards that do not hold the keys that the index promises.
     """
-    path = Path(path)
+    return _read(Path(path), partial(_read_file, device=str(device)))
+
+
+def read_shapes(path: str | PathLike) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that ``read_safetensors`` would read, from the heads of the files.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_safetensors``.
+    """
+    return _read(Path(path), _read_head)
+
+
+def _read(path: Path, read: Callable[[Path], dict]) -> dict:
     if path.is_dir():
         path = _weights_in(path)
     if not path.exists():
         raise FileNotFoundError(f"path: no such checkpoint: {path}")
-    device = str(device)
-    return _read_shards(path, device) if path.suffix == ".json" else _read_file(path, device)
+    return _read_shards(path, read) if path.suffix == ".json" else read(path)
 
 
 def _weights_in(directory: Path) -> Path:
@@ -110,21 +123,21 @@ def _weights_in(directory: Path) -> Path:
     raise FileNotFoundError(f"path: got {directory} with neither {INDEX} nor {SINGLE}{but}")
 
 
-def _read_shards(index: Path, device: str) -> dict[str, Tensor]:
+def _read_shards(index: Path, read: Callable[[Path], dict]) -> dict:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: got no weight_map, want an object of file names by key")
     members: dict[str, set[str]] = {}
     for key, shard in weight_map.items():
         members.setdefault(shard, set()).add(key)
-    state_dict: dict[str, Tensor] = {}
+    state_dict: dict = {}
     for shard, keys in sorted(members.items()):
         path = index.parent / shard
         if Path(shard).name != shard:
             raise ValueError(f"{index}: got the shard {shard!r}, want the name of a file beside the index")
         if not path.exists():
             raise FileNotFoundError(f"path: {index.name} names {shard}, which is not in {index.parent}")
-        tensors = _read_file(path, device)
+        tensors = read(path)
         raise_on_keys(str(path), keys - set(tensors), set(tensors) - keys, [], f" (by {index.name})")
         state_dict |= tensors
     return state_dict
@@ -138,13 +151,24 @@ def _safetensors():
     return safetensors
 
 
-def _read_file(path: Path, device: str) -> dict[str, Tensor]:
-    safetensors = _safetensors()
+@contextmanager
+def _named_by_path(path: Path) -> Iterator[None]:
+    """What safetensors cannot read, by its path and with the likely cause."""
     try:
-        tensors = safetensors.torch.load_file(path, device=device)
-    except (safetensors.SafetensorError, OSError) as error:
+        yield
+    except (_safetensors().SafetensorError, OSError) as error:
         cause = _likely_cause(path) or f": {path.stat().st_size} bytes, is the download complete?"
         raise ValueError(f"{path}: got no readable safetensors file{cause} ({error})") from error
+
+
+def _read_head(path: Path) -> dict[str, tuple[int, ...]]:
+    with _named_by_path(path), _safetensors().safe_open(path, "pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _read_file(path: Path, device: str) -> dict[str, Tensor]:
+    with _named_by_path(path):
+        tensors = _safetensors().torch.load_file(path, device=device)
     # In a mapped file a tensor may start at any element, and a GEMM's last bits depend on where its operands do.
     return {key: x if x.data_ptr() % ALIGNMENT == 0 else x.clone() for key, x in tensors.items()}
 

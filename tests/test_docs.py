@@ -25,8 +25,8 @@ from slowfast_model.config import GATING_TYPES, IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# What ``<!-- example: ... -->`` before a block may say; tests/hf/test_docs.py runs the last kind.
-NEEDS_GPU, DOWNLOADS, TRANSFORMERS = "needs a GPU", "downloads", "transformers"
+# What ``<!-- example: ... -->`` before a block may say; tests/hf runs the last two.
+NEEDS_GPU, DOWNLOADS, TRANSFORMERS, RELEASED = "needs a GPU", "downloads", "transformers", "released"
 
 
 class Block(NamedTuple):
@@ -50,7 +50,8 @@ def blocks() -> list[Block]:
 
 def test_readmes_examples_are_counted():
     """A block that stops running must say so, and change this."""
-    assert Counter(block.marker for block in blocks()) == {None: 8, NEEDS_GPU: 1, DOWNLOADS: 1, TRANSFORMERS: 1}
+    marked = {NEEDS_GPU: 1, DOWNLOADS: 1, TRANSFORMERS: 1, RELEASED: 1}
+    assert Counter(block.marker for block in blocks()) == {None: 8, **marked}
     assert README.count("```python\n") == len(blocks())
     for block in blocks():
         block.compiled()
@@ -74,7 +75,7 @@ def test_readmes_examples_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks():
-        if block.marker == TRANSFORMERS or (block.marker == NEEDS_GPU and not torch.cuda.is_available()):
+        if block.marker in (TRANSFORMERS, RELEASED) or (block.marker == NEEDS_GPU and not torch.cuda.is_available()):
             continue
         exec(block.compiled(), names)
         assert torch.is_grad_enabled(), f"README.md:{block.line} leaves gradients off for the next one"

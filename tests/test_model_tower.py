@@ -73,6 +73,21 @@ def test_a_picture_of_any_shape_gives_features_that_the_model_takes(tower, rng):
     assert tiny_model()(torch.tensor([[1, VIDEO, 2]]), [clip]).logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_a_tower_makes_its_own_pixels_of_whole_levels_where_it_has_a_way_to(tower, rng):
+    frames = torch.randint(0, 256, (3, 20, 30, 3), dtype=torch.uint8, generator=rng())
+    seen = []
+
+    def preprocess(part):
+        seen.append(part)
+        return (255 - part.permute(0, 3, 1, 2).float()) / 255
+
+    want = encode_frames(tower, 255 - frames)
+    tower.preprocess = preprocess
+    torch.testing.assert_close(encode_frames(tower, frames, chunk=2), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat(seen), frames)
+
+
 @pytest.mark.parametrize(
     ("frames", "error"),
     [

@@ -10,6 +10,8 @@ import torch
 from checkpoint_cases import load, save_file, weights, write, write_shards
 from model_cases import TINY, one_thread, tiny_model  # noqa: F401
 
+from slowfast_model.weight_files import read_shapes
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
 BROKEN = {
     "lfs": (LFS, "a git-lfs pointer"),
@@ -31,6 +33,17 @@ def test_a_file_that_is_something_else_is_named_with_its_cause(kind, name, tmp_p
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"/{name}: got .*: {cause}"):
         load(tmp_path)
+
+
+def test_shapes_are_read_from_the_heads_of_the_files(directory, tmp_path):
+    want = {key: tuple(x.shape) for key, x in weights().items()}
+    assert read_shapes(directory) == want
+    (tmp_path / "one").mkdir()
+    file = write(tmp_path / "one", weights()) / "model.safetensors"
+    assert read_shapes(file) == want
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"/model\.safetensors: got .* is the download complete"):
+        read_shapes(file)
 
 
 @pytest.mark.parametrize("keep", [4, 100, 10_000, -100, -1])

@@ -7,20 +7,25 @@ try:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 except ImportError as error:
     raise ImportError(
-        "slowfast_model.hf needs transformers 4.57 or newer: pip install 'slowfast-kernels[hf]'"
+        f"slowfast_model.hf needs transformers 4.57 or newer: pip install 'slowfast-kernels[hf]' ({error})"
     ) from error
 
 from .add import add_slow_fast
 from .config import SlowFastVLConfig
 from .mllama import accelerate_cross_attention
 from .modeling import SlowFastVLForConditionalGeneration
+from .presets import PRESETS, Preset
 from .processing import SlowFastVLProcessor
+from .released import ReleasedConfig
 
 AutoConfig.register(SlowFastVLConfig.model_type, SlowFastVLConfig)
+AutoConfig.register(ReleasedConfig.model_type, ReleasedConfig)
 AutoModelForImageTextToText.register(SlowFastVLConfig, SlowFastVLForConditionalGeneration)
 AutoProcessor.register(SlowFastVLConfig, SlowFastVLProcessor)
 
 __all__ = [
+    "PRESETS",
+    "Preset",
     "SlowFastVLConfig",
     "SlowFastVLForConditionalGeneration",
     "SlowFastVLProcessor",

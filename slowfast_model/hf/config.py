@@ -12,6 +12,7 @@ from slowfast_kernels.numbers import as_int
 from slowfast_kernels.pool_plan import make_pool_plan
 
 from ..config import SlowFastConfig
+from ..official_config import RELEASED
 from ._versions import PreTrainedConfig
 
 # Fields of SlowFastConfig that say how videos are read; their defaults are there.
@@ -89,6 +90,11 @@ class SlowFastVLConfig(PreTrainedConfig):
             ValueError: ``config_dict`` says another ``model_type``.
         """
         found = config_dict.get("model_type", cls.model_type)
+        if found == RELEASED:
+            raise ValueError(
+                f"model_type: got {found!r}, a released checkpoint, want the name of its directory on this machine "
+                "(huggingface_hub.snapshot_download returns one; AutoConfig reads its configuration)"
+            )
         if found != cls.model_type:
             raise ValueError(
                 f"model_type: got {found!r}, want {cls.model_type!r}; a language model becomes one by "

@@ -22,6 +22,7 @@ from ._versions import CACHE
 from .attention import HybridAttention, device_of, make_hybrid
 from .config import SLOW_FAST_KEYS, SlowFastVLConfig
 from .generation import VideoGeneration
+from .released import is_released, load_released
 from .towers import build_tower
 from .videos import (
     DynamicVideoCache,
@@ -96,7 +97,9 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         self.vocab_size = language_model.config.vocab_size
         device = device_of(language_model.get_input_embeddings())
         if vision_tower is None and config.vision_tower is not None:
-            vision_tower = build_tower(config.vision_tower).to(device)
+            vision_tower = build_tower(config.vision_tower)
+            if device.type != "meta":  # 4.57 makes parameters there and buffers, which no checkpoint holds, elsewhere
+                vision_tower.to(device)
         if vision_tower is not None:  # no attribute without a tower, as tools look for one
             self.vision_tower = vision_tower
         slow_fast = config.slow_fast()
@@ -108,9 +111,36 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             make_hybrid(layers[index], slow_fast)
         self._embedding_factor = embedding_factor(language_model)
         self._no_split_modules = list(language_model._no_split_modules or [])
+        if vision_tower is not None:
+            self._no_split_modules.append(type(vision_tower).__name__)
         if isinstance(language_model._tied_weights_keys, list):  # 4.57; later the language model's own are found
             self._tied_weights_keys = [f"language_model.{key}" for key in language_model._tied_weights_keys]
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, vision_tower=None, **kwargs):
+        """What ``save_pretrained`` wrote, as transformers'; or a released checkpoint (``llava_qwen_slow_fast``).
+
+        A released one is read whole, with its tower, in float16 where no ``dtype`` is named. Its vocabulary becomes the
+        tokenizer's, if that lies beside it, and one token more: ``config.video_token_id``.
+
+        Args:
+            pretrained_model_name_or_path: a directory.
+            args, kwargs: as transformers': ``dtype``, ``device_map``, ``attn_implementation`` and more.
+            vision_tower: of a released checkpoint alone. None: as its config.json says. A directory: the SigLIP or CLIP
+                to take the sizes from, and the weights where the checkpoint has none. (name, settings), of
+                ``towers.TOWERS``. False: no tower, ``video_features`` are given.
+
+        Raises:
+            ValueError: of a released checkpoint: keys that are missing, that nothing reads, or of another shape, all by
+                name; a tower that is not known or has no weights; a configuration that is not implemented.
+            TypeError: a ``vision_tower`` of another type.
+        """
+        if is_released(pretrained_model_name_or_path):
+            return load_released(cls, pretrained_model_name_or_path, vision_tower, **kwargs)
+        if vision_tower is not None:
+            raise TypeError("vision_tower: got one for a checkpoint that is not a released one, which has its own")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     # -------------------------------------------------------------------------------------- what is inside
 
@@ -153,6 +183,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         super()._init_weights(module)
         if isinstance(module, PatchTower):
             nn.init.normal_(module.position, std=0.02)
+        if "position_ids" in module._buffers:  # of SigLIP's and CLIP's embeddings: no checkpoint holds them
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]))
 
     def initialize_weights(self) -> None:
         """As transformers'; a warm-up gate that a checkpoint did not have starts at 0."""

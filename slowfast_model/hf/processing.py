@@ -14,6 +14,7 @@ from slowfast_kernels.numbers import as_int
 
 from ..video import load_video
 from .config import SlowFastVLConfig
+from .released import is_released, load_released_processor
 from .towers import tokens_per_frame as tokens_of_tower
 
 _TOKENIZER_OUTPUTS = ("input_ids", "attention_mask")
@@ -51,6 +52,25 @@ class SlowFastVLProcessor(ProcessorMixin):
         self.tokens_per_frame = None if tokens_per_frame is None else as_int("tokens_per_frame", tokens_per_frame, 1)
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """What ``save_pretrained`` wrote; or that of a directory with a released checkpoint.
+
+        The latter has the directory's tokenizer with the placeholder "<image>" added, the ChatML prompt (qwen_1_5), and
+        takes as many frames as the model was trained on.
+
+        Args:
+            pretrained_model_name_or_path: a directory.
+            kwargs: of a released checkpoint: ``vision_tower`` as for the model, and the arguments of the class; else
+                as transformers'.
+
+        Raises:
+            ValueError: a released checkpoint without a tokenizer, or with a config.json that is not implemented.
+        """
+        if is_released(pretrained_model_name_or_path):
+            return load_released_processor(cls, pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def to_dict(self, *args, **kwargs) -> dict:
         """What ``save_pretrained`` writes."""
         return super().to_dict(*args, **kwargs) | {"config": self.config.to_dict()}
@@ -78,6 +98,7 @@ class SlowFastVLProcessor(ProcessorMixin):
         videos: Sequence | None = None,
         return_tensors: str | None = None,
         num_frames: int | None = None,
+        fps: float | None = None,
         **kwargs,
     ) -> BatchFeature:
         """input_ids and attention_mask, and with videos pixel_values_videos.
@@ -88,6 +109,8 @@ class SlowFastVLProcessor(ProcessorMixin):
                 an array, or a list of pictures).
             return_tensors: "pt" for tensors; prompts of different lengths are then padded, on the tokenizer's side.
             num_frames: frames taken of a file; None: the processor's.
+            fps: frames a second to take of a file, at most ``num_frames``, as ``load_video`` does. None: ``num_frames``
+                evenly over the clip. ``PRESETS`` has what the released code does.
             kwargs: the tokenizer's.
 
         Returns:
@@ -101,7 +124,7 @@ class SlowFastVLProcessor(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else list(text)
         given = [] if videos is None else [videos] if isinstance(videos, str | bytes | PathLike) else list(videos)
         count = self.num_frames if num_frames is None else as_int("num_frames", num_frames, 1)
-        frames = [_frames(video, count, f"videos[{i}]") for i, video in enumerate(given)]
+        frames = [_frames(video, count, fps, f"videos[{i}]") for i, video in enumerate(given)]
         kwargs.setdefault("padding", len(prompts) > 1 and return_tensors is not None)
         if frames or self.config.video_token_id is not None:
             prompts = self._expanded(prompts, frames)
@@ -134,6 +157,7 @@ class SlowFastVLProcessor(ProcessorMixin):
         tokenize: bool = False,
         return_dict: bool = False,
         num_frames: int | None = None,
+        fps: float | None = None,
         **kwargs,
     ) -> str | list | Tensor | BatchFeature:
         """The prompt of a conversation, or of several.
@@ -146,7 +170,7 @@ class SlowFastVLProcessor(ProcessorMixin):
             chat_template: another than the processor's.
             tokenize: whether ids are made of the text, and frames of the videos.
             return_dict: with ``tokenize``: everything that the model takes, and not input_ids alone.
-            num_frames: as in a call.
+            num_frames, fps: as in a call.
             kwargs: the template's (``add_generation_prompt=True``) and the tokenizer's.
 
         Raises:
@@ -164,7 +188,7 @@ class SlowFastVLProcessor(ProcessorMixin):
         if not tokenize:
             return prompts if is_batch else prompts[0]
         arguments.setdefault("add_special_tokens", False)  # the template has written them
-        inputs = self(prompts, videos=videos or None, num_frames=num_frames, **arguments)
+        inputs = self(prompts, videos=videos or None, num_frames=num_frames, fps=fps, **arguments)
         return inputs if return_dict else inputs["input_ids"]
 
     def _flat(self, messages: Sequence[Mapping], videos: list) -> list[dict]:
@@ -195,10 +219,10 @@ class SlowFastVLProcessor(ProcessorMixin):
         return self.tokenizer.decode(*args, **kwargs)
 
 
-def _frames(video, num_frames: int, name: str) -> Tensor:
+def _frames(video, num_frames: int, fps: float | None, name: str) -> Tensor:
     """uint8 [T, height, width, 3] of a file or of what holds pictures."""
     if isinstance(video, str | bytes | PathLike):
-        return load_video(video, num_frames)
+        return load_video(video, num_frames, fps=fps)
     if not isinstance(video, Tensor):
         pictures = video if isinstance(video, np.ndarray) else np.stack([np.asarray(picture) for picture in video])
         video = torch.from_numpy(pictures)

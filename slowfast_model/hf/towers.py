@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from ..vision import PatchTower
+from .vision_towers import CONVNEXT_STRIDE, ClipTower, ConvNextTower, SiglipTower
 
-TOWERS = {"patch": PatchTower}  # the class, whose arguments are the settings
+
+class Tower(NamedTuple):
+    """A tower by its name: the class, whose arguments are the settings, and the side of its grid of tokens."""
+
+    kind: type[nn.Module]
+    side: Callable[[Mapping], int]  # of all settings
+
+
+TOWERS = {
+    "patch": Tower(PatchTower, lambda settings: settings["grid"]),
+    "convnext": Tower(ConvNextTower, lambda settings: settings["size"] // CONVNEXT_STRIDE),
+    "siglip": Tower(SiglipTower, lambda settings: settings["image_size"] // settings["patch_size"]),
+    "clip": Tower(ClipTower, lambda settings: settings["image_size"] // settings["patch_size"]),
+}
 
 
 def tower_config(tower: nn.Module | tuple[str, Mapping] | None) -> dict | None:
@@ -21,19 +36,32 @@ def tower_config(tower: nn.Module | tuple[str, Mapping] | None) -> dict | None:
     """
     if tower is None:
         return None
-    if isinstance(tower, PatchTower):
-        patch = tower.embed.kernel_size[0]
-        return {"name": "patch", "width": tower.embed.out_channels, "grid": tower.size // patch, "patch": patch}
     if isinstance(tower, nn.Module):
+        for name, known in TOWERS.items():
+            if isinstance(tower, known.kind):
+                return {"name": name, **tower.settings}
         raise ValueError(
             f"vision_tower: got {type(tower).__name__}, want one of {', '.join(TOWERS)} (encode_frames(tower, frames) "
             "gives video_features of any other)"
         )
     if not isinstance(tower, tuple | list) or len(tower) != 2 or not isinstance(tower[1], Mapping):
         raise TypeError(f"vision_tower: got {tower!r}, want a module, (name, settings) or None")
-    config = {"name": tower[0], **tower[1]}
-    build_tower(config)
-    return config
+    return {"name": tower[0], **_all_settings({"name": tower[0], **tower[1]})[1]}
+
+
+def _all_settings(config: Mapping) -> tuple[Tower, dict]:
+    settings = dict(config)
+    name = settings.pop("name", None)
+    if name not in TOWERS:
+        raise ValueError(f"vision_tower: got {name!r}, want one of {', '.join(TOWERS)}")
+    try:
+        bound = inspect.signature(TOWERS[name].kind).bind(**settings)
+    except TypeError as error:
+        raise ValueError(f"vision_tower: got settings {settings}, which {name!r} does not take ({error})") from error
+    bound.apply_defaults()
+    return TOWERS[name], {
+        key: list(value) if isinstance(value, tuple) else value for key, value in bound.arguments.items()
+    }
 
 
 def build_tower(config: Mapping) -> nn.Module:
@@ -41,20 +69,15 @@ def build_tower(config: Mapping) -> nn.Module:
 
     Raises:
         ValueError: an unknown name, or settings that it does not have.
+        ImportError: the library that it is of is not installed.
     """
-    settings = dict(config)
-    name = settings.pop("name", None)
-    if name not in TOWERS:
-        raise ValueError(f"vision_tower: got {name!r}, want one of {', '.join(TOWERS)}")
-    try:
-        return TOWERS[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"vision_tower: got settings {settings}, which {name!r} does not take ({error})") from error
+    tower, settings = _all_settings(config)
+    return tower.kind(**settings)
 
 
 def tokens_per_frame(config: Mapping | None) -> int | None:
     """Vision tokens of a frame; None: there is no tower that says so."""
     if config is None:
         return None
-    with torch.device("meta"):
-        return len(build_tower(config).position)
+    tower, settings = _all_settings(config)
+    return tower.side(settings) ** 2

@@ -8,6 +8,7 @@ import zlib
 
 import pytest
 import torch
+import torchvision_beside_cpu_torch  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

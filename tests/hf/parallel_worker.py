@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torchvision_beside_cpu_torch  # noqa: F401  (before transformers)
 from families import VIDEO, batch, slow_fast_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard

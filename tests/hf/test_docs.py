@@ -66,9 +66,11 @@ def documented():
     methods = [
         slowfast_model.hf.SlowFastVLConfig.num_fast_tokens,
         SlowFastVLForConditionalGeneration.forward,
+        SlowFastVLForConditionalGeneration.from_pretrained,
         SlowFastVLForConditionalGeneration.generate,
         SlowFastVLForConditionalGeneration.encode_videos,
         SlowFastVLProcessor.__call__,
+        SlowFastVLProcessor.from_pretrained,
         SlowFastVLProcessor.apply_chat_template,
     ]
     for method in methods:

@@ -122,8 +122,8 @@ def test_a_tower_is_saved_with_the_model(tmp_path):
         assert torch.equal(again.encode_videos([frames])[0], features[0])
     with pytest.raises(ValueError, match="vision_tower: got Linear"):
         add_slow_fast(language_model(), WIDTH, HYBRID, vision_tower=torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="vision_tower: got 'convnext'"):
-        add_slow_fast(language_model(), WIDTH, HYBRID, vision_tower=("convnext", {}))
+    with pytest.raises(ValueError, match="vision_tower: got 'eva', want one of patch, convnext, siglip, clip"):
+        add_slow_fast(language_model(), WIDTH, HYBRID, vision_tower=("eva", {}))
 
 
 @every_family
