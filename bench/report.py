@@ -42,7 +42,17 @@ OP_TITLES = {
     "demo": "Real video: fast backends against eager",
 }
 SUSTAINED_TITLE = "Sustained, without the rests that keep the clock up in the times above:"
-TEXT_COLUMNS = ("shape", "dtype", "best peer", "video", "backend", "met", "order", "stage", *backward_tables.TEXT_COLUMNS)
+TEXT_COLUMNS = (
+    "shape",
+    "dtype",
+    "best peer",
+    "video",
+    "backend",
+    "met",
+    "order",
+    "stage",
+    *backward_tables.TEXT_COLUMNS,
+)
 MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
 METHODS = {
     "wall": "Wall time, from a call to its answer.",

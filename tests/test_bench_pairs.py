@@ -270,14 +270,21 @@ def test_the_model_s_benchmark_measures_slow_fast_and_base_in_pairs_at_every_poi
         assert {row.method for row in (ours, base, alone)} == {"wall"}
 
 
-def test_what_slow_fast_adds_in_flop_is_keys_and_values_and_attention(measured):
+def test_what_slow_fast_adds_in_flop(measured):
+    """Keys and values, attention, the slow tokens' norm, and the projector's last layer on more than fast tokens."""
     for shape in SHAPES:
         ours, base = (measured["prefill", shape.name, who].extra["model_flops"] for who in ("slow-fast", "base LLM"))
         costs = parts.part_costs(shape, "float32")
-        # one op for gate and mix too, and the norm of the slow tokens
-        norm = shapes.pool_cost(PoolShape((shape.frames,), (3, 3), 64, pool_stride=1), "float32").flops
-        norm -= shapes.pool_cost(PoolShape((shape.frames,), (3, 3), 64, pool_stride=1), "float32", normed=False).flops
-        assert ours - base == costs["K and V"].flops + costs["attention with gate and mix"].flops + norm
+        windows = {"temporal_stride": 2**20, "min_fast_frames": shape.fast_frames}
+        frames, side = (shape.frames,), shape.slow_side
+        to_slow = PoolShape(frames, (2 * side, 2 * side), shape.hidden, 2, sampling_stride=2**20, temporal_stride=1)
+        to_fast = PoolShape(frames, (side, side), shape.hidden, pool_stride=1, **windows)
+        straight = PoolShape(frames, (2 * side, 2 * side), shape.hidden, 2, **windows)
+        pooling = shapes.pool_cost(to_slow, "float32", normed=False).flops + shapes.pool_cost(to_fast, "float32").flops
+        pooling -= shapes.pool_cost(straight, "float32", normed=False).flops
+        projector = 2 * shape.hidden**2 * (shape.num_slow - shape.num_fast)
+        attended = costs["K and V"].flops + costs["attention with gate and mix"].flops
+        assert ours - base == attended + pooling + projector
 
 
 def test_every_point_of_a_curve_is_of_the_same_variant(measured):
