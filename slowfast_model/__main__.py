@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--frames", type=_positive, metavar="N", help="frames of each video; default: the processor's")
     ask.add_argument("--fps", type=_rate, metavar="R", help="frames a second, at most --frames; default: evenly")
     ask.add_argument("--device", help="default: cuda if there is one, else cpu")
-    ask.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto, as the model was saved")
+    ask.add_argument("--dtype", choices=DTYPES, help="default: as the model was saved")
     ask.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the model's, or 512")
     ask.add_argument(
         "--temperature", type=_temperature, metavar="T", help="0: the likeliest token each time; default: the model's"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from slowfast_kernels.numbers import as_int
 
 from ..video import load_video
+from ..weight_files import read_json
 from ._versions import CACHE
+from .config import SlowFastVLConfig
 from .modeling import SlowFastVLForConditionalGeneration
 from .processing import SlowFastVLProcessor
 from .stopwatch import Stopwatch
@@ -102,7 +105,7 @@ class VideoChat:
         directory: str | PathLike,
         *,
         device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "auto",
+        dtype: str | torch.dtype | None = None,
         **settings,
     ) -> VideoChat:
         """A chat with the model and the processor of a directory.
@@ -110,13 +113,19 @@ class VideoChat:
         Args:
             directory: what ``save_pretrained`` of both wrote.
             device: where the model computes.
-            dtype: what it computes in; "auto": as it was saved.
+            dtype: what it computes in; None: as it was saved, or as the class chooses for what it did not save.
             settings: of ``VideoChat``.
 
         Raises:
             OSError, ValueError: a directory without a model, or without its processor.
         """
-        model = SlowFastVLForConditionalGeneration.from_pretrained(directory, dtype=dtype).to(device)
+        named = {} if dtype is None else {"dtype": dtype}
+        if (
+            dtype is None
+            and read_json(Path(directory) / "config.json").get("model_type") == SlowFastVLConfig.model_type
+        ):
+            named["dtype"] = "auto"
+        model = SlowFastVLForConditionalGeneration.from_pretrained(directory, **named).to(device).eval()
         try:
             processor = SlowFastVLProcessor.from_pretrained(directory)
         except (KeyError, OSError, TypeError, ValueError) as error:

@@ -306,5 +306,6 @@ def test_what_was_saved_is_what_answers(make, tmp_path):
     chat.processor.save_pretrained(tmp_path)
     again = VideoChat.from_pretrained(tmp_path, do_sample=False, max_new_tokens=5)
     assert [again.ask("what is this", [video]).ids, again.ask("a cat").ids] == want
-    half = VideoChat.from_pretrained(tmp_path, dtype="bfloat16")
-    assert half.model.dtype == torch.bfloat16
+    assert VideoChat.from_pretrained(tmp_path, dtype="bfloat16").model.dtype == torch.bfloat16
+    chat.model.to(torch.float16).save_pretrained(tmp_path)
+    assert VideoChat.from_pretrained(tmp_path).model.dtype == torch.float16
