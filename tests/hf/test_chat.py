@@ -23,12 +23,12 @@ USER, ASSISTANT, WHAT, IS, THIS, END, A, CAT = 1, 2, 3, 4, 5, 6, 7, 8  # ids
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word for every id."""
+    """A word for every id, none of which a decoder leaves out but the placeholder, which is never generated."""
     words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), VIDEO)), "<video>"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
-    made.add_special_tokens({"additional_special_tokens": ["<video>", "<user>", "<assistant>"]})
+    made = PreTrainedTokenizerFast(tokenizer_object=inner)
+    made.add_special_tokens({"additional_special_tokens": ["<video>"]})
     return made
 
 
@@ -198,6 +198,15 @@ def test_timings_name_every_stage(make):
     assert tower.preprocess is own
     assert "_slow_and_fast" not in vars(chat.model)
     assert not any("slow_kv" in vars(attention) for attention in chat.model.hybrid_attentions())
+
+
+def test_later_tokens_are_not_slowed_by_what_times_the_first(make):
+    chat = make()
+    first, *_ = chat.model.hybrid_attentions()
+    timed = []
+    chat.ask("what", [frames(8)], on_text=lambda text: timed.append("slow_kv" in vars(first)))
+    assert timed
+    assert not any(timed)
 
 
 def test_one_token_alone_has_no_time_of_later_ones(make):

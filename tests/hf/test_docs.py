@@ -27,7 +27,7 @@ def tiny_tokenizer(name):
     """In place of a download: words, and the token that Qwen2.5's tokenizer has for videos."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
     made.add_special_tokens({"additional_special_tokens": ["<|video_pad|>"]})
     made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     return made
