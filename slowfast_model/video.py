@@ -7,7 +7,7 @@ taken, and the times that they are shown at.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Rational
@@ -36,6 +36,7 @@ def load_video(
     fps: float | None = None,
     by: str = "index",
     return_times: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """uint8 frames [T, height, width, 3] (RGB) of the best video track, upright, sampled over the whole clip.
 
@@ -71,6 +72,7 @@ def load_video(
         fps: frames per second to take, > 0; None samples the whole clip evenly.
         by: "index" or "time".
         return_times: also return when the taken frames are shown.
+        progress: called at every decoded frame with the number of frames so far and the number that is expected.
 
     Returns:
         The frames; with ``return_times``, (frames, seconds float64 [T]): the presentation time of each frame taken on
@@ -82,7 +84,7 @@ def load_video(
         FileNotFoundError: no such file.
         ValueError: not a readable video, no video track, no frames, cut short or damaged, or a picture size that
             changes; or ``num_frames``, ``fps`` or ``by`` out of range.
-        TypeError: ``path``, ``num_frames``, ``fps`` or ``return_times`` of another type.
+        TypeError: ``path``, ``num_frames``, ``fps``, ``return_times`` or ``progress`` of another type.
         ImportError: PyAV is not installed.
     """
     num_frames = as_int("num_frames", num_frames, 1)
@@ -90,16 +92,18 @@ def load_video(
     if not isinstance(by, str) or by not in _ORDERS:
         raise ValueError(f"by: got {by!r}, want {' or '.join(map(repr, _ORDERS))}")
     return_times = as_bool("return_times", return_times)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: got {type(progress).__name__}, want a function of two numbers or None")
     name = file_name(path)
 
     found = scan(path, name)
     taken = _select(_timeline(found.clock), num_frames, rate, by)
-    decoded = decode(path, name, found, set(taken))
+    decoded = decode(path, name, found, set(taken), progress)
     shown = _timeline(decoded.clock)
     taken = _select(shown, num_frames, rate, by)
     frames = decoded.frames
     if not frames.keys() >= set(taken):  # the codec hides frames, or their times differ from the packets'
-        frames = decode(path, name, found, set(taken)).frames
+        frames = decode(path, name, found, set(taken), progress).frames
 
     pictures = torch.from_numpy(np.stack([frames[index] for index in taken]))
     if not return_times:

@@ -51,6 +51,17 @@ def test_the_last_frame_is_part_of_every_longer_sample():
     assert sample_indices(250, 64)[:4] == [0, 3, 7, 11]
 
 
+def test_progress_hears_of_every_decoded_frame(tmp_path):
+    heard = []
+    load_video(write_clip(tmp_path / "clip.mp4", 9), 3, progress=lambda *said: heard.append(said))
+    assert heard == [(n, 9) for n in range(1, 10)]
+
+
+def test_progress_that_is_no_function(tmp_path):
+    with pytest.raises(TypeError, match="progress: got int, want a function of two numbers or None"):
+        load_video(write_clip(tmp_path / "clip.mp4", 9), 3, progress=3)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
 def test_containers_with_and_without_a_frame_count(tmp_path, suffix):
     assert brightness(load_video(write_clip(tmp_path / f"clip{suffix}", 9), 3)) == [0, 4, 8]

@@ -11,6 +11,7 @@ except ImportError as error:
     ) from error
 
 from .add import add_slow_fast
+from .chat import Answer, VideoChat
 from .config import SlowFastVLConfig
 from .mllama import accelerate_cross_attention
 from .modeling import SlowFastVLForConditionalGeneration
@@ -25,10 +26,12 @@ AutoProcessor.register(SlowFastVLConfig, SlowFastVLProcessor)
 
 __all__ = [
     "PRESETS",
+    "Answer",
     "Preset",
     "SlowFastVLConfig",
     "SlowFastVLForConditionalGeneration",
     "SlowFastVLProcessor",
+    "VideoChat",
     "accelerate_cross_attention",
     "add_slow_fast",
 ]

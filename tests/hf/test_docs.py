@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import language_model
+from families import VOCABULARY, language_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import slowfast_model.hf
-from slowfast_model.hf import SlowFastVLForConditionalGeneration, SlowFastVLProcessor
+from slowfast_model.hf import SlowFastVLForConditionalGeneration, SlowFastVLProcessor, VideoChat
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+WORDS = ["<pad>", "user", "assistant", "What", "happens?", "A", "ball", "rolls.", "<|video_pad|>"]
+WORDS += [f"w{i}" for i in range(len(WORDS), VOCABULARY)]
 
 
 def tiny_tokenizer(name):
     """In place of a download: words, and the token that Qwen2.5's tokenizer has for videos."""
-    words = ["<pad>", "user", "assistant", "What", "happens?", "A", "ball", "rolls.", "<|video_pad|>"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
     made.add_special_tokens({"additional_special_tokens": ["<|video_pad|>"]})
     made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     return made
@@ -49,19 +50,27 @@ def test_readmes_example_adds_trains_and_answers(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"<!-- example: transformers -->\n```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
-    model, prompt = names["model"], names["prompt"]
+    model, sample = names["model"], names["sample"]
     assert isinstance(model, SlowFastVLForConditionalGeneration)
-    assert (prompt["input_ids"] == model.config.video_token_id).sum() == 32 // 8 * 144
+    assert (sample["input_ids"] == model.config.video_token_id).sum() == 32 // 8 * 144
     assert any(gate.any() for gate in (a.cross_attn_warm_up_gate for a in model.hybrid_attentions()))
     assert torch.is_grad_enabled()
-    assert capsys.readouterr().out.strip().endswith("]")
+    printed = capsys.readouterr().out.splitlines()[-1].split()
+    assert 1 <= len(printed) <= 32
+    assert set(printed) <= set(WORDS)
+    assert len([line for line in code.splitlines() if line and " import " not in line]) == 10
 
 
 def documented():
     """(docstring, the function with the signature) of the public names."""
     for name in ("add_slow_fast", "accelerate_cross_attention"):
         yield pytest.param(*[getattr(slowfast_model.hf, name)] * 2, id=name)
-    for kind in (slowfast_model.hf.SlowFastVLConfig, SlowFastVLForConditionalGeneration, SlowFastVLProcessor):
+    for kind in (
+        slowfast_model.hf.SlowFastVLConfig,
+        SlowFastVLForConditionalGeneration,
+        SlowFastVLProcessor,
+        VideoChat,
+    ):
         yield pytest.param(kind, kind.__init__, id=kind.__name__)
     methods = [
         slowfast_model.hf.SlowFastVLConfig.num_fast_tokens,
@@ -72,6 +81,8 @@ def documented():
         SlowFastVLProcessor.__call__,
         SlowFastVLProcessor.from_pretrained,
         SlowFastVLProcessor.apply_chat_template,
+        VideoChat.from_pretrained,
+        VideoChat.ask,
     ]
     for method in methods:
         yield pytest.param(method, method, id=method.__qualname__)
