@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
+PRESETS = ("demo", "evaluation")  # of hf.PRESETS, whose import takes transformers
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("question", nargs="?", help="left out: a conversation on stdin")
     ask.add_argument("--model", required=True, metavar="DIR", help="a directory with a model and its processor")
     ask.add_argument("--video", action="append", default=[], metavar="PATH", help="a video file; may be repeated")
+    ask.add_argument(
+        "--preset", choices=PRESETS, help="frames and sampling of the released code; what else is said holds"
+    )
     ask.add_argument("--frames", type=_positive, metavar="N", help="frames of each video; default: the processor's")
     ask.add_argument("--fps", type=_rate, metavar="R", help="frames a second, at most --frames; default: evenly")
     ask.add_argument("--device", help="default: cuda if there is one, else cpu")

@@ -67,13 +67,16 @@ def _load(given: Namespace):
         raise Failure(f"--model: got {directory} ({what}), want a directory that a model's save_pretrained wrote")
     from safetensors import SafetensorError
 
-    from .hf import VideoChat  # transformers takes seconds, and is an extra
+    from .hf import PRESETS, VideoChat  # transformers takes seconds, and is an extra
 
     _quieten()
-    options = _sampling(given)
+    preset = None if given.preset is None else PRESETS[given.preset]
+    options = ({} if preset is None else dict(preset.generate)) | _sampling(given)
     if given.max_new_tokens is not None:
         options["max_new_tokens"] = given.max_new_tokens
-    settings = {"num_frames": given.frames, "fps": given.fps, "system": given.system}
+    settings = {"num_frames": given.frames, "system": given.system} | ({} if preset is None else dict(preset.frames))
+    if given.fps is not None:
+        settings["fps"] = given.fps
     try:
         return VideoChat.from_pretrained(directory, device=device, dtype=given.dtype, **settings, **options)
     except torch.OutOfMemoryError:
