@@ -26,7 +26,7 @@ from .calls import (
     PoolCallOptions,
     scale_of,
 )
-from .gradients import mix_differentiable, mix_needs, new_gradients, row_major
+from .gradients import mix_differentiable, mix_needs, new_gradients, new_like, row_major
 from .params import (
     CrossAttentionParams,
     address,
@@ -96,7 +96,7 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
 
     @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=8 * params.rows))
     def run(tensors: MixTensors) -> Tensor:
-        out = tensors.state.new_empty(tensors.state.shape)
+        out = new_like(tensors.state)
         mine = copy(params)
         held = fill_gated_mix(mine, tensors, out, tensors.gate(options))  # noqa: F841  until the kernel has read it
         kernel(addressof(mine), torch.get_num_threads())
@@ -116,7 +116,7 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     @described(lambda: _attention_plan(params))
     def run(tensors: FusedTensors) -> Tensor:
         state = tensors.state
-        out = state.new_empty(state.shape) if all_rows_are_text else state.clone(memory_format=torch.contiguous_format)
+        out = new_like(state) if all_rows_are_text else state.clone(memory_format=torch.contiguous_format)
         mine = copy(params)
         mine.state, mine.out = state.data_ptr(), out.data_ptr()
         held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel has read it
@@ -134,7 +134,7 @@ def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Call
 
     @described(lambda: CallPlan(tiles=_threads()))
     def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
-        context, lse = (x.new_empty(x.shape) for x in tensors[:2])
+        context, lse = map(new_like, tensors[:2])
         mine = copy(params)
         fill_merge(mine, tensors, context, lse)
         kernel(addressof(mine), torch.get_num_threads())
@@ -155,6 +155,7 @@ def prepare_text_cross_attention_backward(
     kernel = extension().cpu_cross_attention_backward
     needs = (needs[0], needs[1], needs[2] and inputs.slow_values is not None)
     has_other_rows = inputs.text_rows.shape[0] < inputs.q.shape[0]
+    behind = inputs.q.shape[2] * inputs.q.element_size()  # of dK, where dV lies in one tensor with it
     note = f"a pass over the slow tokens; partial sums of dQ take {_BACKWARD_WORKSPACE} bytes at most"
 
     @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=None, notes=(note,)))
@@ -168,7 +169,7 @@ def prepare_text_cross_attention_backward(
         held = fill_attention_backward(mine, tensors)  # noqa: F841  until the kernel has read it
         mine.grad_q, mine.grad_keys, mine.grad_values = map(address, gradients)
         if inputs.slow_values is None and grad_kv is not None:
-            mine.grad_values = grad_kv[:, :, 1].data_ptr()
+            mine.grad_values = grad_kv.data_ptr() + behind
         kernel(addressof(mine), torch.get_num_threads())
         return gradients
 

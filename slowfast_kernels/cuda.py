@@ -29,7 +29,7 @@ from .calls import (
     scale_of,
 )
 from .gate import Gate
-from .gradients import mix_differentiable, mix_needs, new_gradients, row_major
+from .gradients import mix_differentiable, mix_needs, new_gradients, new_like, row_major
 from .heuristics.cuda import (
     HopperBackwardConfig,
     HopperConfig,
@@ -94,7 +94,7 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
 
     @described(CallPlan)
     def run(tensors: MixTensors) -> Tensor:
-        out = tensors.state.new_empty(tensors.state.shape)
+        out = new_like(tensors.state)
         mine = copy(params)
         held = fill_gated_mix(mine, tensors, out, tensors.gate(options))  # noqa: F841  until the kernel is launched
         _launch(kernel, device, mine)
@@ -151,7 +151,7 @@ def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Call
 
     @described(CallPlan)
     def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
-        context, lse = (x.new_empty(x.shape) for x in tensors[:2])
+        context, lse = map(new_like, tensors[:2])
         mine = copy(params)
         fill_merge(mine, tensors, context, lse)
         _launch(kernel, device, mine)
@@ -219,7 +219,7 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     @described(attend.describe)
     def run(tensors: FusedTensors) -> Tensor:
         state = tensors.state
-        out = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+        out = new_like(state)
         if copies_rows:
             out.copy_(state)
         attend(tensors, state=state, out=out, gate=tensors.gate(options))
@@ -365,7 +365,7 @@ class AttentionBackward:
         held = fill_attention_backward(params, tensors)  # noqa: F841  until the kernels are launched
         params.grad_q, params.grad_keys, params.grad_values = map(address, gradients)
         if inputs.slow_values is None and gradients[1] is not None:
-            params.grad_values = gradients[1][:, :, 1].data_ptr()
+            params.grad_values = gradients[1].data_ptr() + inputs.q.shape[2] * inputs.q.element_size()
         tiles, sums, parts, turns, _ = self.workspace
         workspace = torch.empty(sum(self.workspace) // 4, dtype=torch.float32, device=self.device)
         plan.tiles = workspace.data_ptr()

@@ -17,10 +17,12 @@ def row_major(x: Tensor) -> Tensor:
 
 def new_gradients(inputs: Iterable[Tensor | None], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
     """Memory, contiguous, for the gradients of those inputs that need one; None for the others."""
-    return tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in zip(inputs, needs, strict=True)
-    )
+    return tuple([new_like(x) if need else None for x, need in zip(inputs, needs, strict=True)])
+
+
+def new_like(x: Tensor) -> Tensor:
+    """Contiguous memory; of the ways to ask for it, the one that costs the host half of the others."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def mix_differentiable(inputs: MixTensors) -> tuple[Tensor | None, ...]:

@@ -373,7 +373,7 @@ def fill_attention_backward(params: CrossAttentionBackwardParams, call: Backward
 
     Returns what the addresses belong to, to be held until the kernel is launched.
     """
-    context, lse = (x.contiguous() for x in call.results)
+    context, lse = (x if x.is_contiguous() else x.contiguous() for x in call.results)
     grad_context, grad_lse = call.grads
     if grad_context is None:
         grad_context = context.new_zeros(1, 1, context.shape[2]).expand(context.shape)

@@ -387,6 +387,11 @@ def test_a_training_step_is_counted_forward_and_backward(calls):
     assert found["text_cross_attention_backward"] == 2.5 * found["text_cross_attention"]
 
 
+def test_a_backward_pass_alone_is_counted(calls):
+    out = calls("gated_residual_mix", differentiated=True)
+    assert count(lambda: out.sum().backward()) == {"gated_residual_mix_backward": 9 * 4 * 64}
+
+
 def test_every_registered_op_is_counted(rng):
     from targets import Target
 

@@ -162,6 +162,16 @@ def test_a_backward_refuses_a_tangent_that_it_would_drop():
         torch.autograd.grad(out, x, fwAD.make_dual(torch.ones_like(out), torch.ones_like(out)))
 
 
+def test_a_batch_of_gradients_is_a_backward_pass_for_each(rng):
+    inputs = make_inputs(Shape(((2, 9),), dim=16), torch.float32, "cpu", rng())
+    q = inputs.q.clone().requires_grad_()
+    out = sk.text_cross_attention(q, *inputs.attention[1:])
+    grads = torch.randn(3, *out.shape, generator=rng())
+    (found,) = torch.autograd.grad(out, q, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, q, grad, retain_graph=True)[0] for grad in grads]
+    assert torch.equal(found, torch.stack(each))
+
+
 def test_a_second_derivative_through_backward_is_an_error():
     x = torch.randn(4, 9, 8, requires_grad=True)
     (grad,) = torch.autograd.grad(sk.slowfast_pool(x, [4], (3, 3), norm_eps=1e-3).slow.sum(), x, create_graph=True)

@@ -16,7 +16,7 @@ void cross_attention(const CrossAttentionParams& p, int num_threads) {
   const Scratch context(count * p.head_dim), lse2(count);
   std::fill_n(lse2.data(), count, -std::numeric_limits<float>::infinity());
   const Partials partials{plan.first_partial.data(), context.data(), lse2.data()};
-  for_each(plan.units.size(), num_threads, k.attention_scratch(p),
+  for_each(plan.units.size(), threads_for(plan.multiply_adds, num_threads), k.attention_scratch(p),
            [&](int64_t i, float* scratch) { k.attention(p, plan.units[i], partials, scratch); });
   const int finishing_threads = p.num_text < 4 ? 1 : num_threads;   // few rows are not worth waking threads for
   for_each(p.num_text, finishing_threads, int64_t(p.num_q_heads) * p.head_dim,

@@ -13,7 +13,8 @@ namespace {
 class AttentionBackward {
  public:
   AttentionBackward(const CrossAttentionBackwardParams& b, int num_threads)
-      : b_(b), p_(b.forward), k_(*kernels().backward), num_threads_(num_threads), plan_(p_),
+      : b_(b), p_(b.forward), k_(*kernels().backward), plan_(p_),
+        num_threads_(threads_for(plan_.multiply_adds(), num_threads)),
         row_floats_(k_.row_floats(p_)), max_rows_(b.workspace_bytes / int64_t(row_floats_ * sizeof(float))),
         delta_(p_.num_text * p_.num_q_heads) {}
 
@@ -94,8 +95,8 @@ class AttentionBackward {
   const CrossAttentionBackwardParams& b_;
   const CrossAttentionParams& p_;
   const BackwardKernels& k_;
-  const int num_threads_;
   const BackwardPlan plan_;
+  const int num_threads_;
   const int64_t row_floats_, max_rows_;
   const Scratch delta_;
 };

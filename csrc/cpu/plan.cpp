@@ -46,6 +46,7 @@ class Planner {
   AttentionPlan finish(int num_threads) {
     double work = 0;
     for (const Strip& strip : strips_) work += double(strip.cost) * strip.tokens * (p_.num_kv_heads / strip.head_step);
+    plan_.multiply_adds = 2 * work * p_.head_dim;
     const double unit_work = work / (kUnitsPerThread * num_threads);
     for (const Strip& strip : strips_) add_units(strip, p_.num_splits > 0 ? fixed(strip) : dealt(strip, unit_work));
     order_units();

@@ -11,6 +11,7 @@ struct AttentionPlan {
   std::vector<TokenRun> runs;
   std::vector<AttentionUnit> units;      // in the order in which they are to be started
   std::vector<int64_t> first_partial;    // [Nt + 1], see Partials
+  double multiply_adds = 0;              // with what reading a token costs
 };
 
 // `max_rows`, `flat_rows`: of Kernels. `num_threads` counts only where num_splits is 0: there must be work for each.

@@ -76,6 +76,7 @@ void BackwardPlan::add_groups(const CrossAttentionParams& p) {
   }
   double total = 0, before = 0;
   for (double x : cost) total += x;
+  multiply_adds_ = 5 * total * p.head_dim * p.num_kv_heads;
   std::vector<int32_t> group_of(blocks);
   for (int64_t block = 0, last = -1; block < blocks; before += cost[block++]) {
     const int64_t group = std::min(int64_t((before + cost[block] / 2) / total * count), count - 1);

@@ -22,6 +22,8 @@ class BackwardPlan {
 
   // Groups of tokens, which one unit a KV head works on; together they are the cache.
   const std::vector<Interval>& groups() const { return groups_; }
+  // Of all five products, with what reading a token costs.
+  double multiply_adds() const { return multiply_adds_; }
   const std::vector<int32_t>& texts() const { return texts_; }   // that see something, by sequences
   // The slow tokens that each of texts() sees, if they are few and the dtype is a half; else none.
   std::vector<FewTokens> few_tokens(const CrossAttentionParams& p) const;
@@ -45,6 +47,7 @@ class BackwardPlan {
   int64_t rows_of(const Sequence& sequence, int64_t begin, int64_t end) const;
 
   int64_t group_;
+  double multiply_adds_ = 0;
   std::vector<int32_t> texts_;
   std::vector<Sequence> sequences_;
   std::vector<Interval> groups_;

@@ -26,6 +26,14 @@ class Scratch {
 
 constexpr int64_t padded(int64_t floats) { return (floats + 31) / 32 * 32; }   // threads share no pair of cache lines
 
+// Multiply-adds that take one thread longer (some 20 us) than it takes to wake another.
+constexpr double kWorkOfThread = 1 << 19;
+
+// So many of `num_threads` as that much work is worth.
+inline int threads_for(double multiply_adds, int num_threads) {
+  return int(std::clamp(multiply_adds / kWorkOfThread, 1.0, double(std::max(num_threads, 1))));
+}
+
 // body(index, this thread's scratch) for index in [0, count).
 template <class Body>
 void for_each(int64_t count, int num_threads, int64_t scratch_floats, const Body& body) {

@@ -168,6 +168,8 @@ def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> Non
     values = integers(cu)
     if values[0] != 0 or values[-1] != total:
         raise ValueError(f"{name}: got a range {values[0]}..{values[-1]}, want 0..{total} ({total_name})")
+    if values == sorted(values):  # the few numbers of every call
+        return
     for i, (low, high) in enumerate(pairwise(values)):
         if low > high:
             raise ValueError(f"{name}: got {low} then {high} at index {i}, want a non-decreasing sequence")

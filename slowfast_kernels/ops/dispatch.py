@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .. import _extension
 from ..heuristics.backends import BACKENDS, BackendChoice, OpCall, choose_backend, unsupported_reason
@@ -165,16 +166,22 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
         return True
     for x in tensors:
-        if isinstance(x, Tensor) and (
-            type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or x.is_neg() or x._is_zerotensor()
-        ):
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.is_meta or x.is_neg() or x._is_zerotensor():
+                return True
+        elif x is not None and isinstance(x, Tensor):
             return True
     return False
 
 
 def is_differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
     """Autograd follows the call."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # in half the time of any()
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def follows_gradients(tensors: tuple[Tensor | None, ...]) -> bool:

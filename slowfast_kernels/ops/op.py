@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import profiler
 
 from .. import observe
@@ -116,6 +117,7 @@ class Op:
     def __init__(self):
         OPS[self.name] = self
         self.qualified_name = f"slowfast::{self.torch_name}"
+        self.places = [self.tensors._fields.index(name) for name in self.differentiable]
         arguments = f"{_schema(self.tensors)}, {_schema(self.options)}"
         given = [f"Tensor? grad_{i}" for i in self.has_gradient] + [f"Tensor? result_{i}" for i in self.saves]
         gradients = ", ".join(["Tensor"] * len(self.differentiable))
@@ -326,10 +328,12 @@ class Op:
 
     def keep(self, ctx, tensors, options, output) -> None:
         """What the backward pass of a call reads."""
-        ctx.options = options._replace(backend=requested_backend(options.backend))  # what is around it now
+        backend = requested_backend(options.backend)  # what is around it now
+        ctx.options = options if backend == options.backend else options._replace(backend=backend)
         results = output if isinstance(output, tuple) else (output,)
         ctx.save_for_backward(*tensors, *(results[i] for i in self.saves))
-        ctx.mark_non_differentiable(*(x for i, x in enumerate(results) if i not in self.has_gradient))
+        if len(results) > len(self.has_gradient):
+            ctx.mark_non_differentiable(*(x for i, x in enumerate(results) if i not in self.has_gradient))
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx, *grads):
@@ -338,15 +342,16 @@ class Op:
 
     def gradients_of(self, ctx, grads, asked: Sequence[bool], backward: Callable) -> tuple[Tensor | None, ...]:
         """Of every tensor of a call that was kept in ``ctx``, None where it is not ``asked`` for, by ``backward``."""
-        names, grads = self.tensors._fields, tuple(grads[i] for i in self.has_gradient)
+        gradients, grads = [None] * len(asked), tuple([grads[i] for i in self.has_gradient])
         if all(grad is None for grad in grads):
-            return (None,) * len(names)
+            return tuple(gradients)
         saved = ctx.saved_tensors  # which can be read once, under checkpointing
-        call = BackwardTensors(grads, saved[len(names) :], self.tensors(*saved[: len(names)]))
-        asked = dict(zip(names, asked, strict=True))
-        found = backward(call, ctx.options, tuple(asked[name] for name in self.differentiable))
-        found = dict(zip(self.differentiable, found, strict=True))
-        return tuple(found.get(name) if asked[name] else None for name in names)
+        call = BackwardTensors(grads, saved[len(asked) :], self.tensors(*saved[: len(asked)]))
+        found = backward(call, ctx.options, tuple([asked[place] for place in self.places]))
+        for place, gradient in zip(self.places, found, strict=True):
+            if asked[place]:
+                gradients[place] = gradient
+        return tuple(gradients)
 
     def _backward_registered(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Sequence[Tensor]:
         found = self.backward(*call.grads, *call.results, list(needs), *call.inputs, *options)
@@ -355,7 +360,12 @@ class Op:
     def backward_seen(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
         """``run_backward``, as ``__call__`` is ``run``."""
         given = (*call.grads, *call.results, *call.inputs)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or needs_formula(*given) or needs_torch_op(*given):
+        if (
+            torch.is_grad_enabled()  # for second derivatives, which the registered op refuses in its words
+            or needs_formula(*given)
+            or needs_torch_op(*given)
+            or any(x is not None and is_legacy_batchedtensor(x) for x in call.grads)  # is_grads_batched=True
+        ):
             return self._backward_registered(call, options, needs)
         if profiler._is_profiler_enabled:
             with profiler.record_function(f"{self.qualified_name}_backward"):
@@ -367,20 +377,17 @@ def _node_of(op: Op) -> type[torch.autograd.Function]:
     """What autograd follows of a call that PyTorch need not see otherwise. It computes what the registered op does, and
     spares its way through the dispatcher, which takes longer than a small call's kernels."""
 
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, options, *tensors):
-            tensors = op.tensors(*tensors)
-            results = op.run_seen(tensors, options)
-            op.keep(ctx, tensors, options, results)
-            return results
+    def forward(ctx, options, *tensors):
+        tensors = op.tensors(*tensors)
+        results = op.run_seen(tensors, options)
+        op.keep(ctx, tensors, options, results)
+        return results
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return None, *op.gradients_of(ctx, grads, ctx.needs_input_grad[1:], op.backward_seen)
+    def backward(ctx, *grads):
+        return None, *op.gradients_of(ctx, grads, ctx.needs_input_grad[1:], op.backward_seen)
 
-    Node.__name__ = Node.__qualname__ = f"slowfast_{op.torch_name}_"  # as a graph prints it, with Backward behind
-    return Node
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"slowfast_{op.torch_name}_", (torch.autograd.Function,), methods)  # a graph prints Backward behind it
 
 
 EAGER_PLAN = CallPlan(workspace_bytes=None, notes=("PyTorch's own ops, a sequence after the other",))

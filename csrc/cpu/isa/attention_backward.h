@@ -18,11 +18,16 @@ template <class Ops>
 struct BackwardLayout {
   static constexpr int64_t kRows = 3 * kLanes;   // of a block
   int64_t block, dense, lanes, in_use;           // lanes: kPack elements of D each, `in_use` of which are not padding
-  explicit BackwardLayout(int64_t head_dim)
-      : block(backward_block(head_dim)),
-        dense(round_up(head_dim, kLanes * Ops::kPack)),
+  explicit BackwardLayout(const CrossAttentionParams& p)
+      : block(block_of(p)),
+        dense(round_up(p.head_dim, kLanes * Ops::kPack)),
         lanes(dense / Ops::kPack),
-        in_use(div_up(head_dim, Ops::kPack)) {}
+        in_use(div_up(p.head_dim, Ops::kPack)) {}
+  // Not more than there is: memory that each call gets from the system anew takes longer than a small call's products.
+  static int64_t block_of(const CrossAttentionParams& p) {
+    const int64_t most = backward_block(p.head_dim), tokens = round_up(p.num_slow, kBackwardTile);
+    return tokens < most ? tokens : most;
+  }
   int64_t floats() const {
     const int64_t tokens = 2 * block * (lanes + dense) + (Ops::kPack > 1 ? block / Ops::kPack * dense : 0);
     const int64_t rows = kRows * (3 * lanes + 2 * dense / Ops::kPack + 2);
@@ -45,7 +50,7 @@ template <class Ops, class T>
 class BackwardTile {
  public:
   BackwardTile(const CrossAttentionBackwardParams& params, const BackwardUnit& u, const float* delta, float* scratch)
-      : b_(params), p_(params.forward), unit_(u), delta_(delta), layout_(p_.head_dim),
+      : b_(params), p_(params.forward), unit_(u), delta_(delta), layout_(p_),
         group_(p_.num_q_heads / p_.num_kv_heads) {
     const auto take = [&](int64_t floats) {
       float* mine = scratch;
@@ -281,9 +286,8 @@ class BackwardTile {
       if (is_whole(i)) weigh<false>(i - begin, i, wants_scores);
       else weigh<true>(i - begin, i, wants_scores);
     }
-    const int64_t pairs = width_ / Ops::kPack;
-    if (unit_.values) tokens_by_d(upstream_rows_, probs_, end - begin, pairs, grad_v_ + begin * layout_.dense);
-    if (unit_.keys) tokens_by_d(query_rows_, by_row_, end - begin, pairs, grad_k_ + begin * layout_.dense);
+    if (unit_.values) tokens_by_d(upstream_rows_, probs_, end - begin, grad_v_ + begin * layout_.dense);
+    if (unit_.keys) tokens_by_d(query_rows_, by_row_, end - begin, grad_k_ + begin * layout_.dense);
     if (unit_.grad_q != nullptr) rows_by_d(key_rows_ + begin / Ops::kPack * layout_.dense, end - begin, grad_q);
   }
 
@@ -349,17 +353,18 @@ class BackwardTile {
     }
   }
 
-  // out[t][D] += sum over rows of weights[t][row] rows[row][D], `pairs` of them
-  void tokens_by_d(const float* rows, const float* weights, int64_t count, int64_t pairs, float* out) const {
+  // out[t][D] += sum over rows of weights[t][row] rows[row][D]; not over the lanes behind the last row
+  void tokens_by_d(const float* rows, const float* weights, int64_t count, float* out) const {
+    const int64_t stride = width_ / Ops::kPack, pairs = div_up(rows_, Ops::kPack);
     int64_t d = 0;
     for (; d + kWide * kLanes <= layout_.dense; d += kWide * kLanes) {
       for (int64_t t = 0; t < count; t += kHigh) {
-        add_product<kWide>(rows + d, weights + t * pairs, pairs, 1, pairs, out + t * layout_.dense + d);
+        add_product<kWide>(rows + d, weights + t * stride, stride, 1, pairs, out + t * layout_.dense + d);
       }
     }
     if (d == layout_.dense) return;
     for (int64_t t = 0; t < count; t += kHigh) {
-      add_product<1>(rows + d, weights + t * pairs, pairs, 1, pairs, out + t * layout_.dense + d);
+      add_product<1>(rows + d, weights + t * stride, stride, 1, pairs, out + t * layout_.dense + d);
     }
   }
 

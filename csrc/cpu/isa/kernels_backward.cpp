@@ -17,13 +17,13 @@ void with_ops(DType dtype, F f) {
 
 int64_t row_floats(const CrossAttentionParams& p) {
   int64_t floats = 0;
-  with_ops(p.dtype, [&](auto ops, auto) { floats = BackwardLayout<decltype(ops)>(p.head_dim).dense; });
+  with_ops(p.dtype, [&](auto ops, auto) { floats = BackwardLayout<decltype(ops)>(p).dense; });
   return floats;
 }
 
 int64_t attention_scratch(const CrossAttentionParams& p) {
   int64_t floats = 0;
-  with_ops(p.dtype, [&](auto ops, auto) { floats = BackwardLayout<decltype(ops)>(p.head_dim).floats(); });
+  with_ops(p.dtype, [&](auto ops, auto) { floats = BackwardLayout<decltype(ops)>(p).floats(); });
   return floats;
 }
 
