@@ -152,15 +152,19 @@ class _Fused(Op):
         attend = AttentionOptions(options.softmax_scale, True, options.num_splits, options.backend)
         needs_state, needs_attention, needs_gate = needs[0], needs[1:4], needs[4:]
         context, lse = attention.run(tensors.attention, attend)
-        state, gate = eager.without_blind_rows(tensors.state, tensors.text_rows, tensors.gate(options), lse)[2:]
+        clean = eager.without_blind_rows(tensors.state, tensors.text_rows, tensors.gate(options), lse)
+        gate = clean.gate
         mixing = MixTensors(
-            state, context.flatten(1), tensors.text_rows, gate.weight, gate.bias, gate.warm_up, gate.value
+            clean.state, context.flatten(1), tensors.text_rows, gate.weight, gate.bias, gate.warm_up, gate.value
         )
+        (grad,) = call.grads
         grad_state, grad_context, *grad_gate = mix.run_backward(
-            BackwardTensors(call.grads, (), mixing),
+            BackwardTensors((clean.blank(grad),), (), mixing),
             MixOptions(options.gate, options.warm_up_tanh, options.backend),
             (needs_state, any(needs_attention), *needs_gate),
         )
+        if grad_state is not None:
+            grad_state = clean.keep(grad_state, grad)
         if not any(needs_attention):
             return grad_state, None, None, None, *grad_gate
         attended = BackwardTensors((grad_context.view(context.shape), None), (context, lse), tensors.attention)
