@@ -315,10 +315,10 @@ class _Merged(NamedTuple):
 def _merge(context_a: Tensor, lse_a: Tensor, context_b: Tensor, lse_b: Tensor) -> _Merged:
     none = float("-inf")
     neither = (lse_a == none) & (lse_b == none)
-    some_a, some_b = (torch.where(neither, 0, x) for x in (lse_a, lse_b))  # no derivative exists where both are -inf,
-    lse = torch.logaddexp(some_a, some_b)  # and torch.func would multiply what stands there by 0
-    share_a, share_b = (torch.where(neither, 0, (x - lse).exp()).unsqueeze(-1) for x in (some_a, some_b))
-    lse = torch.where(neither, none, lse)
+    some_a, some_b = (torch.where(neither, 0, x) for x in (lse_a, lse_b))  # -inf twice has no derivative for torch.func
+    lse = torch.where(neither, none, torch.logaddexp(some_a, some_b))
+    more_a = some_a - some_b  # and not each minus their sum, whose rounding grows with it
+    share_a, share_b = (torch.where(neither, 0, x.sigmoid()).unsqueeze(-1) for x in (more_a, -more_a))
     context_a, context_b = (
         torch.where(x == none, 0, _fp32_or_wider(context))
         for x, context in ((lse_a.unsqueeze(-1), context_a), (lse_b.unsqueeze(-1), context_b))

@@ -86,6 +86,18 @@ def test_far_apart_sides_do_not_overflow(target, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("both", [-3000.0, 60.0])
+def test_what_both_sides_have_more_does_not_round_the_context(target, both, rng):
+    parts, _ = parts_of(target, rng)
+    parts[1] += both
+    parts[3] += both
+    context, _ = target.run(sk.merge_attention, *parts)
+    exact, _ = exact_merge(*parts)
+    plain, _ = sk.merge_attention(*parts, backend="eager")
+    reference.assert_accurate(context, plain, exact)
+
+
+@pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("shape", [(0, 4, 16), (3, 1, 1), (2, 3, 7), (5, 28, 128), (1, 2, 300)])
 def test_any_shape_and_strides(target, shape, rng):
     generator = rng(target.device)
