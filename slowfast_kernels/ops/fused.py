@@ -59,7 +59,9 @@ def slowfast_cross_attention(
         backend: "cuda", "triton", "cpu", "eager", or None (automatic).
 
     Returns:
-        A new tensor [rows, C]; rows outside ``text_rows`` and rows that see no slow token are copied.
+        A new tensor [rows, C]; rows outside ``text_rows`` and rows that see no slow token are copied. (Where gradients
+        follow a call without ranges and pieces, rows of a sequence without slow tokens get 0 times their gate added:
+        -0.0 becomes 0.0.)
 
     Raises:
         ValueError, TypeError, NotImplementedError: as the two ops.
