@@ -105,6 +105,16 @@ def test_function_transforms_see_the_derivative(call):
     close(torch.func.vmap(op, in_dims=-1)(pair.movedim(0, -1).contiguous()), wanted)
 
 
+def test_gradients_may_come_in_a_batch(call):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` and gradcheck's ``check_batched_grad`` hand them."""
+    x, op, _ = call
+    x = x.clone().requires_grad_()
+    out = op(x)
+    upstream = torch.randn(3, *out.shape, device=out.device)
+    (found,) = torch.autograd.grad(out, x, upstream, is_grads_batched=True, retain_graph=True)
+    close(found, torch.stack([torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in upstream]))
+
+
 def test_frame_counts_may_be_a_tensor_inside_a_transform(target):
     frames, counts = torch.randn(3, 4, 8, device=target.device), torch.tensor([2, 1])
 

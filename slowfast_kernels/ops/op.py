@@ -357,6 +357,8 @@ class Op:
         given = (*call.grads, *call.results, *call.inputs)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or needs_formula(*given) or needs_torch_op(*given):
             return self._backward_registered(call, options, needs)
+        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in call.grads):
+            return self._backward_registered(call, options, needs)  # autograd.grad(is_grads_batched=True)
         if profiler._is_profiler_enabled:
             with profiler.record_function(f"{self.qualified_name}_backward"):
                 return self.run_backward(call, options, needs)
