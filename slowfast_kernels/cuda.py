@@ -296,6 +296,9 @@ class Attention:
     ) -> None:
         """Into ``context`` and ``lse``, and into ``out`` where there is a state."""
         params, plan = copy(self.params), self.plan
+        pieces = tensors.slow_pieces
+        if pieces is not None and pieces.data_ptr() % 8:  # the kernel loads a piece's begin and end at once
+            tensors = tensors._replace(slow_pieces=pieces.clone())
         fill_attention(params, tensors)
         if context is not None:
             params.context = context.data_ptr()

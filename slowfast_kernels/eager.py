@@ -313,9 +313,12 @@ class _Merged(NamedTuple):
 
 
 def _merge(context_a: Tensor, lse_a: Tensor, context_b: Tensor, lse_b: Tensor) -> _Merged:
-    lse = torch.logaddexp(lse_a, lse_b)
     none = float("-inf")
-    share_a, share_b = (torch.where(x == none, 0, (x - lse).exp()).unsqueeze(-1) for x in (lse_a, lse_b))
+    neither = (lse_a == none) & (lse_b == none)
+    some_a, some_b = (torch.where(neither, 0, x) for x in (lse_a, lse_b))  # -inf twice has no derivative for torch.func
+    lse = torch.where(neither, none, torch.logaddexp(some_a, some_b))
+    more_a = some_a - some_b  # and not each minus their sum, whose rounding grows with it
+    share_a, share_b = (torch.where(neither, 0, x.sigmoid()).unsqueeze(-1) for x in (more_a, -more_a))
     context_a, context_b = (
         torch.where(x == none, 0, _fp32_or_wider(context))
         for x, context in ((lse_a.unsqueeze(-1), context_a), (lse_b.unsqueeze(-1), context_b))
@@ -350,7 +353,8 @@ def merge_attention_backward(
         apart = torch.where(share == 0, 0, _fp32_or_wider(context) - merged.context)
         grad_own_lse = share.squeeze(-1) * ((grad * apart).sum(-1) + grad_lse)
         has_share = share.squeeze(-1) > 0
-        gradients += [(share * grad).to(context.dtype), torch.where(has_share, grad_own_lse, 0).to(lse.dtype)]
+        grad_own = torch.where(share > 0, share * grad, 0)
+        gradients += [grad_own.to(context.dtype), torch.where(has_share, grad_own_lse, 0).to(lse.dtype)]
     return tuple(gradients)
 
 
@@ -458,6 +462,10 @@ class _WithoutBlindRows(NamedTuple):
     state: Tensor
     gate: Gate
 
+    def blank(self, x: Tensor) -> Tensor:
+        """``x`` [rows, C] with 0 in the blind rows."""
+        return x.index_copy(0, self.rows, torch.where(self.sees[:, None], x[self.rows], 0))
+
     def keep(self, mixed: Tensor, state: Tensor) -> Tensor:
         """``mixed``, with the blind rows of ``state``, bit for bit."""
         rows = torch.where(self.sees[:, None], mixed[self.rows], state[self.rows])
@@ -466,8 +474,7 @@ class _WithoutBlindRows(NamedTuple):
 
 def without_blind_rows(state: Tensor, text_rows: Tensor, gate: Gate, lse: Tensor) -> _WithoutBlindRows:
     """A row is blind if its ``lse`` [Nt, Hq] is -inf."""
-    rows, sees = text_rows.long(), (lse != float("-inf")).any(-1)
-    state = state.index_copy(0, rows, torch.where(sees[:, None], state[rows], 0))
+    clean = _WithoutBlindRows(text_rows.long(), (lse != float("-inf")).any(-1), state, gate)
     if gate.value is not None:
-        gate = gate._replace(value=torch.where(sees, gate.value, 0))
-    return _WithoutBlindRows(rows, sees, state, gate)
+        gate = gate._replace(value=torch.where(clean.sees, gate.value, 0))
+    return clean._replace(state=clean.blank(state), gate=gate)

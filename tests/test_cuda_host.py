@@ -232,6 +232,21 @@ def test_one_sequence_in_pieces_is_cut_as_one_run_and_ranges_or_several_are_deal
     assert config_of(two).dealt_ctas == 0
 
 
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_pieces_are_where_the_kernel_can_load_two_numbers_at_once(inputs, launched, monkeypatch, offset):
+    found = []
+
+    def launch(kernel, device, params, plan):
+        found.append((params.slow_pieces % 8, (ctypes.c_int32 * 4).from_address(params.slow_pieces)[:]))
+
+    monkeypatch.setattr(cuda, "_launch", launch)
+    pieces = torch.zeros(8, dtype=torch.int32)[offset : offset + 4].view(2, 2)
+    pieces.copy_(torch.tensor([[0, 300], [100, 400]]))
+    tensors = inputs.tensors._replace(slow_pieces=pieces, cu_slow=torch.tensor([0, 2], dtype=torch.int32))
+    cuda.Attention(tensors)(tensors)
+    assert found == [(0, [0, 300, 100, 400])]
+
+
 # -------------------------------------------------------------------------------------- what no kernel is asked for
 
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from cases import Shape, make_inputs, poison
-from targets import ALL, KERNELS, REPEATS
+from targets import ALL, FLOAT32, KERNELS, REPEATS
 
 import slowfast_kernels as sk
 from slowfast_kernels.calls import MergeTensors
@@ -86,6 +86,18 @@ def test_far_apart_sides_do_not_overflow(target, rng):
 
 
 @pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("both", [-3000.0, 60.0])
+def test_what_both_sides_have_more_does_not_round_the_context(target, both, rng):
+    parts, _ = parts_of(target, rng)
+    parts[1] += both
+    parts[3] += both
+    context, _ = target.run(sk.merge_attention, *parts)
+    exact, _ = exact_merge(*parts)
+    plain, _ = sk.merge_attention(*parts, backend="eager")
+    reference.assert_accurate(context, plain, exact)
+
+
+@pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("shape", [(0, 4, 16), (3, 1, 1), (2, 3, 7), (5, 28, 128), (1, 2, 300)])
 def test_any_shape_and_strides(target, shape, rng):
     generator = rng(target.device)
@@ -140,6 +152,39 @@ def test_gradients_are_accurate(target, rng):
         assert not grads[empty][row].any()
         assert not grads[empty + 1][row].any()
     assert not any(grad[7].any() for grad in grads)
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_poison_in_gradients_does_not_reach_a_side_without_tokens(target, rng):
+    parts, _ = parts_of(target, rng)
+    parts[1][2] = parts[1][7] = parts[3][7] = NOTHING
+    mine = [x.detach().requires_grad_() for x in parts]
+    results = target.run(sk.merge_attention, *mine)
+    upstream = [torch.ones_like(x) for x in results]
+    for x in upstream:
+        x[[2, 7]] = torch.nan
+    context_a, lse_a, context_b, lse_b = torch.autograd.grad(results, mine, upstream)
+    assert not any(grad[2].any() for grad in (context_a, lse_a))
+    assert not any(grad[7].any() for grad in (context_a, lse_a, context_b, lse_b))
+
+
+@pytest.mark.parametrize("target", FLOAT32)
+def test_function_transforms_find_the_gradients_that_autograd_finds(target, rng):
+    parts, _ = parts_of(target, rng)
+    parts[1][2] = parts[3][5] = parts[1][7] = parts[3][7] = NOTHING
+
+    def loss(*parts):
+        context, lse = target.run(sk.merge_attention, *parts)
+        return context.square().sum() + torch.where(lse > NOTHING, lse, 0).square().sum()
+
+    mine = [x.detach().requires_grad_() for x in parts]
+    wanted = torch.autograd.grad(loss(*mine), mine)
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*parts)
+    ones = tuple(map(torch.ones_like, parts))
+    _, along = torch.func.jvp(loss, tuple(parts), ones)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(along, sum(x.sum() for x in wanted), atol=1e-2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("target", ALL)

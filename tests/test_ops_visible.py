@@ -292,6 +292,29 @@ def test_the_fused_op_trains_with_blind_rows_full_of_poison(target, rng):
     assert not grads[1][blind].any()
 
 
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("registered", [False, True])
+def test_poison_in_gradients_of_blind_rows_stays_there(target, registered, rng):
+    inputs = make_inputs(SMALL, target.dtype, target.device, rng(target.device))
+    selection = ranges_of(inputs, "every second row nothing")
+    blind = inputs.text_rows[reference.visible_attention(*inputs.attention, **selection).lse[:, 0] == -torch.inf].long()
+    mine = [x.detach().requires_grad_() for x in (inputs.state, inputs.q, inputs.slow_kv, *inputs.gating)]
+    if registered:
+        places = (*inputs.attention[2:], None, selection["slow_begin"], selection["slow_end"], None)
+        call = partial(torch.ops.slowfast.cross_attention, *mine[:3], *places, *mine[3:], None, None, 0, "tanh", True)
+        out = target.run(lambda backend: call(backend))
+    else:
+        out = target.run(sk.slowfast_cross_attention, *mine[:3], *inputs.attention[2:], *mine[3:], **selection)
+    upstream = torch.ones_like(out)
+    upstream[blind] = torch.nan
+    state, q, slow_kv, *gating = torch.autograd.grad(out, mine, upstream)
+    assert state[blind].isnan().all()
+    state[blind] = 0
+    assert all(grad.isfinite().all() for grad in (state, q, slow_kv, *gating))
+    assert not q[blind].any()
+    assert all(grad.any() for grad in gating)
+
+
 # ------------------------------------------------------------------------------- what PyTorch does with it
 
 

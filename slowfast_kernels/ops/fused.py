@@ -59,7 +59,9 @@ def slowfast_cross_attention(
         backend: "cuda", "triton", "cpu", "eager", or None (automatic).
 
     Returns:
-        A new tensor [rows, C]; rows outside ``text_rows`` and rows that see no slow token are copied.
+        A new tensor [rows, C]; rows outside ``text_rows`` and rows that see no slow token are copied. (Where gradients
+        follow a call without ranges and pieces, rows of a sequence without slow tokens get 0 times their gate added:
+        -0.0 becomes 0.0.)
 
     Raises:
         ValueError, TypeError, NotImplementedError: as the two ops.
@@ -152,15 +154,19 @@ class _Fused(Op):
         attend = AttentionOptions(options.softmax_scale, True, options.num_splits, options.backend)
         needs_state, needs_attention, needs_gate = needs[0], needs[1:4], needs[4:]
         context, lse = attention.run(tensors.attention, attend)
-        state, gate = eager.without_blind_rows(tensors.state, tensors.text_rows, tensors.gate(options), lse)[2:]
+        clean = eager.without_blind_rows(tensors.state, tensors.text_rows, tensors.gate(options), lse)
+        gate = clean.gate
         mixing = MixTensors(
-            state, context.flatten(1), tensors.text_rows, gate.weight, gate.bias, gate.warm_up, gate.value
+            clean.state, context.flatten(1), tensors.text_rows, gate.weight, gate.bias, gate.warm_up, gate.value
         )
+        (grad,) = call.grads
         grad_state, grad_context, *grad_gate = mix.run_backward(
-            BackwardTensors(call.grads, (), mixing),
+            BackwardTensors((clean.blank(grad),), (), mixing),
             MixOptions(options.gate, options.warm_up_tanh, options.backend),
             (needs_state, any(needs_attention), *needs_gate),
         )
+        if grad_state is not None:
+            grad_state = clean.keep(grad_state, grad)
         if not any(needs_attention):
             return grad_state, None, None, None, *grad_gate
         attended = BackwardTensors((grad_context.view(context.shape), None), (context, lse), tensors.attention)

@@ -10,9 +10,10 @@ inline float log_add_exp(float a, float b) {
   return (a > b ? a : b) + __builtin_log1pf(__builtin_expf(-__builtin_fabsf(a - b)));
 }
 
-// A side's share of the probability. 0 of a side without tokens, whose context may be anything.
-inline float share_of(float lse, float both) {
-  return lse == -__builtin_inff() ? 0.f : __builtin_expf(lse - both);
+// A side's share of the probability. 0 of a side without tokens, whose context may be anything. From the difference: a
+// large sum of both would be rounded by more than the share may be.
+inline float share_of(float lse, float other) {
+  return lse == -__builtin_inff() ? 0.f : 1.f / (1.f + __builtin_expf(other - lse));
 }
 
 template <class T>
@@ -31,8 +32,8 @@ void merge_row_of(const MergeParams& p, int64_t row) {
     const int64_t at = row * p.num_heads + head;
     T* out = static_cast<T*>(p.context) + at * p.head_dim;
     const float lse_a = p.lse_a[row * p.lse_a_row_stride + head], lse_b = p.lse_b[row * p.lse_b_row_stride + head];
-    const float lse = log_add_exp(lse_a, lse_b), share_a = share_of(lse_a, lse), share_b = share_of(lse_b, lse);
-    p.lse[at] = lse;
+    const float share_a = share_of(lse_a, lse_b), share_b = share_of(lse_b, lse_a);
+    p.lse[at] = log_add_exp(lse_a, lse_b);
     if (share_a == 0.f && share_b == 0.f) std::memset(out, 0, p.head_dim * sizeof(T));
     else if (share_a == 0.f || share_b == 0.f) std::memcpy(out, share_a == 0.f ? b : a, p.head_dim * sizeof(T));
     else merge_head(a, share_a, b, share_b, out, p.head_dim);
