@@ -202,7 +202,7 @@ def test_without_transformers_a_row_says_so(run, monkeypatch):
 
 
 def test_a_run_of_all_leaves_out_what_takes_minutes_to_compile():
-    assert set(cli.BENCHMARKS) - set(cli._chosen(cli.parser().parse_args([]))) == {"hf", "mllama"}
+    assert {"hf", "mllama"} <= set(cli.BENCHMARKS) - set(cli._chosen(cli.parser().parse_args([])))
 
 
 # ------------------------------------------------------------------------------------------------ mllama

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from slowfast_kernels.numbers import as_int
 
-from ..hf import SlowFastVLForConditionalGeneration, SlowFastVLProcessor
+from ..hf import PRESETS, SlowFastVLForConditionalGeneration, SlowFastVLProcessor
 from ..video import load_video
 
+EVALUATION = PRESETS["evaluation"]
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
@@ -57,9 +58,9 @@ class SlowFast(lmms):
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int | str = 1,
-        fps: float = 2,
+        fps: float = EVALUATION.frames["fps"],
         num_frames: int | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = EVALUATION.generate["max_new_tokens"],
         attn_implementation: str | None = None,
         system_prompt: str | None = None,
     ) -> None:
