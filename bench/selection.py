@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 
+from .mllama_shapes import MLLAMA, MLLAMA_ON_CPU, MllamaShape
 from .released_shapes import RELEASED, RELEASED_ON_CPU, ReleasedShape
 from .shapes import (
     ATTENTION,
@@ -105,6 +106,22 @@ def parse_train(text: str, base: TrainShape = TRAIN[0]) -> TrainShape | None:
     return replace(base, batch=batch, model=replace(base.model, text=rows, frames=frames))
 
 
+def parse_mllama(text: str, base: MllamaShape = MLLAMA[0]) -> MllamaShape | None:
+    """``TEXTxIMAGESi``, of the model of ``base``."""
+    match = re.fullmatch(r"(\d+)x(\d+)i", text)
+    if match is None:
+        return None
+    rows, images = int(match[1]), int(match[2])
+    _check(text, text_rows=rows, images=images)
+    return replace(base, text=rows, images=images)
+
+
+def mllama_shapes(wanted: Iterable[str], on_cpu: bool) -> list[MllamaShape]:
+    """On a CPU of a tiny model."""
+    registry, wanted = MLLAMA_ON_CPU if on_cpu else MLLAMA, list(wanted)
+    return select(registry, wanted, partial(parse_mllama, base=registry[0]), False) if wanted else list(registry)
+
+
 def train_shapes(wanted: Iterable[str], on_cpu: bool) -> list[TrainShape]:
     """On a CPU of a tiny model."""
     registry, wanted = TRAIN_ON_CPU if on_cpu else TRAIN, list(wanted)
@@ -179,6 +196,8 @@ OPS = {
     "model": ((), parse_frames),
     "train": (TRAIN, parse_train),
     "released": (RELEASED, parse_released),
+    "hf": ((), parse_frames),
+    "mllama": (MLLAMA, parse_mllama),
 }
 BACKWARD_OPS = {
     "attention": (ATTENTION_BACKWARD, parse_attention),

@@ -204,8 +204,9 @@ def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, na
         ("1x1x8@28/4/128", {"attention", "ranges"}),
         ("2of3", {"mix"}),
         ("2x64x16f", {"train"}),
-        ("16", {"attention", "pool", "model"}),  # a part of names, and a number of frames
-        ("16 frames", {"model"}),
+        ("16", {"attention", "pool", "model", "hf"}),  # a part of names, and a number of frames
+        ("16 frames", {"model", "hf"}),
+        ("24x2i", {"mllama"}),
         ("1x64x*", {"attention", "ranges"}),
         ("28/4", {"attention", "ranges"}),
     ],

@@ -111,7 +111,7 @@ def _as_tokens(keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], int
             apart = sample // token
             size = ((batch - 1) * apart + tokens, heads, dim)
             strides = (token, keys.stride(1), 1)
-            return tuple(x.as_strided(size, strides, x.storage_offset()) for x in (keys, values)), apart
+            return tuple(x.as_strided(size, strides) for x in (keys, values)), apart
     return tuple(x.transpose(1, 2).flatten(0, 1) for x in (keys, values)), tokens
 
 

@@ -31,6 +31,7 @@ from .videos import (
     SlowReading,
     cached_length,
     carry_videos,
+    fix_addresses,
     held_by,
     ranges,
 )
@@ -371,7 +372,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             labels = labels.masked_fill(placeholders.to(labels.device), -100)
         passed = {CACHE: past, "use_cache": use_cache, "slow_context": reading}
         kwargs |= {name: value for name, value in passed.items() if value is not None}
-        return self.language_model(
+        output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -379,6 +380,9 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if eager and features and keeps and past.is_compileable:
+            fix_addresses(past.videos)
+        return output
 
     def _read(
         self,

@@ -261,6 +261,16 @@ def carry_videos(cache: Cache) -> None:
         cache.__class__ = carrier_class(type(cache))
 
 
+def fix_addresses(videos: HeldVideos) -> None:
+    """Let compiled decode steps read what a cache keeps of videos where it lies.
+
+    A CUDA graph copies its inputs, K and V of all slow tokens at every step, but for those that are marked; where they
+    lie elsewhere after another prefill, the graph is recorded again. transformers marks its static caches alike.
+    """
+    for tensor in (videos.pieces, videos.total, *videos.kv.values()):
+        torch._dynamo.mark_static_address(tensor, guard=False)
+
+
 def held_by(cache: Cache | None) -> HeldVideos | None:
     """The videos that a cache carries."""
     return getattr(cache, "videos", None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, HYBRID, close, prompt, slow_fast_model, twin, video
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from transformers import StaticCache
@@ -83,6 +85,30 @@ def test_the_decode_step_is_one_graph_for_all_tokens(family):
     assert counter.frame_count == graphs
     assert not unbacked(counter)
     assert slow_ops(counter) == len(HYBRID) * graphs
+
+
+def test_a_compiled_step_reads_what_a_static_cache_keeps_of_videos_where_it_lies():
+    """As it reads the cache itself; a CUDA graph would copy any other input at every step."""
+    model, features = slow_fast_model(), video()
+    ids = torch.tensor([prompt(model, 3, features, 4)] * 2)
+    cache = StaticCache(model.config.text_config, max_cache_len=ids.shape[1] + 2)
+    read = []
+
+    def backend(graph, inputs):
+        places = torch._guards.TracingContext.get().fw_metadata.static_input_indices
+        read.append([(tuple(x.shape), i in places) for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)])
+        return make_boxed_func(graph.forward)
+
+    step = torch.compile(model.forward, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
+    place = positions(ids.shape[1], ids.shape[1] + 1)
+    with torch.no_grad():
+        model(ids, video_features=[features] * 2, use_cache=True, **positions(0, ids.shape[1]), **{CACHE: cache})
+        held = cache.videos
+        step(ids[:, :1], use_cache=True, **place, **{CACHE: cache})
+    (inputs,) = read
+    for kept in (held.pieces, held.total, *held.kv.values(), cache.layers[1].keys):
+        assert (tuple(kept.shape), True) in inputs
+        assert (tuple(kept.shape), False) not in inputs
 
 
 def graphs_of_plain_steps(lm, ids, more) -> int:

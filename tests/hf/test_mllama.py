@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 from families import close, language_model
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaConfig, MllamaForConditionalGeneration, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from slowfast_model.hf import accelerate_cross_attention
 from slowfast_model.hf._versions import CACHE
@@ -147,6 +148,28 @@ def test_a_static_cache_is_read_too(pair, inputs, calls):
     options = {"max_new_tokens": 5, "pad_token_id": 0, "do_sample": False, "cache_implementation": "static"}
     assert torch.equal(*(model.generate(**inputs, **options) for model in pair))
     assert calls.count == 2 * 5
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="4.57 has no static cache of its cross-attention")
+def test_a_compiled_step_over_a_static_cache_is_one_graph(pair, calls):
+    inputs = inputs_of(PROMPTS["a batch: one late, none, two from the start"])
+    tiles = inputs["cross_attention_mask"][0, 0].numel()
+    cache = StaticCache(config=pair[1].config.text_config, max_cache_len=LENGTH + 2)
+    for index in (1, 3):
+        cache.layers[index] = StaticLayer(max_cache_len=tiles * 5)  # 4 patches and a class token
+    ids, mask = inputs.pop("input_ids"), inputs.pop("cross_attention_mask")
+    step = torch.compile(pair[1].forward, fullgraph=True, backend="eager")
+    token = ids[:, :1]
+    rest = {"position_ids": torch.full((3, 1), LENGTH), "cross_attention_mask": mask[:, -1:].clone()}
+    with torch.no_grad():
+        pair[1](ids, cross_attention_mask=mask, cache=cache, **inputs)
+        got = step(token, cache=cache, **rest).logits
+        assert calls.count == 4
+        del inputs["attention_mask"]
+        whole = torch.cat([ids, token], 1)
+        want = pair[0](whole, cross_attention_mask=torch.cat([mask, mask[:, -1:]], 1), use_cache=False, **inputs)
+    close(got[:, -1], want.logits[:, -1], 1e-4)
+    torch.compiler.reset()
 
 
 def test_its_cache_is_read_in_place(pair, calls, monkeypatch):
