@@ -149,7 +149,10 @@ class GenerationMixin:
         done = torch.zeros(batch, dtype=torch.bool, device=device)
         new: list[Tensor] = []
         while True:
-            token = choice.next(session.logits, seen, ends, len(new))
+            if choice.is_largest_logit(ends, len(new)):
+                token = session.most_likely.clone()  # the next step of a graph writes there
+            else:
+                token = choice.next(session.logits, seen, ends, len(new))
             if ends is not None:
                 token = torch.where(done, ends[0], token)
                 done |= torch.isin(token, ends)
