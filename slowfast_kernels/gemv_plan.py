@@ -1,8 +1,8 @@
 """How a decode step's linear layers are cut: tiles, the batch up to which they pay, and the floor they are held to.
 
-Pure Python, as ``heuristics`` is, whose neighbour this is. The measured entries are those of a probe on an H100 at batch
-1, which had neither masks nor the norm's weight; everything else is a rule that no run has confirmed (bench/NOTES.md
-says what it predicts).
+Pure Python, as ``heuristics`` is, whose neighbour this is. The measured entries are those of a probe on an H100 at
+batch 1, which had neither masks nor the norm's weight; everything else is a rule that no run has confirmed
+(bench/NOTES.md says what it predicts).
 """
 
 from __future__ import annotations

@@ -117,9 +117,7 @@ class HybridAttention(SelfAttention):
         gate_proj, warm_up = self.cross_attn_gate_proj, self.cross_attn_warm_up_gate
         return gate_arguments(gate_proj, warm_up, self.gate, state, text_rows)
 
-    def add_slow(
-        self, state: Tensor, q: Tensor, slow_kv: Tensor, slow: SlowContext, backend: str | None
-    ) -> Tensor:
+    def add_slow(self, state: Tensor, q: Tensor, slow_kv: Tensor, slow: SlowContext, backend: str | None) -> Tensor:
         """The attention output ``state`` [rows, Hq * D] with gated attention of q [rows, Hq, D] to the slow tokens."""
         *gating, value = self.gating(state, slow.text_rows)
         return sk.slowfast_cross_attention(

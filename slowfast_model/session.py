@@ -193,6 +193,7 @@ class DecodeSession:
             raise ValueError(f"gemv: {limit}, or gemv=None")
         return limit is None and (self._gemv is True or cublas_pays(len(x)) is None)
 
+    @torch.no_grad()
     def gemv_limit(self) -> str | None:
         """What keeps a step's linear layers from running as GEMV kernels as things stand; None: nothing does.
 
