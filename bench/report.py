@@ -35,6 +35,8 @@ OP_TITLES = {
     "prefill": "Model prefill, one video",
     "decode": "Model decode, one token",
     "decode-compiled": "Model decode, one token, the step fused by torch.compile",
+    "decode-step": "A decoded token of the base model (batch x tokens in the cache), greedy sampling included",
+    "decode-slow": "Model decode, one token: what the slow path adds",
     "prefill-gpu": "Model prefill, one video: GPU time",
     "parts": "Where the time of a prefill's slow path goes: each part on the device, alone",
     "released": "A released model, from a file to its answer",
@@ -53,7 +55,7 @@ TEXT_COLUMNS = (
     "stage",
     *backward_tables.TEXT_COLUMNS,
 )
-MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
+MODEL_OPS = ("prefill", "decode", "decode-compiled", "decode-slow", "prefill-gpu")
 METHODS = {
     "wall": "Wall time, from a call to its answer.",
     "kernels": "The time in which kernels and copies of a call keep the GPU busy, idle gaps left out (profiler).",
@@ -187,8 +189,9 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
     paired = any(row.added for members in groups.values() for row in members)
     work = parts_tables.WORK * any("model_flops" in row.extra for members in groups.values() for row in members)
     memory = ["over caches MiB"] * any("transient_bytes" in row.extra for members in groups.values() for row in members)
+    read = paired and any("slow_read_us" in row.extra for members in groups.values() for row in members)
     header = ["frames", *["dtype"] * several, *["slow tokens"] * counted, *(f"{who} ms" for who in pair)]
-    cells = [[*header, *ADDED * paired, *work, *memory, *(f"{who} ms" for who in alone), "floor ms"]]
+    cells = [[*header, *ADDED * paired, *[OF_READ] * read, *work, *memory, *(f"{who} ms" for who in alone), "floor ms"]]
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
         ours = of.get("slow-fast")
@@ -196,11 +199,22 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
         line += [str(members[0].extra.get("slow_tokens", ""))] * counted
         line += [milliseconds(of.get(who)) for who in pair]
         line += (added_cells(ours) if ours and ours.added else ["-"] * len(ADDED)) * paired
+        line += [_of_read(ours)] * read
         line += parts_tables.work_cells(members) if work else []
         line += [parts_tables.mebibytes(ours)] if memory else []
         line += [milliseconds(of.get(who)) for who in alone]
         cells.append([*line, milliseconds(ours, "floor_us") if ours and ours.ok else ""])
     return cells
+
+
+OF_READ = "added / slow cache's read"
+
+
+def _of_read(row: Row | None) -> str:
+    """What the slow path adds to a decode step, in times of one read of its keys and values."""
+    if row is None or not row.added or "slow_read_us" not in row.extra:
+        return "-"
+    return f"{row.added['median_us'] / row.extra['slow_read_us']:.2f}x"
 
 
 def _how_measured(rows: list[Row], op: str) -> str | None:

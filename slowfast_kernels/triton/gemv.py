@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemv_plan import GemvShape, gemv_config
+from ..gemv_plan import GemvConfig, GemvShape, gemv_config
 from ._common import describe, gdc_launch_dependents, gdc_wait, on_device_of
 
 
@@ -176,10 +176,12 @@ def _rotated_qkv(
     tl.store(to + HALF, z.to(out.dtype.element_ty), mask=is_out)
 
 
-def _launch(kernel, grid: Callable, x: Tensor, outputs: int, *arguments, tiles: int = 1, **constants) -> None:
+def _launch(
+    kernel, config: GemvConfig | None, grid: Callable, x: Tensor, outputs: int, *arguments, tiles: int = 1, **constants
+) -> None:
     """``kernel`` over ``outputs`` rows of weights as long as those of ``x``; ``grid``: of the rows of one tile."""
     batch, channels = x.shape
-    config = gemv_config(GemvShape(outputs, channels), batch)
+    config = config or gemv_config(GemvShape(outputs, channels), batch)
     dependent = describe(x.device).dependent_launch
     block_n = max(1, config.block_n // tiles)
     kernel[grid(block_n)](
@@ -198,25 +200,34 @@ def _parts(norm: Norm | None) -> tuple[Tensor | None, float]:
 
 
 @on_device_of
-def linear(x: Tensor, projection: Projection, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    projection: Projection,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    config: GemvConfig | None = None,
+) -> Tensor:
     """x [M, K] -> (residual +) normalised x times weight^T (+ bias) [M, N], rounded once.
 
-    All tensors are contiguous, of one dtype and on one device; M is at most ``gemv_plan.MOST_ROWS``.
+    All tensors are contiguous, of one dtype and on one device; M is at most ``gemv_plan.MOST_ROWS``. ``config``: None
+    for the one that ``gemv_plan`` chooses.
     """
     weight, bias = projection
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     norm_weight, eps = _parts(norm)
-    _launch(_linear, _rows(len(weight)), x, len(weight), weight, bias, norm_weight, residual, out, len(weight), eps)
+    _launch(
+        _linear, config, _rows(len(weight)), x, len(weight), weight, bias, norm_weight, residual, out, len(weight), eps
+    )
     return out
 
 
 @on_device_of
-def gated_up(x: Tensor, gate: Tensor, up: Tensor, norm: Norm | None = None) -> Tensor:
+def gated_up(x: Tensor, gate: Tensor, up: Tensor, norm: Norm | None = None, config: GemvConfig | None = None) -> Tensor:
     """x [M, K] -> silu(x gate^T) * (x up^T) [M, N] of weights [N, K]; otherwise as ``linear``."""
     out = torch.empty((x.shape[0], len(gate)), dtype=x.dtype, device=x.device)
     norm_weight, eps = _parts(norm)
     arguments = (gate, up, norm_weight, out, len(gate), eps)
-    _launch(_gated_up, _rows(len(gate)), x, 2 * len(gate), *arguments, tiles=2)
+    _launch(_gated_up, config, _rows(len(gate)), x, 2 * len(gate), *arguments, tiles=2)
     return out
 
 
@@ -228,8 +239,11 @@ def rotated_qkv(
     slots: Tensor,
     cache: Tensor,
     norm: Norm | None = None,
+    config: GemvConfig | None = None,
 ) -> Tensor:
     """x [M, K] -> rotated q [M, Hq, D]; rotated k, and v, of row m go to slot ``slots[m]`` of ``cache``.
+
+    Otherwise as ``linear``.
 
     Args:
         projections: of q, k and v; all have a bias, or none.
@@ -244,7 +258,7 @@ def rotated_qkv(
     norm_weight, eps = _parts(norm)
     num_heads = num_q + 2 * num_kv
     _launch(
-        _rotated_qkv, lambda block_n: (num_heads, triton.cdiv(head_dim // 2, block_n)), x, num_heads * head_dim,
+        _rotated_qkv, config, lambda block_n: (num_heads, triton.cdiv(head_dim // 2, block_n)), x, num_heads * head_dim,
         q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, norm_weight, cos, sin, slots, out, cache, eps,
         tiles=2, NUM_Q=num_q, NUM_KV=num_kv, HEAD_DIM=head_dim,
     )  # fmt: skip
