@@ -422,7 +422,8 @@ class DecodeSession:
 
     @torch.no_grad()
     def capture(self, *, compile_step: bool = False) -> None:
-        """Record the step as a CUDA graph. ``compile_step`` first fuses it by torch.compile (about a minute, once).
+        """Record the step as a CUDA graph. ``compile_step`` first fuses it by torch.compile (about a minute, once),
+        which then does what GEMV kernels would.
 
         The graph keeps the backends that are chosen now, whatever ``use_backend`` says when it is replayed.
 
