@@ -104,7 +104,7 @@ class GenerationMixin:
             cuda_graph: replay decode steps from a graph. None: on a GPU, from 16 tokens on, unless
                 ``DecodeSession.capture_limit`` names a reason, which a warning tells (but for a model whose ``backend``
                 is "eager").
-            compile_step: fuse the captured step by torch.compile first, in the place of ``DecodeSession``'s GEMV kernels.
+            compile_step: fuse the captured step by torch.compile first, in the place of the GEMV kernels.
 
         >>> model.generate(input_ids, [features], max_new_tokens=5).shape
         torch.Size([1, 5])
