@@ -2,10 +2,10 @@
 
     python -m bench.tune_gemv [--out FILE] [--batches 1 2 4 8 16 32] [--launches qkv o gate_up down head]
 
-For each launch and batch: what ``gemv_plan`` chooses, the best found, and cuBLAS on the same weights in one product,
-without norm, bias, SiLU and residual. Weights are rotated past L2, launches follow one another as in a step. Every
-configuration must give the first one's answer. ``gemv_plan``'s tables, and the batch from which cuBLAS is faster, come
-from this. Some ten minutes on one GPU for everything; kernels compile in parallel before any is timed.
+For each launch and batch: what ``heuristics.gemv`` chooses, the best found, and cuBLAS on the same weights in one
+product, without norm, bias, SiLU and residual. Weights are rotated past L2, launches follow one another as in a step.
+Every configuration must give the first one's answer. The tables of ``heuristics.gemv``, and the batch from which cuBLAS
+is faster, come from this. Kernels compile in parallel before any is timed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowfast_kernels.gemv_plan import GemvConfig, GemvShape, gemv_config
-from slowfast_kernels.heuristics import next_power_of_2
+from slowfast_kernels.heuristics.gemv import GemvConfig, GemvShape, gemv_config
+from slowfast_kernels.heuristics.triton import next_power_of_2
 from slowfast_kernels.triton import gemv
 from slowfast_kernels.triton.gemv import Norm, Projection
 
@@ -46,7 +46,7 @@ MOST_SUMS = 96  # float32 registers a thread: more are spilled
 
 
 def candidates(name: str, batch: int) -> list[GemvConfig]:
-    """What ``gemv_plan`` chooses first, then every tile whose sums fit the registers."""
+    """What ``heuristics.gemv`` chooses first, then every tile whose sums fit the registers."""
     own = gemv_config(SHAPES[name], batch)
     configs = {own: None}
     for block_n, block_k, num_warps, stages in product((1, 2, 4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (2, 4)):

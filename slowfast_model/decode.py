@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from slowfast_kernels._extension import unavailable_reason
 from slowfast_kernels.dtypes import KERNEL_DTYPES
-from slowfast_kernels.gemv_plan import MOST_ROWS, ROWS_THAT_PAY
-from slowfast_kernels.ops.dispatch import needs_torch_op, requested_backend
+from slowfast_kernels.heuristics.gemv import MOST_ROWS, ROWS_THAT_PAY
+from slowfast_kernels.ops.dispatch import is_differentiated, needs_torch_op, requested_backend
 
 from .cache import LayerCache, SlowContext
 from .layers import MLP, RMSNorm, Rope, compute_dtype
@@ -49,6 +49,8 @@ def gemv_limit(x: Tensor, backend: str | None) -> str | None:
         return f"got {x.dtype}, want {', '.join(map(str, KERNEL_DTYPES))}"
     if compute_dtype(x.dtype, x.device) != x.dtype:
         return "got a step under autocast, want it off"
+    if is_differentiated((x,)):
+        return "got a step that gradients follow, want it under torch.no_grad()"
     if needs_torch_op(x):
         return "got torch.compile, a trace, a dispatch mode or a tensor subclass, want plain tensors"
     if len(x) > MOST_ROWS:

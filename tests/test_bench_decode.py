@@ -33,7 +33,7 @@ def test_a_step_reads_the_weights_once_and_each_prompt_s_cache():
 
 def test_the_floor_of_the_kernels_is_that_of_the_benchmark_s_weights():
     from bench.tune_gemv import SHAPES
-    from slowfast_kernels.gemv_plan import floor_us
+    from slowfast_kernels.heuristics.gemv import floor_us
 
     layer = [SHAPES[name] for name in ("qkv", "o", "gate_up", "down")]
     weights = shapes.model_cost(DECODE[0].model, "bfloat16", 0, 0, decode=True).read
@@ -213,7 +213,7 @@ def test_the_report_tells_what_slow_tokens_add_in_times_of_their_read():
 def test_the_sweep_of_a_launch_starts_from_the_plan_and_repeats_nothing(batch):
     pytest.importorskip("triton")
     from bench import tune_gemv
-    from slowfast_kernels.gemv_plan import gemv_config
+    from slowfast_kernels.heuristics.gemv import gemv_config
 
     for name, shape in tune_gemv.SHAPES.items():
         configs = tune_gemv.candidates(name, batch)

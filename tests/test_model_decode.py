@@ -91,8 +91,11 @@ def test_a_step_under_autocast_is_left_to_autocast(with_triton):
         assert gemv_limit(torch.zeros(1, 8, dtype=torch.bfloat16), "triton") is None
 
 
-def test_gradients_are_none_of_its_business(with_triton):
-    assert gemv_limit(torch.zeros(1, 8, requires_grad=True), "triton") is not None
+def test_a_step_that_gradients_follow_is_left_to_autograd(with_triton):
+    x = torch.zeros(1, 8, requires_grad=True)
+    assert gemv_limit(x, "triton").startswith("got a step that gradients follow, want it under torch.no_grad()")
+    with torch.no_grad():
+        assert gemv_limit(x, "triton") is None
 
 
 def test_a_larger_batch_is_left_to_cublas_unless_the_kernels_are_asked_for(with_triton):

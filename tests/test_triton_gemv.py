@@ -13,7 +13,7 @@ from test_triton import local_bytes
 from torch import Tensor
 from triton_launches import SHARED_BYTES, VERSION, compile_all, compiled, interpreted, meta, recorder
 
-from slowfast_kernels.gemv_plan import MOST_ROWS, GemvConfig, GemvShape, floor_us, gemv_config
+from slowfast_kernels.heuristics.gemv import MOST_ROWS, GemvConfig, GemvShape, floor_us, gemv_config
 from slowfast_kernels.triton import gemv
 from slowfast_kernels.triton.gemv import Norm, Projection
 

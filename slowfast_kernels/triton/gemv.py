@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemv_plan import GemvConfig, GemvShape, gemv_config
+from ..heuristics.gemv import GemvConfig, GemvShape, gemv_config
 from ._common import describe, gdc_launch_dependents, gdc_wait, on_device_of
 
 
@@ -209,8 +209,8 @@ def linear(
 ) -> Tensor:
     """x [M, K] -> (residual +) normalised x times weight^T (+ bias) [M, N], rounded once.
 
-    All tensors are contiguous, of one dtype and on one device; M is at most ``gemv_plan.MOST_ROWS``. ``config``: None
-    for the one that ``gemv_plan`` chooses.
+    All tensors are contiguous, of one dtype and on one device; M is at most ``heuristics.gemv.MOST_ROWS``. ``config``:
+    None for the one that ``heuristics.gemv`` chooses.
     """
     weight, bias = projection
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)

@@ -1,8 +1,7 @@
 """How a decode step's linear layers are cut: tiles, the batch up to which they pay, and the floor they are held to.
 
-Pure Python, as ``heuristics`` is, whose neighbour this is. The measured entries are those of a probe on an H100 at
-batch 1, which had neither masks nor the norm's weight; everything else is a rule that no run has confirmed
-(bench/NOTES.md says what it predicts).
+The measured entries are those of a probe on an H100 at batch 1, which had neither masks nor the norm's weight;
+everything else is a rule that no run has confirmed (bench/NOTES.md says what it predicts).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from .heuristics import next_power_of_2
+from .triton import next_power_of_2
 
 MOST_ROWS = 32  # that a kernel takes: a program holds all of them beside each weight
 # From this batch on cuBLAS's tensor cores are left to it: a weight costs a multiplication a row here, and 8 rows of
