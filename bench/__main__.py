@@ -1,5 +1,5 @@
-"""``python -m bench [all|model|attention|ranges|pool|mix|train|released|decode]``: run benchmarks, print the table, write
-JSON, plots. ``all`` leaves out the last two: one needs transformers and timm, the other's peers compile for minutes.
+"""``python -m bench [all|model|attention|ranges|pool|mix|train|released|decode]``: run benchmarks, print the table,
+write JSON, plots. ``all`` leaves out the last two: one needs transformers and timm, the other's peers compile long.
 ``--backward`` measures the gradients of attention, pool and mix instead.
 
 The measuring happens in a worker process that journals each row. If it dies (a peer's segmentation fault, a lost CUDA
