@@ -1,5 +1,5 @@
-"""``python -m bench [all|model|attention|ranges|pool|mix|train|released|hf|mllama]``: run benchmarks, print the table,
-write JSON, plots. ``all`` leaves out the last three, which need transformers; steps of two take minutes to compile.
+"""``python -m bench [all|model|attention|ranges|pool|mix|train|released|decode|hf|mllama]``: run benchmarks, print the
+table, write JSON, plots. ``all`` leaves out the last four, which need other libraries or take minutes to compile.
 ``--backward`` measures the gradients of attention, pool and mix instead.
 
 The measuring happens in a worker process that journals each row. If it dies (a peer's segmentation fault, a lost CUDA
@@ -19,7 +19,7 @@ from typing import NoReturn
 
 MAX_WORKERS = 12
 OF_ALL = ("model", "attention", "ranges", "pool", "mix", "train")
-BENCHMARKS = (*OF_ALL, "released", "hf", "mllama")
+BENCHMARKS = (*OF_ALL, "released", "decode", "hf", "mllama")
 WITH_GRADIENTS = ("attention", "pool", "mix")
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="comma-separated patterns or parts of shape names, or explicit shapes: "
         "attention and ranges BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL], mix TEXTofROWS[@C], "
-        "model and hf FRAMES, train BATCHxTEXTxFRAMESf, released FRAMES-sSAMPLINGtTEMPORAL, mllama TEXTxIMAGESi; "
+        "model and hf FRAMES, train BATCHxTEXTxFRAMESf, released FRAMES-sSAMPLINGtTEMPORAL, decode BATCHxCACHED, "
+        "mllama TEXTxIMAGESi; "
         "'ragged' of attention: uneven batches, which run only when named",
     )
     p.add_argument(
@@ -144,7 +145,21 @@ def worker(args: argparse.Namespace, error) -> int:
     """Measure what the journal lacks. Exit code 0, DEVICE_LOST, or whatever a crash makes of it."""
     import torch
 
-    from . import attention, attention_backward, hf, layer, mix, mllama, model, pool, ragged, ranges, released, train
+    from . import (
+        attention,
+        attention_backward,
+        decode,
+        hf,
+        layer,
+        mix,
+        mllama,
+        model,
+        pool,
+        ragged,
+        ranges,
+        released,
+        train,
+    )
     from .runner import DEVICE_LOST, DeviceLost, Journal, Runner
 
     torch.set_grad_enabled(False)
@@ -155,6 +170,7 @@ def worker(args: argparse.Namespace, error) -> int:
     runner = Runner(device, dtypes, Journal(Path(args.worker)), _peer_set(args.peers, error), shapes, args.quick)
     steps = {
         "model": [lambda: model.run(runner, args.video, args.parts)],
+        "decode": [lambda: decode.run(runner)],
         "attention": [lambda: attention.run(runner), lambda: layer.run(runner), lambda: ragged.run(runner)],
         "ranges": [lambda: ranges.run(runner)],
         "pool": [lambda: pool.run(runner)],

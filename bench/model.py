@@ -34,7 +34,16 @@ from . import parts
 from .backward import peak_and_left_bytes
 from .runner import Contender, Row, Runner, Variant, relative_error
 from .selection import model_shapes
-from .shapes import BYTES, CLOSER_FRAMES, TINY_MODEL, Heads, ModelShape, model_cost, vision_cost
+from .shapes import (
+    BYTES,
+    CLOSER_FRAMES,
+    TINY_MODEL,
+    Heads,
+    ModelShape,
+    model_cost,
+    slow_read_bytes,
+    vision_cost,
+)
 from .timing import Call, kernel_lane, wall_lane
 
 if TYPE_CHECKING:
@@ -271,7 +280,7 @@ def run(runner: Runner, video: str | None, with_parts: bool = False) -> None:
     closer = [shape for shape in shapes if shape.frames in CLOSER_FRAMES and runner.is_gpu]
     for op in ("decode-compiled", "prefill-gpu"):  # the profiler last: what it leaves behind slows no other row
         for shape in closer:
-            _measure(runner, models, shape, dtype, op, _prompts(shape, dtype, runner.device)[:2], {})
+            measure(runner, models, shape, dtype, op, _prompts(shape, dtype, runner.device)[:2], {})
 
 
 def _costs(runner: Runner, models: Models, shape: ModelShape, dtype: str) -> None:
@@ -280,7 +289,7 @@ def _costs(runner: Runner, models: Models, shape: ModelShape, dtype: str) -> Non
     for prompts in (pair, [all_tokens]):
         ready: dict = {}
         for op in ("prefill", "decode"):
-            _measure(runner, models, shape, dtype, op, prompts, ready)
+            measure(runner, models, shape, dtype, op, prompts, ready)
 
 
 def _prompts(shape: ModelShape, dtype: str, device: torch.device) -> list[Prompt]:
@@ -305,11 +314,14 @@ def _prompts(shape: ModelShape, dtype: str, device: torch.device) -> list[Prompt
     ]
 
 
-def _measure(
+def measure(
     runner: Runner, models: Models, shape: ModelShape, dtype: str, op: str, prompts: list[Prompt], ready: dict
-) -> None:
+) -> list[Row]:
     """Rows of one op, in pairs where there are two prompts. Every point of an op is of the same variant."""
     contenders = []
+    facts = {"slow_tokens": shape.num_slow}
+    if not op.startswith("prefill"):
+        facts["slow_read_us"] = round(slow_read_bytes(shape, dtype) / runner.ceilings.read_gbps / 1e3, 3)
     for prompt in prompts:
         make = partial(_session, models, prompt)
         if op.startswith("prefill"):
@@ -319,7 +331,6 @@ def _measure(
         cost = model_cost(shape, dtype, prompt.rows, prompt.slow, decode=not op.startswith("prefill"))
         if op.startswith("prefill") and prompt.kind != "peer":
             cost += vision_cost(shape, dtype, prompt.slow or shape.num_fast)
-        facts = {"slow_tokens": shape.num_slow}
         contenders.append(Contender(prompt.who, [variant], cost, prompt.kind, facts=facts))
     if op == "prefill-gpu":
         lane = partial(kernel_lane, turns=PROFILED)
@@ -327,7 +338,8 @@ def _measure(
         short = 3 if runner.quick else 1
         lane = partial(wall_lane, device=runner.device, budget_s=BUDGET_S / short, most=PAIRS // short)
     base = prompts[1].who if len(prompts) == 2 else None
-    runner.compare(op, shape.name, dtype, contenders, base=base, lane=lane, observe=_work if op == "prefill" else None)
+    observe = _work if op == "prefill" else None
+    return runner.compare(op, shape.name, dtype, contenders, base=base, lane=lane, observe=observe)
 
 
 def _session(models: Models, prompt: Prompt):

@@ -305,6 +305,8 @@ OTHER_PEERS = {
     "torch": "the best plain PyTorch composition of pool and mix",
     "torch-compile": "torch.compile of that composition",
     "official": "the released code's sequence of operations for one hybrid layer, in eager PyTorch",
+    "gpt-fast": "decode: a plain step with a static cache, compiled whole",
+    "transformers": "decode: its Qwen2 with a static cache, compiled",
 }
 
 

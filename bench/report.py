@@ -35,6 +35,8 @@ OP_TITLES = {
     "prefill": "Model prefill, one video",
     "decode": "Model decode, one token",
     "decode-compiled": "Model decode, one token, the step fused by torch.compile",
+    "decode-step": "A decoded token of the base model (batch x tokens in the cache), greedy sampling included",
+    "decode-slow": "Model decode, one token: what the slow path adds",
     "prefill-gpu": "Model prefill, one video: GPU time",
     "parts": "Where the time of a prefill's slow path goes: each part on the device, alone",
     "released": "A released model, from a file to its answer",
@@ -60,7 +62,7 @@ TEXT_COLUMNS = (
     "step",
     *backward_tables.TEXT_COLUMNS,
 )
-MODEL_OPS = ("prefill", "decode", "decode-compiled", "prefill-gpu")
+MODEL_OPS = ("prefill", "decode", "decode-compiled", "decode-slow", "prefill-gpu")
 PLUGIN_OPS = tuple(f"{models}-{op}" for models in ("hf", "mllama") for op in ("prefill", "decode", "prefill-gpu"))
 COUNTED = {"slow_tokens": "slow tokens", "vision_tokens": "vision tokens"}  # in a row's ``extra``
 METHODS = {
@@ -196,8 +198,9 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
     paired = any(row.added for members in groups.values() for row in members)
     work = parts_tables.WORK * any("model_flops" in row.extra for members in groups.values() for row in members)
     memory = ["over caches MiB"] * any("transient_bytes" in row.extra for members in groups.values() for row in members)
+    read = paired and any("slow_read_us" in row.extra for members in groups.values() for row in members)
     header = ["frames", *["dtype"] * several, *["slow tokens"] * counted, *(f"{who} ms" for who in pair)]
-    cells = [[*header, *ADDED * paired, *work, *memory, *(f"{who} ms" for who in alone), "floor ms"]]
+    cells = [[*header, *ADDED * paired, *[OF_READ] * read, *work, *memory, *(f"{who} ms" for who in alone), "floor ms"]]
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
         ours = of.get("slow-fast")
@@ -205,6 +208,7 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
         line += [str(members[0].extra.get("slow_tokens", ""))] * counted
         line += [milliseconds(of.get(who)) for who in pair]
         line += (added_cells(ours) if ours and ours.added else ["-"] * len(ADDED)) * paired
+        line += [_of_read(ours)] * read
         line += parts_tables.work_cells(members) if work else []
         line += [parts_tables.mebibytes(ours)] if memory else []
         line += [milliseconds(of.get(who)) for who in alone]
@@ -236,6 +240,16 @@ def _of_the_plugin(rows: list[Row], op: str) -> str:
     base = next((row.added["to"] for row in timed if row.added), None)
     said = [METHODS.get(timed[0].method, "") if timed else "", f"All took turns; added: to {base}." if base else ""]
     return " ".join(filter(None, said))
+
+
+OF_READ = "added / slow cache's read"
+
+
+def _of_read(row: Row | None) -> str:
+    """What the slow path adds to a decode step, in times of one read of its keys and values."""
+    if row is None or not row.added or "slow_read_us" not in row.extra:
+        return "-"
+    return f"{row.added['median_us'] / row.extra['slow_read_us']:.2f}x"
 
 
 def _how_measured(rows: list[Row], op: str) -> str | None:

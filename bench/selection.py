@@ -13,6 +13,8 @@ from .released_shapes import RELEASED, RELEASED_ON_CPU, ReleasedShape
 from .shapes import (
     ATTENTION,
     ATTENTION_BACKWARD,
+    DECODE,
+    DECODE_ON_CPU,
     MIX,
     MODEL_FRAMES,
     MODEL_FRAMES_ON_CPU,
@@ -26,6 +28,7 @@ from .shapes import (
     TRAIN,
     TRAIN_ON_CPU,
     AttentionShape,
+    DecodeShape,
     Heads,
     MixShape,
     ModelShape,
@@ -94,6 +97,22 @@ def parse_frames(text: str) -> int | None:
         return None
     _check(text, frames=int(match[1]))
     return int(match[1])
+
+
+def parse_decode(text: str, base: DecodeShape = DECODE[0]) -> DecodeShape | None:
+    """``BATCHxCACHED``, of the model of ``base``."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        return None
+    batch, cached = int(match[1]), int(match[2])
+    _check(text, prompts=batch, cached_tokens=cached)
+    return replace(base, batch=batch, cached=cached)
+
+
+def decode_shapes(wanted: Iterable[str], on_cpu: bool) -> list[DecodeShape]:
+    """On a CPU of a tiny model."""
+    registry, wanted = DECODE_ON_CPU if on_cpu else DECODE, list(wanted)
+    return select(registry, wanted, partial(parse_decode, base=registry[0]), False) if wanted else list(registry)
 
 
 def parse_train(text: str, base: TrainShape = TRAIN[0]) -> TrainShape | None:
@@ -194,6 +213,7 @@ OPS = {
     "pool": (POOL, parse_pool),
     "mix": (MIX, parse_mix),
     "model": ((), parse_frames),
+    "decode": (DECODE, parse_decode),
     "train": (TRAIN, parse_train),
     "released": (RELEASED, parse_released),
     "hf": ((), parse_frames),

@@ -232,6 +232,19 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class DecodeShape:
+    """A decoded token of each of ``batch`` prompts of text, with ``cached`` tokens before it."""
+
+    model: ModelShape
+    batch: int
+    cached: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.cached}"
+
+
+@dataclass(frozen=True)
 class TrainShape:
     """Optimizer steps over ``batch`` samples, each a video and the model's text rows."""
 
@@ -352,6 +365,19 @@ def vision_cost(shape: ModelShape, dtype: str, tokens: int) -> Cost:
     work = 2.0 * shape.hidden * (features * channels + tokens * shape.hidden)
     read = (features * channels + shape.hidden * (channels + shape.hidden)) * size
     return Cost(work, read, tokens * shape.hidden * size)
+
+
+def decode_cost(shape: DecodeShape, dtype: str) -> Cost:
+    """One step: the weights once, the cache and the products once a prompt."""
+    weights = model_cost(shape.model, dtype, 0, 0, decode=True).read
+    one = model_cost(shape.model, dtype, shape.cached, 0, decode=True)
+    read = weights + shape.batch * (one.read - weights)
+    return Cost(shape.batch * one.flops, read, shape.batch * one.written)
+
+
+def slow_read_bytes(shape: ModelShape, dtype: str) -> int:
+    """Keys and values of the slow tokens in all hybrid layers, which each step reads."""
+    return shape.num_slow * shape.num_hybrid * 2 * shape.heads.num_kv * shape.heads.dim * BYTES[dtype]
 
 
 def train_cost(shape: TrainShape, dtype: str, slow_path: bool = True) -> Cost:
@@ -485,3 +511,5 @@ QWEN2_1_5B_MODEL = ModelShape(128, 1536, 8960, 28, HEADS["Qwen2-1.5B"], 151936, 
 TINY_MODEL = ModelShape(128, 256, 704, 4, Heads(4, 2, 64), 1024, every=2, text=16, slow_side=3, vision_channels=64)
 TRAIN: list[TrainShape] = [TrainShape(QWEN2_1_5B_MODEL, 4)]
 TRAIN_ON_CPU: list[TrainShape] = [TrainShape(replace(TINY_MODEL, frames=32), 2)]
+DECODE: list[DecodeShape] = [DecodeShape(QWEN2_7B_MODEL, batch, 1360) for batch in (1, 2, 4, 8, 16, 32)]
+DECODE_ON_CPU: list[DecodeShape] = [DecodeShape(TINY_MODEL, batch, 40) for batch in (1, 2)]

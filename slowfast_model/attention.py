@@ -18,8 +18,9 @@ from slowfast_kernels.eager import ACTIVATIONS
 
 from .cache import LayerCache, SlowContext
 from .config import SlowFastConfig
+from .decode import decode_layer, has_plain_weights
 from .layers import MLP, RMSNorm, Rope, apply_rope
-from .plain import is_plain
+from .plain import can_be_plain, is_plain
 from .prefill import projects_at_once
 
 
@@ -53,6 +54,7 @@ def gate_arguments(
     return None, None, None if warm_up is None else warm_up.to(computed), value
 
 
+@can_be_plain
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary embedding."""
 
@@ -84,6 +86,7 @@ class SelfAttention(nn.Module):
         return self.o_proj(self.attend(x, rope, cache)[0])
 
 
+@can_be_plain
 class HybridAttention(SelfAttention):
     """Adds ``cross_attn_kv_proj``, ``cross_attn_gate_proj`` and, in the warm-up types, ``cross_attn_warm_up_gate``."""
 
@@ -114,6 +117,25 @@ class HybridAttention(SelfAttention):
         gate_proj, warm_up = self.cross_attn_gate_proj, self.cross_attn_warm_up_gate
         return gate_arguments(gate_proj, warm_up, self.gate, state, text_rows)
 
+    def add_slow(self, state: Tensor, q: Tensor, slow_kv: Tensor, slow: SlowContext, backend: str | None) -> Tensor:
+        """The attention output ``state`` [rows, Hq * D] with gated attention of q [rows, Hq, D] to the slow tokens."""
+        *gating, value = self.gating(state, slow.text_rows)
+        return sk.slowfast_cross_attention(
+            state,
+            q,
+            slow_kv,
+            slow.cu_slow,
+            slow.text_rows,
+            slow.cu_text,
+            *gating,
+            slow_end=slow.slow_end,
+            slow_pieces=slow.pieces,
+            gate=self.gate,
+            gate_value=value,
+            warm_up_tanh=self.warm_up_tanh,
+            backend=backend,
+        )
+
     def forward(
         self,
         x: Tensor,
@@ -134,23 +156,7 @@ class HybridAttention(SelfAttention):
                 slow_kv = new.to(q.dtype)
                 if cache is not None:
                     slow_kv = cache.add_slow(slow_kv, slow.slots)
-            state = a.flatten(0, 1)
-            *gating, value = self.gating(state, slow.text_rows)
-            a = sk.slowfast_cross_attention(
-                state,
-                q.flatten(0, 1),
-                slow_kv,
-                slow.cu_slow,
-                slow.text_rows,
-                slow.cu_text,
-                *gating,
-                slow_end=slow.slow_end,
-                slow_pieces=slow.pieces,
-                gate=self.gate,
-                gate_value=value,
-                warm_up_tanh=self.warm_up_tanh,
-                backend=backend,
-            ).view_as(a)
+            a = self.add_slow(a.flatten(0, 1), q.flatten(0, 1), slow_kv, slow, backend).view_as(a)
         return self.o_proj(a)
 
 
@@ -181,6 +187,8 @@ class DecoderLayer(nn.Module):
         backend: str | None = None,
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or added to and read."""
+        if cache is not None and cache.step.by_gemv and has_plain_weights(self, x):
+            return decode_layer(self, x, rope, slow, cache, backend)
         hybrid_inputs = ()
         if self.is_hybrid and slow is not None:
             tokens = norm_weight = None

@@ -108,9 +108,11 @@ class Appending:
         self.pieces = torch.stack([self._starts, self._starts + capacity], 1).int()
         self.new: NewRows | None = None  # None: prefill
         self.slots = self.ends = self.mask = None
+        self.by_gemv = False  # layers that can run as the kernels of ``decode``
 
     def begin(self, position: Tensor, new: NewRows | None = None) -> None:
         """Append tokens from ``position`` [B] int64 on: one a sequence, or those of ``new``."""
+        self.by_gemv = False
         if new is None:
             self.new, starts, place, last = self._one_each, self._starts, position, position[:, None]
         else:
@@ -157,13 +159,17 @@ class LayerCache:
             keys, values = self.kv.transpose(1, 2).unbind(3)
             out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, step.mask, enable_gqa=True)
             return out.transpose(1, 2)
-        queries = q.flatten(0, 1)
-        sequences = (step.cu_pieces, rows, step.new.cu_rows)
-        selection = {"slow_end": step.ends, "slow_pieces": step.pieces}
-        context = sk.text_cross_attention(queries, slots, *sequences, **selection, backend=step.backend)
+        context = self.attend(q.flatten(0, 1))
         if is_padded:
-            context = torch.zeros_like(queries).index_copy(0, rows.long(), context)
+            context = torch.zeros_like(q.flatten(0, 1)).index_copy(0, rows.long(), context)
         return context.view(q.shape)
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Rows q [B * L, Hq, D] of new tokens whose keys and values are here -> [tokens, Hq, D], padding left out."""
+        step, slots = self.step, self.kv.view(-1, *self.kv.shape[2:])
+        sequences = (step.cu_pieces, step.new.rows, step.new.cu_rows)
+        selection = {"slow_end": step.ends, "slow_pieces": step.pieces}
+        return sk.text_cross_attention(q, slots, *sequences, **selection, backend=step.backend)
 
     def add_slow(self, kv: Tensor, slots: Tensor | None) -> Tensor:
         """``kv`` [Ns, Hkv, 2, D] of new slow tokens go to ``slots``, or become the cache; returns the cache."""

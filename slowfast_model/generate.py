@@ -104,7 +104,7 @@ class GenerationMixin:
             cuda_graph: replay decode steps from a graph. None: on a GPU, from 16 tokens on, unless
                 ``DecodeSession.capture_limit`` names a reason, which a warning tells (but for a model whose ``backend``
                 is "eager").
-            compile_step: fuse the captured step by torch.compile first.
+            compile_step: fuse the captured step by torch.compile first, in the place of the GEMV kernels.
 
         >>> model.generate(input_ids, [features], max_new_tokens=5).shape
         torch.Size([1, 5])
@@ -149,7 +149,10 @@ class GenerationMixin:
         done = torch.zeros(batch, dtype=torch.bool, device=device)
         new: list[Tensor] = []
         while True:
-            token = choice.next(session.logits, seen, ends, len(new))
+            if choice.is_largest_logit(ends, len(new)):
+                token = session.most_likely.clone()  # the next step of a graph writes there
+            else:
+                token = choice.next(session.logits, seen, ends, len(new))
             if ends is not None:
                 token = torch.where(done, ends[0], token)
                 done |= torch.isin(token, ends)

@@ -1,6 +1,7 @@
 """Whether a module is nothing but its weights, so that a kernel may be given these instead of the module being called.
 
-A hybrid layer folds its norm's weight into the slow projection, and hands its gate's weight to the attention kernel.
+A hybrid layer folds its norm's weight into the slow projection, and hands its gate's weight to the attention kernel; a
+decode step hands all of a layer's weights to its kernels.
 Adapters, hooks, parametrisations, quantised or offloaded weights live in a module's call and not in ``weight``: such a
 module must be called. This is the one place that decides; it is asked in every layer of every decode step.
 """
@@ -13,21 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from .layers import RMSNorm
+from .layers import MLP, RMSNorm
 
 # With the forward that each had when this file was read: a class may be given another later.
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Sequential, RMSNorm)}
-_WEIGHTS = {nn.Linear: ("weight", "bias"), nn.Sequential: (), RMSNorm: ("weight",)}  # as they are registered
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Sequential, RMSNorm, MLP)}
+_WEIGHTS = {nn.Linear: ("weight", "bias"), RMSNorm: ("weight",)}  # as they are registered; others have members alone
+
+
+def can_be_plain(kind: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: ``is_plain`` may be asked of ``kind``, whose members are not looked at."""
+    _FORWARDS[kind] = kind.forward
+    return kind
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """True where calling ``module`` is the forward of ``kind`` (Linear, RMSNorm, Sequential) on its own weights.
+    """True where calling ``module`` is the forward of ``kind`` (Linear, RMSNorm, a container) on its own weights.
 
     False for a subclass, a wrapper, or another forward on the instance or the class; for a hook of any kind, on the
     module or on all modules; for a weight that is not an ordinary dense tensor with memory (quantised, on ``meta``,
-    distributed); for None. The members of a Sequential are not looked at.
+    distributed); for None. The members of a container are not looked at.
     """
-    if type(module) is not kind or kind.forward is not _FORWARDS[kind] or _has_hooks(module):
+    if type(module) is not kind or kind.forward is not _FORWARDS.get(kind) or _has_hooks(module):
         return False
     # The type is asked for the compiler's sake, which sees a forward replaced after compilation by this alone.
     if "forward" in module.__dict__ or type(module.forward) is not MethodType:
@@ -35,7 +42,7 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     if module._compiled_call_impl is not None:
         return False
     weights = module._parameters
-    return all(name in weights and _is_ordinary(weights[name]) for name in _WEIGHTS[kind])
+    return all(name in weights and _is_ordinary(weights[name]) for name in _WEIGHTS.get(kind, ()))
 
 
 def _has_hooks(module: nn.Module) -> bool:

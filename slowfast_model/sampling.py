@@ -75,6 +75,11 @@ class Choice:
             raise TypeError(f"generator: got {type(generator).__name__}, want a torch.Generator or None")
         return cls(do_sample=True, generator=generator, **options)
 
+    def is_largest_logit(self, ends: Tensor | None, count: int) -> bool:
+        """Whether ``next`` is the largest logit's id, as a captured step has found it."""
+        keeps_from_ending = ends is not None and count < self.min_new_tokens
+        return not (self.do_sample or self.repetition_penalty is not None or keeps_from_ending)
+
     def next(self, logits: Tensor, seen: Tensor | None, ends: Tensor | None, count: int) -> Tensor:
         """Ids [B] from ``logits`` [B, V]; ``seen`` [B, V] is penalised, ``count`` ids were generated before."""
         if seen is not None:

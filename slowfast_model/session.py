@@ -21,6 +21,7 @@ from slowfast_kernels.ops.dispatch import backend_for, requested_backend
 
 from .cache import KVCache, NewRows, SlowContext, SlowSlots
 from .config import SlowFastConfig
+from .decode import cublas_pays, gemv_limit, project
 from .layers import Rope, compute_dtype
 from .tokens import Layout, decode_rows
 from .transfer import to_device
@@ -46,13 +47,13 @@ class Decodes(Protocol):
 class DecodeSession:
     """A batch of prompts after its prefill, with the caches, ready to take one token a sample at a time.
 
-    ``logits`` [B, V] are those of the newest token. ``capture`` turns ``step`` into one graph launch. ``extend`` takes
-    the next turn of a conversation.
+    ``logits`` [B, V] are those of the newest token, ``most_likely`` [B] the ids that they choose. ``capture`` turns
+    ``step`` into one graph launch. ``extend`` takes the next turn of a conversation.
 
     >>> from slowfast_model import DecodeSession
     >>> session = DecodeSession(model, input_ids, [features], max_new_tokens=5)
     >>> for _ in range(5):
-    ...     token = session.logits.argmax(-1)  # [B], or what another search chooses
+    ...     token = session.most_likely  # [B], or what another search chooses from session.logits
     ...     logits = session.step(token)
     >>> session.steps_left
     0
@@ -66,11 +67,14 @@ class DecodeSession:
         max_slow_tokens: most slow tokens of a sample, those of the prompt included. The hybrid layers' caches then have
             room for as many of every sample, and stay where they are, as a captured step needs it. None: room for what
             there is; a video that comes by ``extend`` moves them.
+        gemv: a step's linear layers run as Triton kernels that read each weight once, with what stands around them
+            inside, instead of cuBLAS and PyTorch's ops. None: where they run and are expected to be faster
+            (``gemv_limit`` says why not). Layers with modules that are more than their weights are called as ever.
 
     Raises:
         ValueError, TypeError: as ``SlowFastForCausalLM.forward``; ``max_new_tokens`` or ``max_slow_tokens`` that is no
             integer, or negative; fewer ``max_slow_tokens`` than the prompts have, or any without
-            ``slow_tokens_in_decode``.
+            ``slow_tokens_in_decode``; ``gemv=True`` where the kernels can't run.
     """
 
     @torch.inference_mode(False)  # what is made in that mode could not be written to in a step outside it
@@ -85,6 +89,7 @@ class DecodeSession:
         max_new_tokens: int,
         slow_tokens_in_decode: bool = True,
         max_slow_tokens: int | None = None,
+        gemv: bool | None = None,
     ) -> None:
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         slow_tokens_in_decode = as_bool("slow_tokens_in_decode", slow_tokens_in_decode)
@@ -92,6 +97,7 @@ class DecodeSession:
             max_slow_tokens = as_int("max_slow_tokens", max_slow_tokens, 0)
             if not slow_tokens_in_decode:
                 raise ValueError(f"max_slow_tokens: got {max_slow_tokens}, want None without slow_tokens_in_decode")
+        self._gemv = None if gemv is None else as_bool("gemv", gemv)
         self.model = model
         x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None)
         config, device = model.config, x.device
@@ -112,8 +118,12 @@ class DecodeSession:
         last = hidden[torch.arange(batch, device=device), self.position - 1]
         self.logits = model.lm_head(last)
 
+        self._most_likely: Tensor | None = None  # of a captured step
+
         self._token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._replay: Callable[[], Tensor] | None = None
+        if self._gemv:
+            self._by_gemv(model.model.embed_tokens(self._token))
+        self._replay: Callable[[], tuple[Tensor, Tensor]] | None = None  # advances ``position`` too
         self._lengths, self._capacity = layout.lengths, capacity
         self.steps_left = max_new_tokens
 
@@ -167,11 +177,40 @@ class DecodeSession:
 
     def _compute(self) -> Tensor:
         model = self.model
-        x = model.model.embed_tokens(self._token)[:, None]
+        x = model.model.embed_tokens(self._token)
         self._check_dtype(x)
         rope = (self._cos[self.position, None], self._sin[self.position, None])
         self.cache.step.begin(self.position)
-        return model.lm_head(model.model(x, rope, self.slow, self.cache, model.backend)[:, 0])
+        self.cache.step.by_gemv = by_gemv = self._by_gemv(x)
+        hidden = model.model(x[:, None], rope, self.slow, self.cache, model.backend)[:, 0]
+        return project(model.lm_head, hidden, by_gemv)
+
+    def _by_gemv(self, x: Tensor) -> bool:
+        if self._gemv is False or torch.compiler.is_compiling():
+            return False
+        limit = gemv_limit(x, self.model.backend)
+        if self._gemv and limit is not None:
+            raise ValueError(f"gemv: {limit}, or gemv=None")
+        return limit is None and (self._gemv is True or cublas_pays(len(x)) is None)
+
+    @torch.no_grad()
+    def gemv_limit(self) -> str | None:
+        """What keeps a step's linear layers from running as GEMV kernels as things stand; None: nothing does.
+
+        Asked of the model's ``backend``, ``use_backend``, SLOWFAST_BACKEND, the device, the dtype and the batch, not of
+        each module: one that is more than its weights keeps its own layer from them.
+        """
+        if self._gemv is False:
+            return "got gemv=False, want None or True"
+        limit = gemv_limit(self.model.model.embed_tokens(self._token), self.model.backend)
+        if limit is None and self._gemv is None:
+            limit = cublas_pays(len(self._token))
+        return limit
+
+    @property
+    def most_likely(self) -> Tensor:
+        """Ids [B] of the largest logits, which a captured step chooses too (overwritten by the next step)."""
+        return self.logits.argmax(-1) if self._most_likely is None else self._most_likely
 
     @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:
@@ -188,9 +227,12 @@ class DecodeSession:
             raise ValueError("step: got more tokens than max_new_tokens, for which the caches were sized")
         self._check_ids(token)
         self._token.copy_(token)
-        self.logits = self._replay() if self._replay else self._compute()
+        if self._replay:
+            self.logits, self._most_likely = self._replay()
+        else:
+            self.logits, self._most_likely = self._compute(), None
+            self.position += 1
         self.steps_left -= 1
-        self.position += 1
         self._lengths = [length + 1 for length in self._lengths]
         return self.logits
 
@@ -269,7 +311,7 @@ class DecodeSession:
             for cache, slow_kv in zip(self.cache.layers, caches, strict=True):
                 cache.slow_kv = slow_kv
             raise
-        self.logits = logits
+        self.logits, self._most_likely = logits, None
         self.position += to_device(torch.tensor(layout.lengths), x.device)
         self._lengths = [a + b for a, b in zip(self._lengths, layout.lengths, strict=True)]
         self.steps_left = self._capacity - max(self._lengths)
@@ -380,7 +422,8 @@ class DecodeSession:
 
     @torch.no_grad()
     def capture(self, *, compile_step: bool = False) -> None:
-        """Record the step as a CUDA graph. ``compile_step`` first fuses it by torch.compile (about a minute, once).
+        """Record the step as a CUDA graph. ``compile_step`` first fuses it by torch.compile (about a minute, once),
+        which then does what GEMV kernels would.
 
         The graph keeps the backends that are chosen now, whatever ``use_backend`` says when it is replayed.
 
@@ -399,10 +442,12 @@ class DecodeSession:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = compute()
+            logits = compute()
+            most_likely = logits.argmax(-1)
+            self.position += 1  # recorded, not done
 
-        def replay() -> Tensor:
+        def replay() -> tuple[Tensor, Tensor]:
             graph.replay()
-            return out
+            return logits, most_likely
 
         self._replay = replay

@@ -340,7 +340,7 @@ def test_on_a_gpu_both_sides_steps_are_captured_before_either_is_timed(run, monk
     SESSIONS.clear()
     ORDER.clear()
     pair = model._prompts(SHAPES[0], "float32", CPU)[:2]
-    model._measure(run, None, SHAPES[0], "float32", op, pair, {})
+    model.measure(run, None, SHAPES[0], "float32", op, pair, {})
     assert [session.compiled for session in SESSIONS] == [[compiled], [compiled]]
     ours, base = map(id, SESSIONS)
     assert ORDER[-6:] == [ours, base] * 3
@@ -378,7 +378,7 @@ def test_the_gpu_time_of_a_prefill_is_the_union_of_its_kernels_and_copies_in_pai
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(model, "_session", FakeSession)
-    model._measure(run, None, SHAPES[0], "float32", "prefill-gpu", model._prompts(SHAPES[0], "float32", CPU)[:2], {})
+    model.measure(run, None, SHAPES[0], "float32", "prefill-gpu", model._prompts(SHAPES[0], "float32", CPU)[:2], {})
     ours, base = run.journal.rows
     assert (ours.median_us, base.median_us, ours.method) == (50.0, 50.0, "kernels")
     assert (ours.added["median_us"], ours.added["pairs"]) == (0.0, model.PROFILED)

@@ -204,7 +204,8 @@ def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, na
         ("1x1x8@28/4/128", {"attention", "ranges"}),
         ("2of3", {"mix"}),
         ("2x64x16f", {"train"}),
-        ("16", {"attention", "pool", "model", "hf"}),  # a part of names, and a number of frames
+        ("16", {"attention", "pool", "model", "hf", "decode"}),  # a part of names, and a number of frames
+        ("3x1360", {"decode"}),
         ("16 frames", {"model", "hf"}),
         ("24x2i", {"mllama"}),
         ("1x64x*", {"attention", "ranges"}),
@@ -227,6 +228,7 @@ def test_among_all_benchmarks_a_shape_of_one_is_enough_and_the_others_pass_it_by
         *[("pool", text) for text in ("0x4x4", "4x4x4/t0", "4x4x4/p0", "4x0x0")],
         *[("mix", text) for text in ("0of5", "5of0", "5of6@0")],
         *[("model", text) for text in ("0", "-1", "2000000000")],
+        *[("decode", text) for text in ("0x8", "8x0")],
         *[("train", text) for text in ("0x1x8f", "1x0x8f", "1x1x0f")],
     ],
 )

@@ -318,7 +318,8 @@ def test_a_dependent_launch_starts_early_and_waits(record):
 def test_the_interpreter_agrees_with_eager():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += [str(Path(__file__).with_name(name)) for name in ("test_triton_visible.py", "test_triton_backward.py")]
+    beside = ("test_triton_visible.py", "test_triton_backward.py", "test_triton_gemv.py", "test_model_decode.py")
+    command += [str(Path(__file__).with_name(name)) for name in beside]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stdout + child.stderr
     assert re.search(r"\d+ passed", child.stdout)

@@ -24,6 +24,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     int: "i32",
     float: "fp32",
 }
@@ -79,7 +80,7 @@ def index(n: int) -> torch.Tensor:
 
 def recorder(monkeypatch: pytest.MonkeyPatch):
     """recorder(...)(arch) -> the list that launches of the Triton backend are then kept in instead of being run."""
-    from slowfast_kernels.triton import attention, attention_backward, gated_mix_backward
+    from slowfast_kernels.triton import attention, attention_backward, gated_mix_backward, gemv
     from slowfast_kernels.triton._common import HAS_DEPENDENT_LAUNCH, Device
 
     launches = []
@@ -90,7 +91,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
 
     def start(arch: int) -> list[Launch]:
         device = Device(NUM_SMS[arch], SHARED_BYTES[arch], HAS_DEPENDENT_LAUNCH and arch >= 90, prefetch=True)
-        for module in (attention, attention_backward, gated_mix_backward):
+        for module in (attention, attention_backward, gated_mix_backward, gemv):
             monkeypatch.setattr(module, "describe", lambda _: device)
         monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
         return launches

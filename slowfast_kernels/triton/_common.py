@@ -69,13 +69,13 @@ def on_device_of(op):
     """
 
     @functools.wraps(op)
-    def guarded(tensors, *args):
+    def guarded(tensors, *args, **options):
         first = tensors.inputs if isinstance(tensors, BackwardTensors) else tensors
         first = first[0] if isinstance(first, tuple) else first
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                return op(tensors, *args)
-        return op(tensors, *args)
+                return op(tensors, *args, **options)
+        return op(tensors, *args, **options)
 
     return guarded
 

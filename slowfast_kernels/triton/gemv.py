@@ -1,0 +1,265 @@
+"""Linear layers of a few rows with what stands around them: RMS norm before, bias, rotation, SiLU x up, residual after.
+
+Roofline: the weights are read once, at the read rate; activations stay in L2. A program takes a few rows of the weights
+over their whole length, so that no sums are split and none are added up by another launch. Weights are read where their
+modules keep them, at every launch: nothing is packed or folded, so projections stay apart in a checkpoint, and an edit
+in place shows.
+
+With dependent launch a program has its first weights in flight before it waits for the launch before. Weights must
+therefore not be written by that launch, as no launch of a decode step does.
+
+Not an op of ``sk``: it has no twin on a CPU, no gradient and no FLOP formula, and takes the layout of a decode step's
+caches. Any model may import it from here; it becomes public when it has been measured and a second model asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..heuristics.gemv import GemvConfig, GemvShape, gemv_config
+from ._common import describe, gdc_launch_dependents, gdc_wait, on_device_of
+
+
+class Norm(NamedTuple):
+    """weight * x / sqrt(mean(x^2) + eps), of the activations that a launch reads."""
+
+    weight: Tensor
+    eps: float
+
+
+class Projection(NamedTuple):
+    """A linear layer's own weight [N, K] and bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@triton.jit
+def _products(
+    x, weights, others, norm, eps,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, n]: the rows of x [M, K], normalised if there is a norm, times the rows at ``weights`` [n].
+
+    Twice: of ``weights`` and of ``others``, or, where these are None, of ``weights`` again.
+    """
+    k = tl.arange(0, BLOCK_K)[None, None, :]
+    x += tl.arange(0, BLOCK_M)[:, None, None] * K + k
+    weights = weights[None, :, None] + k
+    first = tl.load(weights, mask=k < K, other=0.0)
+    sums = tl.zeros((BLOCK_M, weights.shape[1], BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_M, 1, BLOCK_K), tl.float32)
+    if others is not None:
+        others = others[None, :, None] + k
+        other_first = tl.load(others, mask=k < K, other=0.0)
+        other_sums = tl.zeros((BLOCK_M, weights.shape[1], BLOCK_K), tl.float32)
+    if PDL:
+        gdc_wait()
+    for i in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        is_in = i + k < K
+        a = tl.load(x + i, mask=is_in & (tl.arange(0, BLOCK_M)[:, None, None] < M), other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += a * a
+            a *= tl.load(norm + i + k, mask=is_in, other=0.0).to(tl.float32)
+        # A load in a branch goes to registers and not through shared memory, as activations do: so it was measured.
+        if i == 0:
+            w = first
+        else:
+            w = tl.load(weights + i, mask=is_in, other=0.0)
+        sums += w.to(tl.float32) * a
+        if others is not None:
+            if i == 0:
+                w = other_first
+            else:
+                w = tl.load(others + i, mask=is_in, other=0.0)
+            other_sums += w.to(tl.float32) * a
+    if PDL:
+        gdc_launch_dependents()
+    y = tl.sum(sums, 2)
+    z = y if others is None else tl.sum(other_sums, 2)
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(squares, 2) / K + eps)
+        y *= scale
+        z *= scale
+    return y, z
+
+
+@triton.jit
+def _linear(
+    x, weight, bias, norm, residual, out, num_outputs, eps,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_col = col < num_outputs
+    rows = weight + tl.minimum(col, num_outputs - 1).to(tl.int64) * K
+    y, _ = _products(x, rows, None, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
+    if bias is not None:
+        y += tl.load(bias + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
+    m = tl.arange(0, BLOCK_M)[:, None]
+    where = m * num_outputs + col[None, :]
+    is_out = (m < M) & is_col[None, :]
+    if residual is not None:
+        y += tl.load(residual + where, mask=is_out, other=0.0).to(tl.float32)
+    tl.store(out + where, y.to(out.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _gated_up(
+    x, gate, up, norm, out, num_outputs, eps,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(col, num_outputs - 1).to(tl.int64) * K
+    y, z = _products(x, gate + row, up + row, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
+    y = y / (1 + tl.exp(-y)) * z
+    m = tl.arange(0, BLOCK_M)[:, None]
+    is_out = (m < M) & (col < num_outputs)[None, :]
+    tl.store(out + m * num_outputs + col[None, :], y.to(out.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _of_head(head, q, k, v, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, SIZE: tl.constexpr):
+    """Where a head's ``SIZE`` elements begin, heads counted through q, k and v."""
+    if head < NUM_Q:
+        begin = q + head.to(tl.int64) * SIZE
+    elif head < NUM_Q + NUM_KV:
+        begin = k + (head - NUM_Q).to(tl.int64) * SIZE
+    else:
+        begin = v + (head - NUM_Q - NUM_KV).to(tl.int64) * SIZE
+    return begin
+
+
+@triton.jit
+def _rotated_qkv(
+    x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, norm, cos, sin, slots, out, cache, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2  # channels i and i + HALF of a head turn together: a program has both
+    head, channel = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_channel = channel < HALF
+    clamped = tl.minimum(channel, HALF - 1)
+    rows = _of_head(head, q_weight, k_weight, v_weight, NUM_Q, NUM_KV, HEAD_DIM * K) + clamped.to(tl.int64) * K
+    y, z = _products(x, rows, rows + HALF * K, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
+    if q_bias is not None:
+        bias = _of_head(head, q_bias, k_bias, v_bias, NUM_Q, NUM_KV, HEAD_DIM) + clamped
+        y += tl.load(bias).to(tl.float32)[None, :]
+        z += tl.load(bias + HALF).to(tl.float32)[None, :]
+
+    m = tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
+    is_out = (m < M) & is_channel[None, :]
+    channel = channel[None, :]
+    if head < NUM_Q + NUM_KV:
+        turn = m * HEAD_DIM + channel
+        cos_y = tl.load(cos + turn, mask=is_out, other=0.0).to(tl.float32)
+        cos_z = tl.load(cos + turn + HALF, mask=is_out, other=0.0).to(tl.float32)
+        sin_y = tl.load(sin + turn, mask=is_out, other=0.0).to(tl.float32)
+        sin_z = tl.load(sin + turn + HALF, mask=is_out, other=0.0).to(tl.float32)
+        y, z = y * cos_y + z * sin_y, z * cos_z + y * sin_z
+    if head < NUM_Q:
+        to = out + (m * NUM_Q + head) * HEAD_DIM + channel
+    else:  # a slot holds each head's keys, then its values
+        kv = tl.where(head < NUM_Q + NUM_KV, 2 * (head - NUM_Q), 2 * (head - NUM_Q - NUM_KV) + 1)
+        slot = tl.load(slots + m, mask=m < M, other=0).to(tl.int64)
+        to = cache + (slot * (2 * NUM_KV) + kv) * HEAD_DIM + channel
+    tl.store(to, y.to(out.dtype.element_ty), mask=is_out)
+    tl.store(to + HALF, z.to(out.dtype.element_ty), mask=is_out)
+
+
+def _launch(
+    kernel, config: GemvConfig | None, grid: Callable, x: Tensor, outputs: int, *arguments, tiles: int = 1, **constants
+) -> None:
+    """``kernel`` over ``outputs`` rows of weights as long as those of ``x``; ``grid``: of the rows of one tile."""
+    batch, channels = x.shape
+    config = config or gemv_config(GemvShape(outputs, channels), batch)
+    dependent = describe(x.device).dependent_launch
+    block_n = max(1, config.block_n // tiles)
+    kernel[grid(block_n)](
+        x, *arguments, **constants, M=batch, K=channels,
+        BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, STAGES=config.num_stages, PDL=dependent,
+        num_warps=config.num_warps, enable_fp_fusion=True, **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip
+
+
+def _rows(count: int) -> Callable[[int], tuple[int]]:
+    return lambda block_n: (triton.cdiv(count, block_n),)
+
+
+def _parts(norm: Norm | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if norm is None else norm
+
+
+@on_device_of
+def linear(
+    x: Tensor,
+    projection: Projection,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """x [M, K] -> (residual +) normalised x times weight^T (+ bias) [M, N], rounded once.
+
+    All tensors are contiguous, of one dtype and on one device; M is at most ``heuristics.gemv.MOST_ROWS``. ``config``:
+    None for the one that ``heuristics.gemv`` chooses.
+    """
+    weight, bias = projection
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    norm_weight, eps = _parts(norm)
+    _launch(
+        _linear, config, _rows(len(weight)), x, len(weight), weight, bias, norm_weight, residual, out, len(weight), eps
+    )
+    return out
+
+
+@on_device_of
+def gated_up(x: Tensor, gate: Tensor, up: Tensor, norm: Norm | None = None, config: GemvConfig | None = None) -> Tensor:
+    """x [M, K] -> silu(x gate^T) * (x up^T) [M, N] of weights [N, K]; otherwise as ``linear``."""
+    out = torch.empty((x.shape[0], len(gate)), dtype=x.dtype, device=x.device)
+    norm_weight, eps = _parts(norm)
+    arguments = (gate, up, norm_weight, out, len(gate), eps)
+    _launch(_gated_up, config, _rows(len(gate)), x, 2 * len(gate), *arguments, tiles=2)
+    return out
+
+
+@on_device_of
+def rotated_qkv(
+    x: Tensor,
+    projections: Sequence[Projection],
+    rope: tuple[Tensor, Tensor],
+    slots: Tensor,
+    cache: Tensor,
+    norm: Norm | None = None,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """x [M, K] -> rotated q [M, Hq, D]; rotated k, and v, of row m go to slot ``slots[m]`` of ``cache``.
+
+    Otherwise as ``linear``.
+
+    Args:
+        projections: of q, k and v; all have a bias, or none.
+        rope: cos and sin [M, ..., D] of each row's position, the first half of sin negated.
+        slots: [M] integers.
+        cache: [slots, Hkv, 2, D], written in place.
+    """
+    (q, k, v), (cos, sin) = projections, rope
+    num_kv, head_dim = cache.shape[1], cache.shape[3]
+    num_q = len(q.weight) // head_dim
+    out = torch.empty((x.shape[0], num_q, head_dim), dtype=x.dtype, device=x.device)
+    norm_weight, eps = _parts(norm)
+    num_heads = num_q + 2 * num_kv
+    _launch(
+        _rotated_qkv, config, lambda block_n: (num_heads, triton.cdiv(head_dim // 2, block_n)), x, num_heads * head_dim,
+        q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, norm_weight, cos, sin, slots, out, cache, eps,
+        tiles=2, NUM_Q=num_q, NUM_KV=num_kv, HEAD_DIM=head_dim,
+    )  # fmt: skip
+    return out
