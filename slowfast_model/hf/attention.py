@@ -99,7 +99,7 @@ class HybridAttention(ReplacedAttention):
             new = self.cross_attn_kv_proj(tokens).to(like.dtype).unflatten(-1, (-1, 2, self.head_dim))
             kv = new if kv is None else torch.cat([kv, new])
             if reading.keep is not None:
-                reading.keep[self.layer_idx] = kv
+                reading.keep.kv[self.layer_idx] = kv
         return kv
 
     def read(self, state: Tensor, query: Tensor, reading: SlowReading, scale: float | None) -> Tensor:
