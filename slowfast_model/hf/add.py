@@ -67,10 +67,10 @@ def add_slow_fast(
         raise ValueError(f"kv_init: got {kv_init!r}, want {' or '.join(map(repr, KV_INITS))}")
     warm_up, bias = as_float("warm_up_init", warm_up_init), as_float("gate_bias_init", gate_bias_init)
     _check_language_model(lm)
-    layers = lm.get_decoder().layers
-    hybrid_layers = sorted_layers(hybrid_layers, len(layers))
+    decoder = lm.get_decoder()
+    hybrid_layers = sorted_layers(hybrid_layers, len(decoder.layers))
     for index in hybrid_layers:
-        reason = unsupported_reason(layers[index])
+        reason = unsupported_reason(decoder, decoder.layers[index])
         if reason is not None:
             raise ValueError(f"lm: got {type(lm).__name__}, whose layer {index} cannot attend slow tokens: {reason}")
     config = SlowFastVLConfig(

@@ -8,8 +8,10 @@ without slow tokens is the model's own, untouched.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
+import textwrap
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +99,7 @@ class HybridAttention(ReplacedAttention):
             new = self.cross_attn_kv_proj(tokens).to(like.dtype).unflatten(-1, (-1, 2, self.head_dim))
             kv = new if kv is None else torch.cat([kv, new])
             if reading.keep is not None:
-                reading.keep[self.layer_idx] = kv
+                reading.keep.kv[self.layer_idx] = kv
         return kv
 
     def read(self, state: Tensor, query: Tensor, reading: SlowReading, scale: float | None) -> Tensor:
@@ -151,8 +153,20 @@ def _new(mixin: type[ReplacedAttention], plain_class: type[nn.Module]) -> nn.Mod
     return made.__new__(made)
 
 
-def unsupported_reason(layer: nn.Module) -> str | None:
-    """Why a decoder layer cannot be made hybrid; None: it can."""
+def _hands_on_keywords(module: nn.Module, to: str | None = None) -> bool:
+    """Whether a module's forward gives the keyword arguments that it does not name to what it calls (``self.<to>``)."""
+    forward = inspect.unwrap(type(module).forward)
+    function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    rest = function.args.kwarg
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+    if to is not None:
+        calls = [node for node in calls if ast.unparse(node.func) == f"self.{to}"]
+    given = (word.value for node in calls for word in node.keywords if word.arg is None)
+    return rest is not None and any(isinstance(value, ast.Name) and value.id == rest.arg for value in given)
+
+
+def unsupported_reason(decoder: nn.Module, layer: nn.Module) -> str | None:
+    """Why a layer of a decoder cannot be made hybrid; None: it can."""
     attention = getattr(layer, "self_attn", None)
     if not isinstance(attention, nn.Module):
         return "it has no self_attn"
@@ -165,8 +179,17 @@ def unsupported_reason(layer: nn.Module) -> str | None:
     missing = [name for name in parts if not hasattr(attention, name)]
     if missing:
         return f"{kind.__name__} has no {', '.join(missing)}"
+    projections = [getattr(attention, name) for name in ("qkv_proj", "k_proj", "v_proj") if hasattr(attention, name)]
+    if not all(hasattr(projection, "out_features") for projection in projections):
+        return f"{kind.__name__} projects K and V by more than a linear layer"
+    if len({projection.out_features for projection in projections}) > 1:
+        return f"{kind.__name__} has heads of another size for V than for K"
     if not hasattr(layer, "input_layernorm"):
         return f"{type(layer).__name__} has no input_layernorm, which slow tokens would share"
+    if not _hands_on_keywords(layer, "self_attn"):
+        return f"{type(layer).__name__} hands no keyword arguments on to its attention"
+    if not _hands_on_keywords(decoder):
+        return f"{type(decoder).__name__} hands no keyword arguments on to its layers"
     return None
 
 

@@ -79,7 +79,10 @@ class SlowFastVLConfig(PreTrainedConfig):
             kwargs.setdefault(key, getattr(text_config, key, None))
         # The parent's constructor would write None over what the user of a live language model chose.
         kwargs.setdefault("attn_implementation", text_config._attn_implementation)
+        experts = kwargs.get("experts_implementation", getattr(text_config, "_experts_implementation", None))
         super().__init__(**kwargs)
+        if experts is not None:  # the same, of the experts of 5.x; this model itself has none
+            text_config._experts_implementation = experts
         self.slow_fast()
 
     @classmethod

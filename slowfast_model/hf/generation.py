@@ -105,7 +105,7 @@ class VideoGeneration(GenerationMixin):
         return processors
 
     def _get_candidate_generator(self, *args, **kwargs):
-        draft = kwargs.get("assistant_model")
-        if not isinstance(draft, VideoGeneration):
+        exits_early = kwargs["generation_config"].assistant_early_exit is not None  # the model is its own draft
+        if not exits_early and not isinstance(kwargs.get("assistant_model"), VideoGeneration):
             kwargs["model_kwargs"] = _without_videos(kwargs["model_kwargs"])
         return super()._get_candidate_generator(*args, **kwargs)

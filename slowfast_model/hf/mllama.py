@@ -120,7 +120,9 @@ def attend(module: StandIn, query, key, value, attention_mask, **kwargs):
     compiling = torch.compiler.is_compiling()
     batch, _, rows, _ = query.shape
     windows = None
-    if not kwargs.get("dropout") and not kwargs.get("output_attentions") and (not compiling or rows == 1):
+    # Several rows without a mask are causal by sdpa and not by eager: the model's own affair.
+    is_plain = not kwargs.get("dropout") and not kwargs.get("output_attentions")
+    if is_plain and (rows == 1 or (not compiling and attention_mask is not None)):
         windows = _remembered(attention_mask, batch, rows, key.shape[2], module._module._tile, not compiling)
     if windows is None or windows.are_exact is False:
         return module.attend_as_chosen(query, key, value, attention_mask, **kwargs)

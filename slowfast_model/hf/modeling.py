@@ -27,6 +27,7 @@ from .towers import build_tower
 from .videos import (
     DynamicVideoCache,
     HeldVideos,
+    Keeper,
     NewVideos,
     SlowReading,
     cached_length,
@@ -339,6 +340,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             restarts, attention_mask, use_cache = _packed(position_ids, attention_mask, valid, use_cache)
 
         held = held_by(past)
+        if eager and held is not None and length > 1 and cached_length(past) == 0:
+            past.videos = held = None  # a compiled call left it a class whose reset does not know of videos
         # A decode step does not ask, as a cache that counts on its device would be waited for.
         starts = past is None or (eager and held is None and length > 1 and cached_length(past) == 0)
         placeholders = self._placeholders(input_ids, inputs_embeds, bool(features) or (eager and starts)) & valid
@@ -359,7 +362,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             past_length = cached_length(past) if eager else 0
             inputs_embeds, reading, after = self._read(inputs_embeds, features, rows, video_repeats, held, past_length)
             if features and keeps:
-                reading.keep = after.kv
+                reading.keep = Keeper(after.kv)
                 past = self._with_videos(past, after)
         elif held is not None:
             begin = torch.zeros((batch, length), dtype=torch.int64, device=valid.device)

@@ -115,6 +115,13 @@ class HeldVideos:
 # ----------------------------------------------------------------------------------------------- what rows read
 
 
+class Keeper:
+    """Where layers put K and V. No dataclass and no dict: fully_shard copies those when it casts a layer's inputs."""
+
+    def __init__(self, kv: dict[int, Tensor]) -> None:
+        self.kv = kv
+
+
 @dataclass
 class SlowReading:
     """What the hybrid layers of one call read: the index arguments of ``slowfast_cross_attention``, and the tokens.
@@ -130,7 +137,7 @@ class SlowReading:
     end: Tensor  # [B * L] int32
     tokens: Tensor | None = None  # [Ns, C]: new slow tokens, before a layer's norm
     held: dict[int, Tensor] = field(default_factory=dict)  # K and V of older ones, by layer
-    keep: dict[int, Tensor] | None = None  # where a layer puts K and V of all; nothing of this call reads it
+    keep: Keeper | None = None  # where a layer puts K and V of all; nothing of this call reads it
 
     @classmethod
     def of(cls, pieces: Tensor, begin: Tensor, end: Tensor, **rest) -> SlowReading:

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers
-from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model, prompt, slow_fast_model, video
+from families import FAMILIES, HYBRID, STRIDES, VIDEO, WIDTH, language_model, prompt, slow_fast_model, video
 from transformers import AutoModelForCausalLM
 
 from slowfast_model.hf import SlowFastVLConfig, add_slow_fast
@@ -204,6 +204,44 @@ def test_an_attention_beside_the_interface_is_refused_by_name():
     lm.model.layers[2].self_attn.__class__ = OwnAttention
     refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID), ValueError, "layer 2", "OwnAttention", "AttentionInterface")
     assert not hasattr(lm.model.layers[0].self_attn, "cross_attn_kv_proj")
+
+
+def test_a_layer_that_drops_keyword_arguments_is_refused_by_name():
+    """The slow tokens travel in them: StableLM's and Nemotron's of 5.24 would answer without the video."""
+    lm = language_model()
+
+    class DroppingLayer(type(lm.model.layers[0])):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            return hidden_states + self.self_attn(hidden_states, attention_mask=attention_mask)[0]
+
+    lm.model.layers[2].__class__ = DroppingLayer
+    refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID), ValueError, "layer 2", "DroppingLayer", "keyword arguments")
+    stable = transformers.StableLmConfig(**FAMILIES["llama"][1])
+    refuses(lambda: add_slow_fast(AutoModelForCausalLM.from_config(stable), WIDTH, (0,)), ValueError, "StableLm")
+
+
+def test_a_decoder_that_drops_keyword_arguments_is_refused_by_name():
+    """As GraniteMoe's of 4.57 does."""
+    lm = language_model()
+
+    class DroppingDecoder(type(lm.model)):
+        def forward(self, inputs_embeds, **kwargs):
+            for layer in self.layers:
+                inputs_embeds = layer(inputs_embeds, use_cache=kwargs.get("use_cache"))
+            return inputs_embeds
+
+    lm.model.__class__ = DroppingDecoder
+    refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID), ValueError, "layer 0", "DroppingDecoder", "keyword arguments")
+
+
+@pytest.mark.parametrize(
+    ("projection", "words"),
+    [(torch.nn.Linear(64, 16), "another size for V"), (torch.nn.Sequential(torch.nn.Linear(64, 32)), "a linear layer")],
+)
+def test_projections_that_are_not_those_of_heads_of_one_size(projection, words):
+    lm = language_model()
+    lm.model.layers[2].self_attn.v_proj = projection
+    refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID), ValueError, "layer 2", "Qwen2Attention", words)
 
 
 def test_a_layer_that_is_hybrid_already():

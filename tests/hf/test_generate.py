@@ -215,6 +215,14 @@ def test_a_draft_model_changes_nothing(family, draft):
     assert got == [want]
 
 
+def test_a_draft_of_the_models_own_first_layers_changes_nothing():
+    model = slow_fast_model()
+    row = prompt(model, 3, features := video(), 4)
+    want = recomputed(model, row, [features], 10)
+    options = {"do_sample": False, "max_new_tokens": 10, "assistant_early_exit": 2}
+    assert new_ids(model, batch([row]), video_features=[features], **options) == [want]
+
+
 def test_a_draft_that_reads_the_video_is_accepted_as_a_whole():
     """Every proposal of a draft equal to the model is right if it has the slow tokens in every round."""
     model = slow_fast_model()

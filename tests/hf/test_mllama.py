@@ -114,6 +114,16 @@ def test_logits_are_its_own(pair, inputs, attention, use_cache, calls):
     assert calls.count == 2
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_without_a_mask_are_its_own(pair, inputs, attention):
+    """By sdpa rows are then causal over tiles, by eager they see all of them."""
+    del inputs["cross_attention_mask"]
+    for one in pair:
+        one.set_attn_implementation(attention)
+    with torch.no_grad():
+        close(*(model(**inputs).logits for model in reversed(pair)))
+
+
 def test_gradients_are_its_own(pair, inputs, calls):
     found = []
     for model in pair:

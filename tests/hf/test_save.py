@@ -22,10 +22,11 @@ from families import (
     video,
 )
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, MixtralConfig
 
 from slowfast_model import PatchTower
 from slowfast_model.hf import SlowFastVLConfig, SlowFastVLForConditionalGeneration, add_slow_fast
+from slowfast_model.hf._versions import CACHE
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -149,6 +150,19 @@ def test_a_model_goes_through_torch_save(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ what is taken over
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="4.57 has one way to compute experts")
+def test_experts_are_computed_as_the_language_model_does(tmp_path):
+    sizes = FAMILIES["llama"][1] | {"num_local_experts": 3}
+    lm = AutoModelForCausalLM.from_config(MixtralConfig(**sizes))
+    chosen = lm.config._experts_implementation
+    assert chosen not in (None, "eager")
+    model = slow_fast_model(lm=lm)
+    assert lm.config._experts_implementation == chosen
+    model.save_pretrained(tmp_path)
+    loaded = SlowFastVLForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.language_model.config._experts_implementation == chosen
 
 
 def test_the_language_model_is_taken_over_and_not_copied():

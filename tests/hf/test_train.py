@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from slowfast_model.hf import SlowFastVLForConditionalGeneration
+from slowfast_model.hf._versions import CACHE
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -264,6 +265,26 @@ def test_two_ranks_of_which_one_has_text_alone_have_the_gradients_of_one_process
                     for name, grad in grads.items():
                         assert grad is not None, f"{wrapper}, {trainable}: {name}"
                         close(grad, exact[name])
+
+
+def test_the_cache_of_a_sharded_model_that_casts_its_inputs_has_the_videos():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = slow_fast_model()
+    features = video()
+    inputs = batch([prompt(model, 3, features, 4)]) | {"video_features": [features]}
+    options = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+        for layer in model.get_decoder().layers:
+            fully_shard(layer, **settings)
+        fully_shard(model, **settings)
+        out = model.generate(**inputs, **options)
+        assert set(getattr(out, CACHE).videos.kv) == set(HYBRID)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_language_model_is_that_of_the_configuration():

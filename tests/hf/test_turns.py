@@ -247,3 +247,14 @@ def test_a_cache_that_is_reset_is_empty():
     row = prompt(model, 5)
     out = model.generate(**batch([row]), **{CACHE: cache}, **GREEDY)
     assert out[0, 5:].tolist() == recomputed(model, row, None)
+
+
+def test_a_cache_that_a_compiled_call_filled_is_empty_after_its_reset():
+    model = slow_fast_model()
+    cache = StaticCache(config=model.config.text_config, max_cache_len=40)
+    ids, features = torch.tensor([prompt(model, 2, x := video(), 3)]), [x]
+    text = torch.tensor([prompt(model, 6)])
+    with torch.no_grad():
+        torch.compile(model, backend="eager", fullgraph=True)(ids, video_features=features, **{CACHE: cache})
+        cache.reset()
+        close(model(text, **{CACHE: cache}).logits, model(text).logits)
