@@ -70,6 +70,7 @@ class DecodeSession:
         gemv: a step's linear layers run as Triton kernels that read each weight once, with what stands around them
             inside, instead of cuBLAS and PyTorch's ops. None: where they run and are expected to be faster
             (``gemv_limit`` says why not). Layers with modules that are more than their weights are called as ever.
+            False, the default, until the kernels have been seen on a GPU.
 
     Raises:
         ValueError, TypeError: as ``SlowFastForCausalLM.forward``; ``max_new_tokens`` or ``max_slow_tokens`` that is no
@@ -89,7 +90,7 @@ class DecodeSession:
         max_new_tokens: int,
         slow_tokens_in_decode: bool = True,
         max_slow_tokens: int | None = None,
-        gemv: bool | None = None,
+        gemv: bool | None = False,
     ) -> None:
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         slow_tokens_in_decode = as_bool("slow_tokens_in_decode", slow_tokens_in_decode)

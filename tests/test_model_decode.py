@@ -104,7 +104,7 @@ def test_a_larger_batch_is_left_to_cublas_unless_the_kernels_are_asked_for(with_
     ids = torch.ones(9, 2, dtype=torch.int64)
     model = tiny_model("triton", **SMALL | {"cross_attn_every_n_layers": None})
     model.backend = "cpu"  # of the prefill
-    sessions = [DecodeSession(model, ids[:n], max_new_tokens=1) for n in (8, 9)]
+    sessions = [DecodeSession(model, ids[:n], max_new_tokens=1, gemv=None) for n in (8, 9)]
     model.backend = "triton"
     assert [session.gemv_limit() for session in sessions] == [None, cublas_pays(9)]
     sessions[1]._gemv = True
@@ -114,9 +114,9 @@ def test_a_larger_batch_is_left_to_cublas_unless_the_kernels_are_asked_for(with_
 def test_a_session_says_what_keeps_it_from_the_kernels(monkeypatch):
     monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
     ids, model = torch.tensor([[1, 2]]), tiny_model("eager")
-    session = DecodeSession(model, ids, max_new_tokens=1)
+    session = DecodeSession(model, ids, max_new_tokens=1, gemv=None)
     assert session.gemv_limit() == "got backend 'eager', want 'triton' or None (automatic)"
-    off = DecodeSession(model, ids, max_new_tokens=1, gemv=False)
+    off = DecodeSession(model, ids, max_new_tokens=1)
     assert off.gemv_limit() == "got gemv=False, want None or True"
     with pytest.raises(ValueError, match=r"^gemv: got backend 'eager', want 'triton' or None \(automatic\), or gemv="):
         DecodeSession(model, ids, max_new_tokens=1, gemv=True)
@@ -282,7 +282,7 @@ def test_a_step_is_four_launches_a_layer_and_one_for_the_head_and_right(launched
 @torch.no_grad()
 def test_weights_are_read_at_every_step_and_a_changed_module_is_called(launched):
     model, eager_model = small_model("triton"), small_model("eager")
-    ours, eager = session_of(model, samples=2), session_of(eager_model, samples=2)
+    ours, eager = session_of(model, samples=2, gemv=None), session_of(eager_model, samples=2)
     token = torch.tensor([5, 7])
 
     def assert_alike(kernels: list[str]) -> None:
