@@ -1,4 +1,4 @@
-"""What the sweeps share: their command line; of ``tune_cuda`` and ``tune_triton`` also shapes, checked answers, timing."""
+"""What sweeps share: the command line; for ``tune_cuda`` and ``tune_triton`` also shapes, checked answers, timing."""
 
 from __future__ import annotations
 
