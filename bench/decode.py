@@ -21,10 +21,10 @@ from .decode_peers import (
     PeerSession,
     compiled,
     plain_step,
-    transformers_absent,
     transformers_step,
     transformers_version,
 )
+from .hf import why_absent
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import decode_shapes
 from .shapes import DecodeShape, decode_cost
@@ -86,7 +86,7 @@ def base_step(runner: Runner, model, shape: DecodeShape, dtype: str) -> None:
         entries.append(("cublas, compiled", "peer", f"torch.compile, {graph}", partial(ours, False, True)))
     if runner.wants_peer("gpt-fast"):
         entries.append(("gpt-fast", "peer", whole, partial(peer, plain_step)))
-    absent = transformers_absent(runner.device)
+    absent = why_absent()
     if absent is None and runner.wants_peer("transformers"):
         step_of = partial(transformers_step, input_ids=ids, capacity=capacity)
         entries.append(("transformers", "peer", f"{whole}, {transformers_version()}", partial(peer, step_of)))

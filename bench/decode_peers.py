@@ -8,8 +8,6 @@ likewise. Both choose the largest logit inside what is compiled. On a CPU neithe
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -17,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slowfast_model import DecodeSession
+
+from .hf import counts_cache_positions
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]  # token [B] -> logits [B, V], the most likely ids [B]
 
@@ -97,16 +97,11 @@ def plain_step(session: DecodeSession) -> Step:
     return step
 
 
-def transformers_absent(device: torch.device) -> str | None:
-    """Why transformers takes no part; None: it does."""
-    if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
-    return None
-
-
 def transformers_step(session: DecodeSession, input_ids: Tensor, capacity: int) -> Step:
     """transformers' Qwen2 on the weights of ``session``'s model, prefilled with ``input_ids`` [B, L] of text."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+    from slowfast_model.hf._versions import CACHE
 
     ours, device = session.model, input_ids.device
     config = Qwen2Config(
@@ -130,11 +125,10 @@ def transformers_step(session: DecodeSession, input_ids: Tensor, capacity: int) 
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its frequencies are in no state dict
     model.eval()
     cache = StaticCache(config=config, max_cache_len=capacity)
-    takes = inspect.signature(model.forward).parameters
-    options = {"cache" if "cache" in takes else "past_key_values": cache, "use_cache": True}
+    options = {CACHE: cache, "use_cache": True}
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
-        where = {"cache_position": positions} if "cache_position" in takes else {}
+        where = {"cache_position": positions} if counts_cache_positions() else {}
         return model(ids, position_ids=positions[None], logits_to_keep=1, **options, **where).logits[:, -1]
 
     length = input_ids.shape[1]

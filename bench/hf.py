@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .model import BUDGET_S, PAIRS, PROFILED, created_on
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import model_shapes
-from .shapes import Cost, ModelShape, model_cost
+from .shapes import Cost, ModelShape, language_model_keys, model_cost
 from .timing import Call, kernel_lane, wall_lane
 
 BASE = "base LM"
@@ -46,16 +46,7 @@ def make_model(shape: ModelShape, dtype: str, device: torch.device):
 
     from slowfast_model.hf import add_slow_fast
 
-    config = Qwen2Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads.num_q,
-        num_key_value_heads=shape.heads.num_kv,
-        head_dim=shape.heads.dim,
-        tie_word_embeddings=False,
-    )
+    config = Qwen2Config(**language_model_keys(shape), head_dim=shape.heads.dim, tie_word_embeddings=False)
     torch.manual_seed(0)
     with created_on(device, dtype):
         language_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -17,6 +17,7 @@ from .mllama_shapes import MllamaShape, mllama_cost
 from .model import created_on
 from .runner import Runner
 from .selection import mllama_shapes
+from .shapes import language_model_keys
 
 BASE = "sdpa"
 
@@ -26,12 +27,7 @@ def make_model(shape: MllamaShape, dtype: str, device: torch.device):
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 
     text = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads.num_q,
-        "num_key_value_heads": shape.heads.num_kv,
+        **language_model_keys(shape),
         "cross_attention_layers": list(shape.cross_layers),
         "rope_scaling": {"rope_type": "default"},
         "pad_token_id": 0,

@@ -40,6 +40,7 @@ from .shapes import (
     TINY_MODEL,
     Heads,
     ModelShape,
+    language_model_keys,
     model_cost,
     slow_read_bytes,
     vision_cost,
@@ -90,12 +91,7 @@ def make_model(shape: ModelShape, dtype: str, device: torch.device, **config):
     from slowfast_model import SlowFastConfig, SlowFastForCausalLM
 
     options = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads.num_q,
-        "num_key_value_heads": shape.heads.num_kv,
+        **language_model_keys(shape),
         "mm_hidden_size": shape.vision_channels,
         "mm_projector_type": "mlp2x_gelu",
         "cross_attn_every_n_layers": shape.every,

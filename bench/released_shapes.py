@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .shapes import QWEN2_7B_MODEL, TINY_MODEL, ModelShape
+from .shapes import QWEN2_7B_MODEL, TINY_MODEL, ModelShape, language_model_keys
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,7 @@ class ReleasedShape:
         model = self.model
         return {
             "model_type": "llava_qwen_slow_fast",
-            "vocab_size": model.vocab,
-            "hidden_size": model.hidden,
-            "intermediate_size": model.intermediate,
-            "num_hidden_layers": model.layers,
-            "num_attention_heads": model.heads.num_q,
-            "num_key_value_heads": model.heads.num_kv,
+            **language_model_keys(model),
             "mm_hidden_size": self.tower_width,
             "mm_projector_type": "mlp2x_gelu",
             "mm_video_pooling_stride": 2,

@@ -190,6 +190,18 @@ class MixShape:
         return f"{self.num_text}of{self.rows}@{self.channels}"
 
 
+def language_model_keys(shape) -> dict[str, int]:
+    """Sizes of a shape's language model, by the keys of transformers and of a released config.json."""
+    return {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads.num_q,
+        "num_key_value_heads": shape.heads.num_kv,
+    }
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A model with one video of ``frames`` frames in its prompt.

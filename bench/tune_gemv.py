@@ -10,15 +10,12 @@ is faster, come from this. Kernels compile in parallel before any is timed.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +26,7 @@ from slowfast_kernels.heuristics.triton import next_power_of_2
 from slowfast_kernels.triton import gemv
 from slowfast_kernels.triton.gemv import Norm, Projection
 
+from . import tuning
 from .shapes import DECODE
 from .timing import num_input_sets, time_calls
 
@@ -123,23 +121,17 @@ def show(entry: dict, read_bytes: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write every measurement to this JSON file")
+    parser = tuning.command_line(__doc__)
     parser.add_argument("--batches", nargs="+", type=int, default=[shape.batch for shape in DECODE])
     parser.add_argument("--launches", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--budget", type=float, default=0.02, help="seconds of measurement a configuration")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = tuning.the_gpu(parser)
     facts, entries = torch.cuda.get_device_properties(device), []
     compile_in_parallel(arguments.launches, arguments.batches, device)
     for batch, name in product(arguments.batches, arguments.launches):
         entries.append(sweep(name, batch, device, facts.L2_cache_size, arguments.budget))
         print(show(entries[-1], SHAPES[name].read_bytes(2)), flush=True)
-        if arguments.out:
-            result = {"gpu": facts.name, "torch": torch.__version__, "launches": entries}
-            arguments.out.write_text(json.dumps(result, indent=1))
+        tuning.write(arguments.out, device, launches=entries)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the sweeps of ``tune_cuda`` and ``tune_triton`` share: shapes, checked answers, timing, the command line."""
+"""What sweeps share: the command line; for ``tune_cuda`` and ``tune_triton`` also shapes, checked answers, timing."""
 
 from __future__ import annotations
 
@@ -61,6 +61,28 @@ def report(rows: list[tuple[float, Config]], own: Config) -> dict:
     return {"heuristic": timed[[config for _, config in rows].index(own)], "best": timed[0], "all": timed}
 
 
+def command_line(description: str) -> argparse.ArgumentParser:
+    """Of any sweep; what it sweeps over is its own to add."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write every measurement to this JSON file")
+    parser.add_argument("--budget", type=float, default=0.02, help="seconds of measurement a configuration")
+    return parser
+
+
+def the_gpu(parser: argparse.ArgumentParser) -> torch.device:
+    """The current one; without one the program ends."""
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def write(out: Path | None, device: torch.device, **found) -> None:
+    """What was found so far, to the file that was asked for."""
+    if out:
+        result = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__} | found
+        out.write_text(json.dumps(result, indent=1))
+
+
 def run(
     description: str,
     tune: Callable[[list[AttentionInputs], torch.device, float], dict],
@@ -69,20 +91,16 @@ def run(
     **versions: str,
 ) -> None:
     """The command line of a sweep: ``tune(input sets, device, seconds a config)`` for every shape asked for."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write every measurement to this JSON file")
+    parser = command_line(description)
     parser.add_argument("--shapes", nargs="+", default=TABLE, help="BATCHxTEXTxSLOW[@HQ/HKV/D]")
-    parser.add_argument("--budget", type=float, default=0.02, help="seconds of measurement a configuration")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU")
+    device = the_gpu(parser)
     try:
         shapes = [parse_attention(text) for text in arguments.shapes]
     except ValueError as problem:
         parser.error(f"--shapes: got {problem}")
     if None in shapes:
         parser.error(f"--shapes: got {arguments.shapes}, want BATCHxTEXTxSLOW[@HQ/HKV/D]")
-    device = torch.device("cuda", torch.cuda.current_device())
     facts = torch.cuda.get_device_properties(device)
     if prepare is not None:
         prepare(shapes, device)
@@ -92,6 +110,4 @@ def run(
         sets = make_inputs(shape, "bfloat16", device, facts.L2_cache_size)
         entries.append({"shape": shape.name} | tune(sets, device, arguments.budget))
         print(show(entries[-1]), flush=True)
-        if arguments.out:
-            result = {"gpu": facts.name, "torch": torch.__version__} | versions | {"shapes": entries}
-            arguments.out.write_text(json.dumps(result, indent=1))
+        write(arguments.out, device, **versions, shapes=entries)

@@ -72,7 +72,7 @@ class Capability:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str]:
-    how = "build it with `pip install .` in the checkout (it needs a C++17 compiler)"
+    how = "build it with `pip install -e .` in the checkout (it needs a C++17 compiler)"
     try:
         module = importlib.import_module("slowfast_kernels._C")
     except ImportError as error:

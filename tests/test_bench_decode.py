@@ -70,7 +70,7 @@ def small_model():
 @torch.no_grad()
 def test_a_run_measures_all_in_turns_against_our_step_and_says_who_is_not_there(run, small_model, monkeypatch):
     monkeypatch.setattr(decode, "TURNS", 6)
-    monkeypatch.setattr(decode, "transformers_absent", lambda device: "transformers is not installed")
+    monkeypatch.setattr(decode, "why_absent", lambda: "transformers is not installed")
     monkeypatch.setattr(decode, "decode_shapes", lambda *_: [SHAPE])
     monkeypatch.setattr(model, "make_model", lambda *_: small_model)
     monkeypatch.setattr(decode, "SLOW_FRAMES", (2, 5))

@@ -251,6 +251,7 @@ def measured(run, monkeypatch):
     """The model's benchmark over two tiny shapes: rows by (op, shape, who), and the order of all calls."""
     monkeypatch.setattr(model, "model_shapes", lambda *_: SHAPES)
     monkeypatch.setattr(model, "PAIRS", 9)
+    monkeypatch.setattr(model, "BUDGET_S", 600.0)  # of three pairs, on however busy a machine
     run.shapes = ["2", "5"]  # no demonstration
     with torch.no_grad():
         model.run(run, None)

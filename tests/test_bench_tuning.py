@@ -1,5 +1,7 @@
 """The sweeps behind heuristics: what they try, and that a wrong answer stops them. They run on a GPU only."""
 
+import json
+
 import pytest
 import torch
 
@@ -60,3 +62,22 @@ def test_a_report_names_the_heuristic_s_choice_among_the_ranked():
     assert (found["heuristic"]["us"], found["heuristic"]["cluster_size"]) == (11.0, 4)
     assert (found["best"]["us"], found["best"]["cluster_size"]) == (10.0, 2)
     assert [row["us"] for row in found["all"]] == [10.0, 11.0, 12.0]
+
+
+def test_a_sweep_without_a_gpu_ends_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["tune"])
+    with pytest.raises(SystemExit):
+        tuning.run("A sweep.", tune=None, show=None)
+    assert capsys.readouterr().err.endswith("error: needs a GPU\n")
+
+
+def test_what_a_sweep_found_so_far_is_written_where_it_was_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tuning.write(None, CPU, launches=[])
+    tuning.write(tmp_path / "out.json", CPU, launches=[{"us": 1.5}])
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        "gpu": "a GPU",
+        "torch": torch.__version__,
+        "launches": [{"us": 1.5}],
+    }

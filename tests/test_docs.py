@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from docstrings import check_arguments
 from model_cases import one_thread  # noqa: F401
 
 import slowfast_kernels
@@ -158,15 +159,7 @@ def public_callables():
 
 @pytest.mark.parametrize(("documented", "called"), list(public_callables()))
 def test_a_public_docstring_speaks_of_every_argument_and_of_no_other(documented, called):
-    doc = inspect.getdoc(documented)
-    assert doc, "no docstring"
-    arguments = [name for name in inspect.signature(called).parameters if name not in ("self", "cls")]
-    missing = [name for name in arguments if not re.search(rf"\b{name}\b", doc)]
-    assert not missing, f"no word of {missing}"
-    if "Args:\n" in doc:
-        section = doc.split("Args:\n")[1].split("\n\n")[0]
-        entries = re.findall(r"^    (\w+(?:, \w+)*):", section, re.MULTILINE)
-        assert sorted(name for entry in entries for name in entry.split(", ")) == sorted(arguments)
+    check_arguments(documented, called)
 
 
 # --------------------------------------------------------------------------------------------------- tables

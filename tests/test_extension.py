@@ -44,6 +44,7 @@ def test_in_a_checkout_beside_an_installed_copy_the_report_says_which_is_importe
     assert f"not in the package that is imported, {checkout}" in said
     assert f"the copy in {installed} has it" in said
     assert f"start Python outside {checkout.parent}" in said
+    assert "`pip install -e .` in the checkout" in said  # without -e it would be built for the other copy again
 
 
 def test_an_extension_for_another_python_is_named(checkout):

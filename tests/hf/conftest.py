@@ -7,6 +7,7 @@ import random
 import zlib
 
 import pytest
+import shared_with_tests  # noqa: F401
 import torch
 import torchvision_beside_cpu_torch  # noqa: F401
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from slowfast_model.hf import SlowFastVLForConditionalGeneration, add_slow_fast
 
@@ -71,6 +73,21 @@ def open_gates(model: SlowFastVLForConditionalGeneration, seed: int = 7) -> Slow
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise + (1.0 if "warm_up" in name else 0.0))
     return model
+
+
+def close_gates(model: SlowFastVLForConditionalGeneration) -> None:
+    with torch.no_grad():
+        for attention in model.hybrid_attentions():
+            attention.cross_attn_warm_up_gate.zero_()
+
+
+def word_tokenizer(vocabulary: Mapping[str, int], special: Sequence[str], **options) -> PreTrainedTokenizerFast:
+    """Of words with a space between them; "<pad>" stands for others."""
+    inner = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, **options)
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    return made
 
 
 def slow_fast_model(family: str = "qwen2", lm: nn.Module | None = None, **keys) -> SlowFastVLForConditionalGeneration:

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model, open_gates
+from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model, open_gates, word_tokenizer
 from test_generate import recomputed
 from test_processor import WORDS, clip, frames  # noqa: F401
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from slowfast_model import PatchTower, encode_frames, load_video
@@ -25,11 +24,7 @@ USER, ASSISTANT, WHAT, IS, THIS, END, A, CAT = 1, 2, 3, 4, 5, 6, 7, 8  # ids
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word for every id, none of which a decoder leaves out but the placeholder, which is never generated."""
     words = [*WORDS, *(f"w{i}" for i in range(len(WORDS), VIDEO)), "<video>"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner)
-    made.add_special_tokens({"additional_special_tokens": ["<video>"]})
-    return made
+    return word_tokenizer({word: i for i, word in enumerate(words)}, ["<video>"])
 
 
 @pytest.fixture

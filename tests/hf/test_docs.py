@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from families import VOCABULARY, language_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from docstrings import check_arguments
+from families import VOCABULARY, language_model, word_tokenizer
 
 import slowfast_model.hf
 from slowfast_model.hf import SlowFastVLForConditionalGeneration, SlowFastVLProcessor, VideoChat
@@ -25,24 +23,15 @@ WORDS += [f"w{i}" for i in range(len(WORDS), VOCABULARY)]
 
 def tiny_tokenizer(name):
     """In place of a download: words, and the token that Qwen2.5's tokenizer has for videos."""
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
-    made.add_special_tokens({"additional_special_tokens": ["<|video_pad|>"]})
+    made = word_tokenizer({word: i for i, word in enumerate(WORDS)}, ["<|video_pad|>"])
     made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     return made
 
 
 def test_readmes_example_adds_trains_and_answers(tmp_path, monkeypatch, capsys):
-    av = pytest.importorskip("av")
+    clips = pytest.importorskip("video_clips")
     monkeypatch.chdir(tmp_path)
-    with av.open("clip.mp4", "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for i in range(40):
-            picture = np.full((32, 32, 3), 6 * i, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    clips.write_clip(tmp_path / "clip.mp4", 40, (32, 32))
     sizes = {"num_hidden_layers": 17, "max_position_embeddings": 1024}
     tiny = lambda name: language_model("qwen2.5", **sizes)  # noqa: E731
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tiny)
@@ -90,14 +79,7 @@ def documented():
 
 @pytest.mark.parametrize(("documented", "called"), list(documented()))
 def test_a_public_docstring_speaks_of_every_argument_and_of_no_other(documented, called):
-    doc = inspect.getdoc(documented)
-    arguments = [name for name in inspect.signature(called).parameters if name != "self"]
-    missing = [name for name in arguments if not re.search(rf"\b{name}\b", doc)]
-    assert not missing, f"no word of {missing}"
-    if "Args:\n" in doc:
-        section = doc.split("Args:\n")[1].split("\n\n")[0]
-        entries = re.findall(r"^    (\w+(?:, \w+)*):", section, re.MULTILINE)
-        assert sorted(name for entry in entries for name in entry.split(", ")) == sorted(arguments)
+    check_arguments(documented, called)
 
 
 def test_without_transformers_the_import_says_what_is_missing():

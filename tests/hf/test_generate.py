@@ -12,6 +12,7 @@ from families import (
     VOCABULARY,
     batch,
     close,
+    close_gates,
     language_model,
     open_gates,
     prompt,
@@ -77,9 +78,7 @@ def test_slow_tokens_change_what_is_generated(family):
     _, videos, inputs = samples(model)
     features = [x for own in videos for x in own]
     got = new_ids(model, inputs, video_features=features, **GREEDY)
-    with torch.no_grad():
-        for attention in model.hybrid_attentions():
-            attention.cross_attn_warm_up_gate.zero_()
+    close_gates(model)
     assert new_ids(model, inputs, video_features=features, **GREEDY) != got
 
 
@@ -149,9 +148,7 @@ def test_a_quantised_cache_reads_the_slow_tokens(backend):
     else:
         layers = [Rounded(residual_length=4) for _ in range(model.config.text_config.num_hidden_layers)]
         got = scores(**{CACHE: Cache(layers=layers)})
-    with torch.no_grad():
-        for attention in model.hybrid_attentions():
-            attention.cross_attn_warm_up_gate.zero_()
+    close_gates(model)
     blind = scores()
     assert 0 < (got - exact).abs().max() < 0.2 * (blind - exact).abs().max()
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model, word_tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from slowfast_model import PatchTower
@@ -24,10 +22,7 @@ TEMPLATE = (
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(WORDS)} | {"<video>": VIDEO}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", padding_side="left")
-    made.add_special_tokens({"additional_special_tokens": ["<video>", "<user>", "<assistant>"]})
+    made = word_tokenizer(vocabulary, ["<video>", "<user>", "<assistant>"], pad_token="<pad>", padding_side="left")
     made.chat_template = TEMPLATE
     return made
 
@@ -45,18 +40,8 @@ def processor(tokenizer, model) -> SlowFastVLProcessor:
 
 @pytest.fixture
 def clip(tmp_path) -> str:
-    av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for i in range(12):
-            picture = np.full((32, 32, 3), 20 * i, dtype=np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return str(path)
+    clips = pytest.importorskip("video_clips")
+    return str(clips.write_clip(tmp_path / "clip.mp4", 12, (32, 32)))
 
 
 def frames(count: int = 8) -> torch.Tensor:

@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from released_cases import CONFIG, DIMS, VOCABULARY, convnext, stored_convnext, write
@@ -31,16 +30,9 @@ def processor(directory) -> SlowFastVLProcessor:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
     """12 frames at 4 a second, each brighter than the one before."""
-    av = pytest.importorskip("av")
-    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for i in range(12):
-            picture = np.full((32, 48, 3), 20 * i, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return str(path)
+    clips = pytest.importorskip("video_clips")
+    folder = tmp_path_factory.mktemp("clips")
+    return str(clips.write_clip(folder / "clip.mp4", 12, (48, 32), rate=4))
 
 
 def asked(question, video):
@@ -49,7 +41,7 @@ def asked(question, video):
 
 def brightness(frames):
     """Which frames of the clip these are."""
-    return [round(float(x) / 20) for x in frames.float().mean((1, 2, 3))]
+    return pytest.importorskip("video_clips").brightness(frames)
 
 
 # ------------------------------------------------------------------------------------------------------- the prompt
@@ -129,6 +121,7 @@ def model(directory) -> SlowFastVLForConditionalGeneration:
     """Whose tower is a stand-in with random weights."""
     from slowfast_model.hf.towers import build_tower
 
+    pytest.importorskip("timm")
     model = SlowFastVLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, vision_tower=False)
     torch.manual_seed(1)
     model.vision_tower = build_tower({"name": "convnext", **SETTINGS}).eval()

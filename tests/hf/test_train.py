@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, HYBRID, VIDEO, batch, close, language_model, prompt, slow_fast_model, video
-from parallel_worker import TRAINABLE, WRAPPERS, build
-from parallel_worker import gradients as gradients_of_two_steps
+import two_ranks
+from families import FAMILIES, HYBRID, VIDEO, batch, close, close_gates, language_model, prompt, slow_fast_model, video
+from parallel_worker import TRAINABLE, WRAPPERS, build, loss
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
+from two_ranks import assert_gradients, saved_by, train
 
 from slowfast_model.hf import SlowFastVLForConditionalGeneration
 from slowfast_model.hf._versions import CACHE
@@ -95,9 +93,7 @@ def test_text_alone_trains_the_same_parameters(family):
 
 def test_a_closed_gate_trains_the_warm_up_alone():
     model = slow_fast_model().train()
-    with torch.no_grad():
-        for attention in model.hybrid_attentions():
-            attention.cross_attn_warm_up_gate.zero_()
+    close_gates(model)
     for name, gradient in gradients(model, a_batch(model)).items():
         if "cross_attn_" in name:
             assert gradient.any() == ("warm_up" in name), name
@@ -235,20 +231,8 @@ def test_a_gate_that_is_saved_whole_beside_adapters(tmp_path):
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes saved."""
     folder = tmp_path_factory.mktemp("parallel")
-    paths = [str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")]  # this checkout's packages, as in this process
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, str(WORKER)]
-    pair = [subprocess.Popen([*command, str(rank), str(folder)], env=environment, **streams) for rank in range(2)]
-    try:
-        for process in pair:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in pair:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    train(WORKER, folder)
+    return saved_by(folder)
 
 
 @pytest.mark.slow
@@ -256,15 +240,9 @@ def ranks(tmp_path_factory) -> list[dict]:
 def test_two_ranks_of_which_one_has_text_alone_have_the_gradients_of_one_process(ranks):
     for wrapper in WRAPPERS:
         for trainable in TRAINABLE:
-            expected = gradients_of_two_steps(build(trainable), lambda step: (0, 1))
+            expected = two_ranks.gradients(build(trainable), loss, lambda step: (0, 1))
             for saved in ranks:
-                steps = saved[wrapper, trainable]
-                assert not isinstance(steps, str), f"{wrapper}, {trainable}: {steps}"
-                for grads, exact in zip(steps, expected, strict=True):
-                    assert grads.keys() == exact.keys()
-                    for name, grad in grads.items():
-                        assert grad is not None, f"{wrapper}, {trainable}: {name}"
-                        close(grad, exact[name])
+                assert_gradients(saved[wrapper, trainable], expected)
 
 
 def test_the_cache_of_a_sharded_model_that_casts_its_inputs_has_the_videos():
