@@ -244,7 +244,9 @@ def test_prompt_lookup_changes_nothing(family):
     want = recomputed(model, row, [features], 10)
     options = {"do_sample": False, "max_new_tokens": 10, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
     options["eos_token_id"] = VIDEO  # never comes; 4.57 needs one
-    assert new_ids(model, batch([row]), video_features=[features], **options) == [want]
+    (got,) = new_ids(model, batch([row]), video_features=[features], **options)
+    assert got[:10] == want
+    assert len(got) <= 11  # 4.57 may look up one more than was asked for, for any language model
 
 
 @every_family
