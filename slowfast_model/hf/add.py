@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,8 +57,9 @@ def add_slow_fast(
             fast_token_temporal_sampling_stride, min_fast_frames, causal_slow_tokens.
 
     Raises:
-        ValueError: an encoder-decoder; a layer without attention that can be used, by its class; layers out of range
-            or repeated; an id outside the vocabulary; values that do not exist.
+        ValueError: an encoder-decoder; a model with a cache of its own, or with embeddings or head sizes of each layer;
+            a layer without attention that can be used, by its class; layers out of range or repeated; an id outside
+            the vocabulary; a tower of another width; values that do not exist.
         TypeError: no causal language model; an unknown key; values of another type.
     """
     unknown = sorted(set(slow_fast_keys) - set(SLOW_FAST_KEYS))
@@ -115,3 +117,13 @@ def _check_language_model(lm: object) -> None:
         raise TypeError(f"lm: got {type(lm).__name__}, want a causal language model (AutoModelForCausalLM)")
     if not hasattr(lm.get_decoder(), "layers"):
         raise ValueError(f"lm: got {type(lm).__name__}, whose {type(lm.get_decoder()).__name__} has no layers")
+    if not lm._supports_default_dynamic_cache():  # of Qwen3-Next, Bamba and their like in 4.57
+        raise ValueError(
+            f"lm: got {type(lm).__name__}, which has a cache of its own, want a model that transformers "
+            f"{transformers.__version__} runs with a DynamicCache, which carries the slow tokens' K and V"
+        )
+    if getattr(lm.config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"lm: got {type(lm).__name__}, whose layers look their tokens up again (hidden_size_per_layer_input), want "
+            "a model that embeddings are enough for, as no id stands for a fast token there"
+        )

@@ -14,6 +14,7 @@ from slowfast_kernels.pool_plan import make_pool_plan
 from ..config import SlowFastConfig
 from ..official_config import RELEASED
 from ._versions import PreTrainedConfig
+from .towers import tower_width
 
 # Fields of SlowFastConfig that say how videos are read; their defaults are there.
 SLOW_FAST_KEYS = (
@@ -45,8 +46,8 @@ class SlowFastVLConfig(PreTrainedConfig):
             what every configuration of transformers takes.
 
     Raises:
-        ValueError: layers that the language model does not have, or a layer twice; an id outside its vocabulary; as
-            ``SlowFastConfig``.
+        ValueError: layers that the language model does not have, or a layer twice; an id outside its vocabulary; a
+            tower of another width than ``mm_hidden_size``; as ``SlowFastConfig``.
         TypeError: values of another type.
     """
 
@@ -72,6 +73,11 @@ class SlowFastVLConfig(PreTrainedConfig):
         self.hybrid_layers = sorted_layers(hybrid_layers, text_config.num_hidden_layers)
         self.video_token_id = _token(video_token_id, text_config.vocab_size)
         self.vision_tower = None if vision_tower is None else dict(vision_tower)
+        width = tower_width(self.vision_tower)
+        if width not in (None, mm_hidden_size):
+            raise ValueError(
+                f"mm_hidden_size: got {mm_hidden_size}, want {width}, the width of the {vision_tower['name']} tower"
+            )
         for key in SLOW_FAST_KEYS:
             setattr(self, key, kwargs.pop(key, getattr(SlowFastConfig, key)))
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
@@ -108,14 +114,20 @@ class SlowFastVLConfig(PreTrainedConfig):
     def slow_fast(self) -> SlowFastConfig:
         """The same choices as a ``SlowFastConfig`` of the language model's sizes, which checks them."""
         text = self.text_config
-        heads = text.num_attention_heads
-        sizes = {
-            "hidden_size": text.hidden_size,
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None),
-            "mm_hidden_size": self.mm_hidden_size,
-        }
+        try:
+            heads = text.num_attention_heads
+            sizes = {
+                "hidden_size": text.hidden_size,
+                "num_attention_heads": heads,
+                "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+                "head_dim": getattr(text, "head_dim", None),
+                "mm_hidden_size": self.mm_hidden_size,
+            }
+        except RuntimeError as error:  # of a configuration of 5.x that says another value for each layer
+            raise ValueError(
+                f"text_config: got {type(text).__name__}, whose layers have heads of different sizes, want the same "
+                f"sizes in every layer ({error})"
+            ) from error
         return SlowFastConfig(**sizes, **{key: getattr(self, key) for key in SLOW_FAST_KEYS})
 
     def num_fast_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
