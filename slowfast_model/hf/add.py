@@ -14,7 +14,7 @@ from slowfast_kernels.numbers import as_float, as_int
 from .attention import start_from_own_kv, unsupported_reason
 from .config import SLOW_FAST_KEYS, SlowFastVLConfig, sorted_layers
 from .modeling import SlowFastVLForConditionalGeneration
-from .towers import tower_config
+from .towers import tower_config, tower_width
 
 KV_INITS = ("lm", "fresh")
 
@@ -75,12 +75,18 @@ def add_slow_fast(
         reason = unsupported_reason(decoder, decoder.layers[index])
         if reason is not None:
             raise ValueError(f"lm: got {type(lm).__name__}, whose layer {index} cannot attend slow tokens: {reason}")
+    mm_hidden_size, tower_settings = as_int("mm_hidden_size", mm_hidden_size, 1), tower_config(vision_tower)
+    width = tower_width(tower_settings)
+    if width not in (None, mm_hidden_size):
+        raise ValueError(
+            f"mm_hidden_size: got {mm_hidden_size}, want {width}, the width of the {tower_settings['name']} tower"
+        )
     config = SlowFastVLConfig(
         text_config=lm.config,
-        mm_hidden_size=as_int("mm_hidden_size", mm_hidden_size, 1),
+        mm_hidden_size=mm_hidden_size,
         hybrid_layers=hybrid_layers,
         video_token_id=video_token_id,
-        vision_tower=tower_config(vision_tower),
+        vision_tower=tower_settings,
         **slow_fast_keys,
     )
     was_training = lm.training

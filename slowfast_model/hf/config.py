@@ -14,7 +14,6 @@ from slowfast_kernels.pool_plan import make_pool_plan
 from ..config import SlowFastConfig
 from ..official_config import RELEASED
 from ._versions import PreTrainedConfig
-from .towers import tower_width
 
 # Fields of SlowFastConfig that say how videos are read; their defaults are there.
 SLOW_FAST_KEYS = (
@@ -46,8 +45,8 @@ class SlowFastVLConfig(PreTrainedConfig):
             what every configuration of transformers takes.
 
     Raises:
-        ValueError: layers that the language model does not have, or a layer twice; an id outside its vocabulary; a
-            tower of another width than ``mm_hidden_size``; as ``SlowFastConfig``.
+        ValueError: layers that the language model does not have, or a layer twice; an id outside its vocabulary; layers
+            of different sizes; as ``SlowFastConfig``.
         TypeError: values of another type.
     """
 
@@ -73,11 +72,6 @@ class SlowFastVLConfig(PreTrainedConfig):
         self.hybrid_layers = sorted_layers(hybrid_layers, text_config.num_hidden_layers)
         self.video_token_id = _token(video_token_id, text_config.vocab_size)
         self.vision_tower = None if vision_tower is None else dict(vision_tower)
-        width = tower_width(self.vision_tower)
-        if width not in (None, mm_hidden_size):
-            raise ValueError(
-                f"mm_hidden_size: got {mm_hidden_size}, want {width}, the width of the {vision_tower['name']} tower"
-            )
         for key in SLOW_FAST_KEYS:
             setattr(self, key, kwargs.pop(key, getattr(SlowFastConfig, key)))
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
