@@ -75,6 +75,7 @@ def add_slow_fast(
         reason = unsupported_reason(decoder, decoder.layers[index])
         if reason is not None:
             raise ValueError(f"lm: got {type(lm).__name__}, whose layer {index} cannot attend slow tokens: {reason}")
+    _check_call(lm)
     mm_hidden_size, tower_settings = as_int("mm_hidden_size", mm_hidden_size, 1), tower_config(vision_tower)
     width = tower_width(tower_settings)
     if width not in (None, mm_hidden_size):
@@ -123,6 +124,10 @@ def _check_language_model(lm: object) -> None:
         raise TypeError(f"lm: got {type(lm).__name__}, want a causal language model (AutoModelForCausalLM)")
     if not hasattr(lm.get_decoder(), "layers"):
         raise ValueError(f"lm: got {type(lm).__name__}, whose {type(lm.get_decoder()).__name__} has no layers")
+
+
+def _check_call(lm: PreTrainedModel) -> None:
+    """That embeddings and a cache of transformers are all that a call of it needs."""
     if not lm._supports_default_dynamic_cache():  # of Qwen3-Next, Bamba and their like in 4.57
         raise ValueError(
             f"lm: got {type(lm).__name__}, which has a cache of its own, want a model that transformers "
