@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from families import HYBRID, STRIDES, VIDEO, WIDTH, close, language_model, word_tokenizer
