@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,7 +14,7 @@ from slowfast_kernels.numbers import as_float, as_int
 from .attention import start_from_own_kv, unsupported_reason
 from .config import SLOW_FAST_KEYS, SlowFastVLConfig, sorted_layers
 from .modeling import SlowFastVLForConditionalGeneration
-from .towers import tower_config
+from .towers import tower_config, tower_width
 
 KV_INITS = ("lm", "fresh")
 
@@ -56,8 +57,9 @@ def add_slow_fast(
             fast_token_temporal_sampling_stride, min_fast_frames, causal_slow_tokens.
 
     Raises:
-        ValueError: an encoder-decoder; a layer without attention that can be used, by its class; layers out of range
-            or repeated; an id outside the vocabulary; values that do not exist.
+        ValueError: an encoder-decoder; a model with a cache of its own, or with embeddings or head sizes of each layer;
+            a layer without attention that can be used, by its class; layers out of range or repeated; an id outside
+            the vocabulary; a tower of another width; values that do not exist.
         TypeError: no causal language model; an unknown key; values of another type.
     """
     unknown = sorted(set(slow_fast_keys) - set(SLOW_FAST_KEYS))
@@ -73,12 +75,19 @@ def add_slow_fast(
         reason = unsupported_reason(decoder, decoder.layers[index])
         if reason is not None:
             raise ValueError(f"lm: got {type(lm).__name__}, whose layer {index} cannot attend slow tokens: {reason}")
+    _check_call(lm)
+    mm_hidden_size, tower_settings = as_int("mm_hidden_size", mm_hidden_size, 1), tower_config(vision_tower)
+    width = tower_width(tower_settings)
+    if width not in (None, mm_hidden_size):
+        raise ValueError(
+            f"mm_hidden_size: got {mm_hidden_size}, want {width}, the width of the {tower_settings['name']} tower"
+        )
     config = SlowFastVLConfig(
         text_config=lm.config,
-        mm_hidden_size=as_int("mm_hidden_size", mm_hidden_size, 1),
+        mm_hidden_size=mm_hidden_size,
         hybrid_layers=hybrid_layers,
         video_token_id=video_token_id,
-        vision_tower=tower_config(vision_tower),
+        vision_tower=tower_settings,
         **slow_fast_keys,
     )
     was_training = lm.training
@@ -115,3 +124,17 @@ def _check_language_model(lm: object) -> None:
         raise TypeError(f"lm: got {type(lm).__name__}, want a causal language model (AutoModelForCausalLM)")
     if not hasattr(lm.get_decoder(), "layers"):
         raise ValueError(f"lm: got {type(lm).__name__}, whose {type(lm.get_decoder()).__name__} has no layers")
+
+
+def _check_call(lm: PreTrainedModel) -> None:
+    """That embeddings and a cache of transformers are all that a call of it needs."""
+    if not lm._supports_default_dynamic_cache():  # of Qwen3-Next, Bamba and their like in 4.57
+        raise ValueError(
+            f"lm: got {type(lm).__name__}, which has a cache of its own, want a model that transformers "
+            f"{transformers.__version__} runs with a DynamicCache, which carries the slow tokens' K and V"
+        )
+    if getattr(lm.config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"lm: got {type(lm).__name__}, whose layers look their tokens up again (hidden_size_per_layer_input), want "
+            "a model that embeddings are enough for, as no id stands for a fast token there"
+        )

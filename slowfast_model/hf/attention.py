@@ -12,6 +12,8 @@ import ast
 import inspect
 import sys
 import textwrap
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +225,19 @@ def _own_kv(attention: nn.Module) -> list[tuple[Tensor, Tensor]]:
     sizes = (attention.o_proj.in_features, _kv_width(attention), _kv_width(attention))
     weight, bias = (x.split(sizes)[1:] for x in _weight_and_bias(attention.qkv_proj))
     return list(zip(weight, bias, strict=True))
+
+
+def warn_where_gates_stay_closed(attentions: Sequence[HybridAttention]) -> None:
+    """Before training: every warm-up gate is exactly 0 and nothing trains one (where their values can be seen)."""
+    gates = [attention.cross_attn_warm_up_gate for attention in attentions]
+    if not gates or any(gate is None or gate.requires_grad or gate.is_meta or bool(gate.any()) for gate in gates):
+        return
+    warnings.warn(
+        "cross_attn_warm_up_gate: every one is 0 and frozen, so training never opens the slow path (PEFT freezes it "
+        "and has no adapter for it): start above 0 (add_slow_fast(..., warm_up_init=0.1)), or unfreeze it "
+        "(requires_grad_()) and save it with the model",
+        stacklevel=2,
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -45,8 +45,8 @@ class SlowFastVLConfig(PreTrainedConfig):
             what every configuration of transformers takes.
 
     Raises:
-        ValueError: layers that the language model does not have, or a layer twice; an id outside its vocabulary; as
-            ``SlowFastConfig``.
+        ValueError: layers that the language model does not have, or a layer twice; an id outside its vocabulary; layers
+            of different sizes; as ``SlowFastConfig``.
         TypeError: values of another type.
     """
 
@@ -108,14 +108,20 @@ class SlowFastVLConfig(PreTrainedConfig):
     def slow_fast(self) -> SlowFastConfig:
         """The same choices as a ``SlowFastConfig`` of the language model's sizes, which checks them."""
         text = self.text_config
-        heads = text.num_attention_heads
-        sizes = {
-            "hidden_size": text.hidden_size,
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None),
-            "mm_hidden_size": self.mm_hidden_size,
-        }
+        try:
+            heads = text.num_attention_heads
+            sizes = {
+                "hidden_size": text.hidden_size,
+                "num_attention_heads": heads,
+                "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+                "head_dim": getattr(text, "head_dim", None),
+                "mm_hidden_size": self.mm_hidden_size,
+            }
+        except RuntimeError as error:  # of a configuration of 5.x that says another value for each layer
+            raise ValueError(
+                f"text_config: got {type(text).__name__}, whose layers have heads of different sizes, want the same "
+                f"sizes in every layer ({error})"
+            ) from error
         return SlowFastConfig(**sizes, **{key: getattr(self, key) for key in SLOW_FAST_KEYS})
 
     def num_fast_tokens(self, num_frames: int, tokens_per_frame: int) -> int:

@@ -47,7 +47,7 @@ class VideoGeneration(GenerationMixin):
             if chunk is not None:
                 raise ValueError(f"prefill_chunk_size: got {chunk}, want None with videos, which are read whole")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is not None and kwargs.get("inputs_embeds") is None:
+        if ids is not None and kwargs.get("inputs_embeds") is None and not is_draft:  # whose model was asked
             self._check_prompt(ids, kwargs.get("attention_mask"), cache, bool(features))
         return super().generate(inputs, *args, **kwargs)
 
@@ -72,6 +72,11 @@ class VideoGeneration(GenerationMixin):
     # ------------------------------------------------------------------------- what transformers calls
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs) -> dict:
+        if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length", 0) is None and inputs_embeds is None:
+            positions = kwargs.get("position_ids")
+            if positions is not None and positions.shape[-1] == input_ids.shape[1]:  # of the whole conversation
+                # Assisted decoding of 5.24 would read the ids that a later turn's cache has a second time.
+                kwargs["next_sequence_length"] = input_ids.shape[1] - cached_length(kwargs.get(CACHE))
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         ids, token = inputs.get("input_ids"), self.config.video_token_id
         # Ids that prompt lookup proposes may be placeholders, which are never accepted; no video comes with them.
@@ -106,6 +111,8 @@ class VideoGeneration(GenerationMixin):
 
     def _get_candidate_generator(self, *args, **kwargs):
         exits_early = kwargs["generation_config"].assistant_early_exit is not None  # the model is its own draft
-        if not exits_early and not isinstance(kwargs.get("assistant_model"), VideoGeneration):
+        reads_videos = exits_early or isinstance(kwargs.get("assistant_model"), VideoGeneration)
+        # A draft starts without a cache: in a later turn it has no video of the turns before, and proposes from text.
+        if not reads_videos or held_by(kwargs["model_kwargs"].get(CACHE)) is not None:
             kwargs["model_kwargs"] = _without_videos(kwargs["model_kwargs"])
         return super()._get_candidate_generator(*args, **kwargs)

@@ -18,8 +18,8 @@ from slowfast_kernels.ops.checks import check_dense
 
 from ..config import SlowFastConfig
 from ..vision import PatchTower, build_projector, check_features, encode_frames, project_and_pool
-from ._versions import CACHE
-from .attention import HybridAttention, device_of, make_hybrid
+from ._versions import CACHE, writing_renames
+from .attention import HybridAttention, device_of, make_hybrid, warn_where_gates_stay_closed
 from .config import SLOW_FAST_KEYS, SlowFastVLConfig
 from .generation import VideoGeneration
 from .released import is_released, load_released
@@ -34,6 +34,7 @@ from .videos import (
     carry_videos,
     fix_addresses,
     held_by,
+    packed,
     ranges,
 )
 
@@ -112,6 +113,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         for index in config.hybrid_layers:
             make_hybrid(layers[index], slow_fast)
         self._embedding_factor = embedding_factor(language_model)
+        self._has_looked_at_gates = False
         self._no_split_modules = list(language_model._no_split_modules or [])
         if vision_tower is not None:
             self._no_split_modules.append(type(vision_tower).__name__)
@@ -134,15 +136,45 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
                 ``towers.TOWERS``. False: no tower, ``video_features`` are given.
 
         Raises:
-            ValueError: of a released checkpoint: keys that are missing, that nothing reads, or of another shape, all by
-                name; a tower that is not known or has no weights; a configuration that is not implemented.
+            ValueError: a checkpoint with some of the weights that ``add_slow_fast`` adds (with none they start anew,
+                closed). Of a released checkpoint: keys that are missing, that nothing reads, or of another shape, all
+                by name; a tower that is not known or has no weights; a configuration that is not implemented.
             TypeError: a ``vision_tower`` of another type.
         """
         if is_released(pretrained_model_name_or_path):
             return load_released(cls, pretrained_model_name_or_path, vision_tower, **kwargs)
         if vision_tower is not None:
             raise TypeError("vision_tower: got one for a checkpoint that is not a released one, which has its own")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        added = model.added_weights()
+        missing = sorted(added & set(report["missing_keys"]))
+        if missing and (len(missing) < len(added) or any("cross_attn_" in key for key in report["unexpected_keys"])):
+            raise ValueError(
+                f"pretrained_model_name_or_path: got a checkpoint without {', '.join(missing)}, want all weights that "
+                "add_slow_fast added, or none, which starts them anew with closed gates"
+            )
+        return (model, report) if wants_report else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As transformers'; ``save_original_format`` is False where that format has no names for what was added."""
+        if kwargs.get("save_original_format", True) and writing_renames(self, self.added_weights()):
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def is_custom_code(self) -> bool:
+        """As the language model: what that derives from its configuration, which no checkpoint holds, is derived again.
+
+        transformers initialises no module of custom code that has no weights of its own.
+        """
+        return self.language_model.is_custom_code()
+
+    def added_weights(self) -> set[str]:
+        """Names of the parameters that the language model did not have, but for the tower's."""
+        names = (name for name, _ in self.named_parameters())
+        return {name for name in names if "cross_attn_" in name or name.startswith("mm_projector.")}
 
     # -------------------------------------------------------------------------------------- what is inside
 
@@ -328,6 +360,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         if inputs_embeds is None:
             if eager:
                 check_dense("input_ids", input_ids, "[B, L]")
+                if input_ids.dim() != 2:
+                    raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, want [B, L] (a prompt is [1, L])")
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch, length = inputs_embeds.shape[:2]
         valid = torch.ones((batch, length), dtype=torch.bool, device=inputs_embeds.device)
@@ -337,7 +371,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         restarts = None
         if position_ids is not None and past is None:
-            restarts, attention_mask, use_cache = _packed(position_ids, attention_mask, valid, use_cache)
+            restarts, attention_mask, use_cache = packed(position_ids, attention_mask, valid, use_cache)
 
         held = held_by(past)
         if eager and held is not None and length > 1 and cached_length(past) == 0:
@@ -356,6 +390,9 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             keeps = getattr(self.language_model.config, "use_cache", True)
         keeps = keeps and not self._recomputes()
         trains = self.training and torch.is_grad_enabled() and self.mm_projector is not None
+        if eager and trains and features and not self._has_looked_at_gates:
+            self._has_looked_at_gates = True
+            warn_where_gates_stay_closed(self.hybrid_attentions())
         reading = None
         if features or (trains and past is None):
             rows = (placeholders, valid, restarts)
@@ -450,18 +487,3 @@ def embedding_factor(language_model: PreTrainedModel) -> float:
 
 def _is_initialised(x: nn.Module | Tensor) -> bool:
     return getattr(x, "_is_hf_initialized", False)
-
-
-def _packed(
-    position_ids: Tensor, attention_mask: Tensor | None, valid: Tensor, use_cache: bool | None
-) -> tuple[Tensor | None, Tensor | None, bool | None]:
-    """Where packed samples begin [B, L], and the mask and ``use_cache`` with which transformers keeps them apart."""
-    if position_ids.dim() != 2 or not (attention_mask is None or attention_mask.dim() == 2):
-        return None, attention_mask, use_cache
-    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    restarts = torch.cat([torch.zeros_like(valid[:, :1]), ~goes_on.to(valid.device).expand(len(valid), -1)], 1)
-    if torch.compiler.is_compiling():
-        return (restarts if attention_mask is None else None), attention_mask, use_cache
-    if not bool(restarts.any()) or not bool(valid.all()):
-        return None, attention_mask, use_cache
-    return restarts, None, False

@@ -117,8 +117,8 @@ class SlowFastVLProcessor(ProcessorMixin):
             ``pixel_values_videos`` is a list of uint8 tensors [T, height, width, 3], in reading order.
 
         Raises:
-            ValueError: another number of placeholders than of videos; a tower whose tokens a frame are not known; as
-                ``load_video``.
+            ValueError: another number of placeholders than of videos; ``truncation`` that cuts placeholders; frames of
+                different sizes; a tower whose tokens a frame are not known; as ``load_video``.
             TypeError: frames of another type.
         """
         prompts = [text] if isinstance(text, str) else list(text)
@@ -129,6 +129,8 @@ class SlowFastVLProcessor(ProcessorMixin):
         if frames or self.config.video_token_id is not None:
             prompts = self._expanded(prompts, frames)
         encoded = self.tokenizer(prompts, return_tensors=return_tensors, **kwargs)
+        if frames and kwargs.get("truncation"):
+            self._check_whole(encoded["input_ids"], frames)
         data = {name: encoded[name] for name in _TOKENIZER_OUTPUTS if name in encoded}
         return BatchFeature(data | ({"pixel_values_videos": frames} if frames else {}))
 
@@ -143,6 +145,15 @@ class SlowFastVLProcessor(ProcessorMixin):
             first, *rest = prompt.split(token)
             expanded.append(first + "".join(token * next(lengths) + part for part in rest))
         return expanded
+
+    def _check_whole(self, input_ids: Sequence, frames: list[Tensor]) -> None:
+        found = sum(list(map(int, row)).count(self.config.video_token_id) for row in input_ids)
+        wanted = sum(self._num_fast(len(video)) for video in frames)
+        if found != wanted:
+            raise ValueError(
+                f"truncation: got a max_length that leaves {found} of {wanted} placeholders, want all of them: a "
+                "longer max_length, fewer frames, or truncation_side on the side without videos"
+            )
 
     def _num_fast(self, num_frames: int) -> int:
         tokens = self.tokens_per_frame or tokens_of_tower(self.config.vision_tower)
@@ -200,14 +211,14 @@ class SlowFastVLProcessor(ProcessorMixin):
             return content
         parts = []
         for part in content:
-            kind = part.get("type")
-            if kind == "text":
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and "text" in part:
                 parts.append(part["text"])
             elif kind == "video" and ("path" in part or "video" in part):
                 videos.append(part.get("path", part.get("video")))
                 parts.append(self.video_token)
             else:
-                raise ValueError(f"conversation: got {dict(part)!r}, want text, or a video with its path")
+                raise ValueError(f"conversation: got {part!r}, want text, or a video with its path")
         return "".join(parts)
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
@@ -224,8 +235,15 @@ def _frames(video, num_frames: int, fps: float | None, name: str) -> Tensor:
     if isinstance(video, str | bytes | PathLike):
         return load_video(video, num_frames, fps=fps)
     if not isinstance(video, Tensor):
-        pictures = video if isinstance(video, np.ndarray) else np.stack([np.asarray(picture) for picture in video])
-        video = torch.from_numpy(pictures)
+        try:
+            pictures = video if isinstance(video, np.ndarray) else np.stack([np.asarray(picture) for picture in video])
+            video = torch.from_numpy(pictures)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"{name}: got {type(video).__name__}, want the name of a file, or uint8 frames [T, height, width, 3] "
+                f"as a tensor, an array or a list of pictures of one size ({error})"
+            ) from error
     if video.dtype != torch.uint8:
         raise TypeError(f"{name}: got {video.dtype}, want uint8 frames or the name of a file")
     if video.dim() != 4 or video.shape[3] != 3 or not len(video):

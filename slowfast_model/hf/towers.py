@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import nn
@@ -13,17 +14,22 @@ from .vision_towers import CONVNEXT_STRIDE, ClipTower, ConvNextTower, SiglipTowe
 
 
 class Tower(NamedTuple):
-    """A tower by its name: the class, whose arguments are the settings, and the side of its grid of tokens."""
+    """A tower by its name: the class, whose arguments are the settings, and what these say of its tokens."""
 
     kind: type[nn.Module]
-    side: Callable[[Mapping], int]  # of all settings
+    side: Callable[[Mapping], int]  # of the grid of tokens of a frame
+    width: Callable[[Mapping], int]  # of a token
+
+
+def _patches(settings: Mapping) -> int:
+    return settings["image_size"] // settings["patch_size"]
 
 
 TOWERS = {
-    "patch": Tower(PatchTower, lambda settings: settings["grid"]),
-    "convnext": Tower(ConvNextTower, lambda settings: settings["size"] // CONVNEXT_STRIDE),
-    "siglip": Tower(SiglipTower, lambda settings: settings["image_size"] // settings["patch_size"]),
-    "clip": Tower(ClipTower, lambda settings: settings["image_size"] // settings["patch_size"]),
+    "patch": Tower(PatchTower, itemgetter("grid"), itemgetter("width")),
+    "convnext": Tower(ConvNextTower, lambda s: s["size"] // CONVNEXT_STRIDE, lambda s: s["dims"][-1]),
+    "siglip": Tower(SiglipTower, _patches, itemgetter("hidden_size")),
+    "clip": Tower(ClipTower, _patches, itemgetter("hidden_size")),
 }
 
 
@@ -81,3 +87,11 @@ def tokens_per_frame(config: Mapping | None) -> int | None:
         return None
     tower, settings = _all_settings(config)
     return tower.side(settings) ** 2
+
+
+def tower_width(config: Mapping | None) -> int | None:
+    """Channels of a vision token; None: there is no tower that says so."""
+    if config is None:
+        return None
+    tower, settings = _all_settings(config)
+    return tower.width(settings)

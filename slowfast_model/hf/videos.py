@@ -205,6 +205,21 @@ def _of_own_segment(restarts: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return begin, ends.flip(1).cummin(1).values.flip(1)
 
 
+def packed(
+    position_ids: Tensor, attention_mask: Tensor | None, valid: Tensor, use_cache: bool | None
+) -> tuple[Tensor | None, Tensor | None, bool | None]:
+    """Where packed samples begin [B, L], and the mask and ``use_cache`` with which transformers keeps them apart."""
+    if position_ids.dim() != 2 or not (attention_mask is None or attention_mask.dim() == 2):
+        return None, attention_mask, use_cache
+    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    restarts = torch.cat([torch.zeros_like(valid[:, :1]), ~goes_on.to(valid.device).expand(len(valid), -1)], 1)
+    if torch.compiler.is_compiling():
+        return (restarts if attention_mask is None else None), attention_mask, use_cache
+    if not bool(restarts.any()) or not bool(valid.all()):
+        return None, attention_mask, use_cache
+    return restarts, None, False
+
+
 # ------------------------------------------------------------------------------------------------------ caches
 
 

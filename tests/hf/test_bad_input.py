@@ -112,6 +112,11 @@ def test_both_and_neither_of_ids_and_embeddings():
     refuses(lambda: model(ids, inputs_embeds=model.get_input_embeddings()(ids)), ValueError, "both or neither")
 
 
+def test_ids_of_one_dimension():
+    model = slow_fast_model()
+    refuses(lambda: model(torch.tensor([5, 6])), ValueError, r"input_ids: got shape \[2\], want \[B, L\]")
+
+
 def test_prefill_in_chunks_with_a_video():
     model, features = slow_fast_model(), video()
     ids = ids_of(model, 2, features, 3)
@@ -178,6 +183,45 @@ def test_what_is_no_decoder_only_language_model():
     refuses(lambda: add_slow_fast(lm.model, WIDTH, (0,)), TypeError, "Qwen2Model")
     refuses(lambda: add_slow_fast(torch.nn.Linear(2, 2), WIDTH, (0,)), TypeError, "got Linear")
     refuses(lambda: add_slow_fast(slow_fast_model(), WIDTH, (0,)), TypeError, "SlowFastVLForConditionalGeneration")
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        ("patch", {"width": WIDTH + 1, "grid": 4}),
+        ("convnext", {"size": 64, "depths": [1, 1, 1, 1], "dims": [2, 4, 8, WIDTH + 1]}),
+        ("siglip", {"hidden_size": WIDTH + 1}),
+        ("clip", {"hidden_size": WIDTH + 1}),
+    ],
+)
+def test_a_tower_of_another_width(tower):
+    words = f"mm_hidden_size: got {WIDTH}, want {WIDTH + 1}, the width of the {tower[0]} tower"
+    lm = language_model()
+    refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID, vision_tower=tower), ValueError, words)
+    assert not hasattr(lm.model.layers[0].self_attn, "cross_attn_kv_proj")
+
+
+def test_a_cache_of_its_own_is_refused_by_name():
+    """It cannot carry the videos: MiniMax's, and in 4.57 Qwen3-Next's, Bamba's and their like."""
+    config = transformers.MiniMaxConfig(**FAMILIES["llama"][1], num_local_experts=2, layer_types=["full_attention"] * 3)
+    lm = AutoModelForCausalLM.from_config(config)
+    refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID), ValueError, "lm: got MiniMaxForCausalLM", "cache of its own")
+    assert not hasattr(lm.model.layers[0].self_attn, "cross_attn_kv_proj")
+
+
+def test_embeddings_of_each_layer_are_refused_by_name():
+    """They are looked up by ids, and a fast token has none: Gemma 3n's, and Gemma 4's small models'."""
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 100, "laurel_rank": 4, "head_dim": 16}
+    own |= {"layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 3}
+    lm = AutoModelForCausalLM.from_config(transformers.Gemma3nTextConfig(**FAMILIES["llama"][1] | own))
+    refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID), ValueError, "Gemma3nForCausalLM", "hidden_size_per_layer_input")
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="transformers 4.57 has no Gemma 4")
+def test_heads_of_another_size_in_each_layer_are_refused_by_name():
+    own = {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    lm = AutoModelForCausalLM.from_config(transformers.Gemma4TextConfig(**FAMILIES["llama"][1] | own))
+    refuses(lambda: add_slow_fast(lm, WIDTH, HYBRID), ValueError, "Gemma4TextConfig", "different sizes", "head_dim")
 
 
 def test_layers_that_attend_in_ways_of_their_own():

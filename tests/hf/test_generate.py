@@ -217,7 +217,10 @@ def test_a_draft_of_the_models_own_first_layers_changes_nothing():
     row = prompt(model, 3, features := video(), 4)
     want = recomputed(model, row, [features], 10)
     options = {"do_sample": False, "max_new_tokens": 10, "assistant_early_exit": 2}
+    reads = []
+    model.hybrid_attentions()[0].cross_attn_kv_proj.register_forward_hook(lambda *_: reads.append(1))
     assert new_ids(model, batch([row]), video_features=[features], **options) == [want]
+    assert len(reads) == 2  # the draft once, the model once
 
 
 def test_a_draft_that_reads_the_video_is_accepted_as_a_whole():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model, word_tokenizer
+from families import HYBRID, STRIDES, VIDEO, WIDTH, close, language_model, word_tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from slowfast_model import PatchTower
@@ -154,9 +155,45 @@ def test_frames_that_are_none(processor):
         processor(text="<video>", videos=["nowhere.mp4"])
 
 
-def test_content_of_another_kind(processor):
-    with pytest.raises(ValueError, match="'image'"):
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "path": "x.png"}]}])
+@pytest.mark.parametrize(
+    ("video", "kind", "got"),
+    [
+        ([], ValueError, "got list.*at least one"),
+        ([np.zeros((4, 4, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)], ValueError, "got list.*of one size"),
+        (["a.mp4", "b.mp4"], TypeError, "got list.*name of a file"),
+        (np.array([None, None]), TypeError, "got ndarray"),
+        (None, TypeError, "got NoneType"),
+        (5, TypeError, "got int"),
+    ],
+)
+def test_what_is_no_video(processor, video, kind, got):
+    with pytest.raises(kind, match=rf"videos\[0\]: {got}"):
+        processor(text="<video>", videos=[video])
+
+
+def test_a_truncation_that_cuts_a_video(processor):
+    call = {"text": "<video> what is this ?", "videos": [frames()], "truncation": True}
+    for tensors in (None, "pt"):
+        with pytest.raises(ValueError, match=r"leaves 6 of 8 placeholders.*max_length"):
+            processor(**call, max_length=6, return_tensors=tensors)
+        assert len(processor(**call, max_length=10, return_tensors=tensors)["input_ids"][0]) == 10
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_padded_on_either_side_is_its_samples(processor, model, side):
+    processor.tokenizer.padding_side = side
+    texts, videos = ["what <video> is", "a <video> cat <video> dog", "dog"], [[frames(8)], [frames(4), frames(1)], []]
+    inputs = processor(text=texts, videos=[x for own in videos for x in own], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for row, keep, text, own in zip(logits, inputs["attention_mask"].bool(), texts, videos, strict=True):
+            close(row[keep], model(**processor(text=text, videos=own, return_tensors="pt")).logits[0])
+
+
+@pytest.mark.parametrize("part", [{"type": "image", "path": "x.png"}, {"type": "text"}, {"type": "video"}, "what"])
+def test_content_of_another_kind(processor, part):
+    with pytest.raises(ValueError, match=f"conversation: got .*{part if isinstance(part, str) else part['type']}"):
+        processor.apply_chat_template([{"role": "user", "content": [part]}])
 
 
 def test_tokens_of_a_frame_must_be_known(tokenizer):

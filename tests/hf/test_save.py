@@ -22,13 +22,14 @@ from families import (
     video,
 )
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, FalconH1Config, MixtralConfig
 
 from slowfast_model import PatchTower
 from slowfast_model.hf import SlowFastVLConfig, SlowFastVLForConditionalGeneration, add_slow_fast
 from slowfast_model.hf._versions import CACHE
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+newest = pytest.mark.skipif(CACHE == "past_key_values", reason="of the newest transformers, not of 4.57")
 
 
 def answer(model, inputs):
@@ -96,12 +97,51 @@ def test_weights_that_a_checkpoint_lacks_start_closed(tmp_path):
     model = slow_fast_model()
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    kept = {key: value for key, value in load_file(file).items() if "cross_attn_" not in key}
+    kept = {key: value for key, value in load_file(file).items() if key not in model.added_weights()}
     save_file(kept, file, {"format": "pt"})
     again = SlowFastVLForConditionalGeneration.from_pretrained(tmp_path)
     for attention in again.hybrid_attentions():
         assert attention.cross_attn_warm_up_gate.tolist() == [0]
         assert attention.cross_attn_kv_proj.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("lost", ["layers.2.self_attn.cross_attn_kv_proj.bias", "mm_projector"])
+def test_a_checkpoint_that_lacks_some_of_them_is_refused(lost, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    slow_fast_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if lost not in key}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"without .*{lost}"):
+        SlowFastVLForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@newest
+def test_a_first_releases_names_do_not_take_what_was_added(tmp_path):
+    """In those of sarvam_moe q_proj, k_proj and v_proj are one, and "cross_attn_kv_proj" ends like one of them."""
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    config = AutoConfig.for_model("sarvam_moe", **FAMILIES["llama"][1] | experts)
+    model = slow_fast_model(lm=AutoModelForCausalLM.from_config(config).eval())
+    inputs = inputs_of(model)
+    model.save_pretrained(tmp_path / "first")
+    again, report = SlowFastVLForConditionalGeneration.from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not any(report.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(answer(again, inputs), answer(model, inputs))
+    again.save_pretrained(tmp_path / "second")
+    again = SlowFastVLForConditionalGeneration.from_pretrained(tmp_path / "second")
+    assert torch.equal(answer(again, inputs), answer(model, inputs))
+
+
+@newest
+def test_what_a_language_model_derives_is_there_again(tmp_path):
+    """Falcon-H1's multipliers, which its decoder makes and no checkpoint holds."""
+    own = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
+    own |= {"ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9]}
+    model = slow_fast_model(lm=AutoModelForCausalLM.from_config(FalconH1Config(**FAMILIES["llama"][1] | own)).eval())
+    inputs = inputs_of(model)
+    model.save_pretrained(tmp_path)
+    again = SlowFastVLForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(answer(again, inputs), answer(model, inputs))
 
 
 def test_a_language_models_directory_is_refused_with_the_way_out(tmp_path):

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import two_ranks
-from families import FAMILIES, HYBRID, VIDEO, batch, close, close_gates, language_model, prompt, slow_fast_model, video
+from families import (
+    FAMILIES,
+    HYBRID,
+    STRIDES,
+    VIDEO,
+    WIDTH,
+    batch,
+    close,
+    close_gates,
+    language_model,
+    prompt,
+    slow_fast_model,
+    video,
+)
 from parallel_worker import TRAINABLE, WRAPPERS, build, loss
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 from two_ranks import assert_gradients, saved_by, train
 
-from slowfast_model.hf import SlowFastVLForConditionalGeneration
+from slowfast_model.hf import SlowFastVLForConditionalGeneration, add_slow_fast
 from slowfast_model.hf._versions import CACHE
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -222,6 +236,25 @@ def test_a_gate_that_is_saved_whole_beside_adapters(tmp_path):
         want = adapted.eval()(**inputs).logits
         adapted.save_pretrained(tmp_path)
         close(PeftModel.from_pretrained(base, tmp_path).eval()(**inputs).logits, want, 1e-6)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.1])
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_adapters_behind_closed_gates_are_warned_of(start, unfrozen):
+    """PEFT freezes the warm-up gate: where that is 0, no adapter of the slow path ever gets a gradient."""
+    model = add_slow_fast(language_model(), WIDTH, HYBRID, video_token_id=VIDEO, warm_up_init=start, **STRIDES)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).train()
+    for attention in model.hybrid_attentions():
+        attention.cross_attn_warm_up_gate.requires_grad_(unfrozen)
+    inputs = a_batch(model)
+    closed = start == 0 and not unfrozen
+    for is_told in (closed, False):  # once
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = gradients(adapted, inputs)
+        assert any("cross_attn_warm_up_gate" in str(warning.message) for warning in caught) == is_told
+    opens = {n for n, g in found.items() if g.any() and ("cross_attn_gate_proj" in n or "warm_up" in n)}
+    assert bool(opens) != closed
 
 
 # ------------------------------------------------------------------------------------------------- data parallel

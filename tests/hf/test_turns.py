@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, PAD, VIDEO, batch, close, prompt, slow_fast_model, video
+from families import FAMILIES, PAD, VIDEO, batch, close, language_model, prompt, slow_fast_model, video
 from test_generate import GREEDY, recomputed
 from transformers import DynamicCache, StaticCache
 
@@ -57,6 +57,26 @@ def test_a_turn_of_text_goes_on_from_the_cache(family, kind, name):
     turn = [prompt(model, 3), prompt(model, 3), prompt(model, 3)]
     ids, mask, got = second_turn(model, ids, mask, turn, None, cache, name)
     assert got == from_scratch(model, ids, mask, videos)
+
+
+@pytest.mark.parametrize("draft", ["plain", "slow-fast", "early exit", "prompt lookup"])
+def test_a_draft_changes_nothing_in_a_later_turn(draft):
+    """None of them has a cache then, nor the videos of the turns before."""
+    model = slow_fast_model(causal_slow_tokens=True)
+    old, new = video(), video(3)
+    ids, _, cache = first_turn(model, [prompt(model, 2, old, 3)], [old])
+    options = {
+        "plain": lambda: {"assistant_model": language_model()},
+        "slow-fast": lambda: {"assistant_model": slow_fast_model("llama", hybrid_layers=(1,))},
+        "early exit": lambda: {"assistant_early_exit": 2},
+        "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3, "eos_token_id": VIDEO},  # never comes; 4.57 needs one
+    }[draft]()
+    for turn, videos in (([3], [old]), ([1, new, 2], [old, new])):
+        ids = torch.cat([ids, torch.tensor([prompt(model, *turn)])], 1)
+        features = [x for x in turn if isinstance(x, torch.Tensor)] or None
+        given = {CACHE: copy.deepcopy(cache), "video_features": features, "pad_token_id": PAD, **options}
+        got = model.generate(ids, attention_mask=torch.ones_like(ids), **given, **GREEDY)
+        assert got[0, ids.shape[1] :].tolist() == recomputed(model, ids[0].tolist(), videos)
 
 
 def turns_of_videos(model, kind, texts):
