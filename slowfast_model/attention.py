@@ -229,9 +229,9 @@ def project_slow_at_once(layers: Sequence[nn.Module], slow: SlowContext | None) 
 
 def _is_readable(layer: DecoderLayer, tokens: Tensor) -> bool:
     """A norm and a projection that are whole, beside the tokens. Sharded in place, weights have another shape."""
-    if not layer.folds_norm or layer.self_attn.cross_attn_kv_proj.bias is None:
-        return False
     proj = layer.self_attn.cross_attn_kv_proj
+    if proj.bias is None:
+        return False
     width, channels = proj.out_features, proj.in_features
     wanted = {proj.weight: (width, channels), proj.bias: (width,), layer.input_layernorm.weight: (channels,)}
     return all(tuple(x.shape) == shape and x.device == tokens.device for x, shape in wanted.items())
