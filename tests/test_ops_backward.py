@@ -206,6 +206,18 @@ def test_rows_that_are_no_text_rows_pass_their_gradient_through_whatever_they_ho
 
 
 @pytest.mark.parametrize("target", ALL)
+def test_the_state_s_gradient_is_a_tensor_of_its_own(target):
+    """Also where no weight adds to it: who scales it in place (clipping) scales nothing else."""
+    state = torch.ones(3, 64, dtype=target.dtype, device=target.device, requires_grad=True)
+    rows = torch.zeros(1, dtype=torch.int32, device=target.device)
+    out = target.run(sk.gated_residual_mix, state, torch.ones_like(state[:1]), rows, None, None, None, gate="none")
+    upstream = torch.ones_like(out)
+    (found,) = torch.autograd.grad(out, state, upstream)
+    found.zero_()
+    assert bool((upstream == 1).all())
+
+
+@pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("sequences", [((0, 9), (0, 3)), ((3, 0), (2, 0))], ids=["no text", "no slow tokens"])
 def test_an_empty_side_gives_zero_gradients(target, sequences, rng):
     inputs = finite(make_inputs(Shape(sequences), target.dtype, target.device, rng(target.device)))
