@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .model import BUDGET_S, PAIRS, PROFILED, created_on
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import model_shapes
-from .shapes import Cost, ModelShape, language_model_keys, model_cost
+from .shapes import Cost, ModelShape, language_model_keys, model_cost, pooling_keys
 from .timing import Call, kernel_lane, wall_lane
 
 BASE = "base LM"
@@ -58,10 +58,7 @@ def make_model(shape: ModelShape, dtype: str, device: torch.device):
             warm_up_init=0.9,
             gate_bias_init=0.5,
             mm_projector_type="identity",
-            mm_video_pooling_stride=2,
-            # more frames to a window than any video has: the pooling then averages to min_fast_frames frames
-            fast_token_temporal_stride=1 << 20,
-            min_fast_frames=shape.fast_frames,
+            **pooling_keys(shape),
         ).eval()
 
 

@@ -42,6 +42,7 @@ from .shapes import (
     ModelShape,
     language_model_keys,
     model_cost,
+    pooling_keys,
     slow_read_bytes,
     vision_cost,
 )
@@ -95,10 +96,7 @@ def make_model(shape: ModelShape, dtype: str, device: torch.device, **config):
         "mm_hidden_size": shape.vision_channels,
         "mm_projector_type": "mlp2x_gelu",
         "cross_attn_every_n_layers": shape.every,
-        "mm_video_pooling_stride": 2,
-        # more frames to a window than any video has: the pooling then averages to min_fast_frames frames
-        "fast_token_temporal_stride": 1 << 20,
-        "min_fast_frames": shape.fast_frames,
+        **pooling_keys(shape),
     }
     with created_on(device, dtype):
         torch.manual_seed(0)

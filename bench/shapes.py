@@ -202,6 +202,16 @@ def language_model_keys(shape) -> dict[str, int]:
     }
 
 
+def pooling_keys(shape: ModelShape) -> dict[str, int]:
+    """How a shape's video is pooled, by the keys of a released config.json."""
+    return {
+        "mm_video_pooling_stride": 2,
+        # more frames to a window than any video has: the pooling then averages to min_fast_frames frames
+        "fast_token_temporal_stride": 1 << 20,
+        "min_fast_frames": shape.fast_frames,
+    }
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A model with one video of ``frames`` frames in its prompt.

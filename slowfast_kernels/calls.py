@@ -155,3 +155,9 @@ class BackwardTensors(NamedTuple):
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     """The factor on q K^T; default 1 / sqrt(D)."""
     return q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+
+
+def is_aligned(x: Tensor) -> bool:
+    """16-byte rows and base address, as TMA and vector loads need them."""
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])

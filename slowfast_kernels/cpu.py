@@ -26,15 +26,23 @@ from .calls import (
     PoolCallOptions,
     scale_of,
 )
-from .gradients import mix_differentiable, mix_needs, new_gradients, new_like, row_major
+from .gradients import (
+    attention_differentiable,
+    attention_needs,
+    mix_differentiable,
+    mix_needs,
+    new_gradients,
+    new_like,
+    row_major,
+)
 from .params import (
     CrossAttentionParams,
-    address,
     attention_backward_params,
     copy,
     cross_attention_params,
     fill_attention,
     fill_attention_backward,
+    fill_attention_gradients,
     fill_gate,
     fill_gated_mix,
     fill_gated_mix_backward,
@@ -153,23 +161,19 @@ def prepare_text_cross_attention_backward(
     inputs: AttentionTensors = sample.inputs
     params = attention_backward_params(inputs, scale_of(inputs.q, options.softmax_scale), _BACKWARD_WORKSPACE)
     kernel = extension().cpu_cross_attention_backward
-    needs = (needs[0], needs[1], needs[2] and inputs.slow_values is not None)
+    needs = attention_needs(inputs, needs)
     has_other_rows = inputs.text_rows.shape[0] < inputs.q.shape[0]
-    behind = inputs.q.shape[2] * inputs.q.element_size()  # of dK, where dV lies in one tensor with it
     note = f"a pass over the slow tokens; partial sums of dQ take {_BACKWARD_WORKSPACE} bytes at most"
 
     @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=None, notes=(note,)))
     def run(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
         inputs = tensors.inputs
-        gradients = new_gradients((inputs.q, inputs.slow_kv, inputs.slow_values), needs)
-        grad_q, grad_kv = gradients[:2]
-        if grad_q is not None and has_other_rows:
-            grad_q.zero_()
+        gradients = new_gradients(attention_differentiable(inputs), needs)
+        if gradients[0] is not None and has_other_rows:
+            gradients[0].zero_()
         mine = copy(params)
         held = fill_attention_backward(mine, tensors)  # noqa: F841  until the kernel has read it
-        mine.grad_q, mine.grad_keys, mine.grad_values = map(address, gradients)
-        if inputs.slow_values is None and grad_kv is not None:
-            mine.grad_values = grad_kv.data_ptr() + behind
+        fill_attention_gradients(mine, inputs, gradients)
         kernel(addressof(mine), torch.get_num_threads())
         return gradients
 

@@ -29,7 +29,16 @@ from .calls import (
     scale_of,
 )
 from .gate import Gate
-from .gradients import mix_differentiable, mix_needs, new_gradients, new_like, row_major
+from .gradients import (
+    attention_differentiable,
+    attention_needs,
+    mix_differentiable,
+    mix_needs,
+    new_gradients,
+    new_like,
+    row_major,
+    zero_attention_gradients,
+)
 from .heuristics.cuda import (
     HopperBackwardConfig,
     HopperConfig,
@@ -40,12 +49,12 @@ from .heuristics.cuda import (
 from .params import (
     BackwardPlan,
     SplitPlan,
-    address,
     attention_backward_params,
     copy,
     cross_attention_params,
     fill_attention,
     fill_attention_backward,
+    fill_attention_gradients,
     fill_gate,
     fill_gated_mix,
     fill_gated_mix_backward,
@@ -192,17 +201,11 @@ def prepare_text_cross_attention_backward(
 
         @described(nothing_to_attend)
         def zeros(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
-            inputs = _differentiable(tensors.inputs)
-            found = new_gradients(inputs, (need and x is not None for need, x in zip(needs, inputs, strict=True)))
-            return tuple(None if x is None else x.zero_() for x in found)
+            return zero_attention_gradients(tensors.inputs, needs)
 
         return zeros
     backward = AttentionBackward(inputs, options.softmax_scale, needs)
     return described(backward.describe)(backward)
-
-
-def _differentiable(inputs: AttentionTensors) -> tuple[Tensor | None, ...]:
-    return inputs.q, inputs.slow_kv, inputs.slow_values
 
 
 def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
@@ -334,7 +337,7 @@ class AttentionBackward:
     ):
         q, slow_kv, num_text = sample.q, sample.slow_kv, sample.text_rows.shape[0]
         self.device = q.device
-        self.needs = tuple(need and x is not None for need, x in zip(needs, _differentiable(sample), strict=True))
+        self.needs = attention_needs(sample, needs)
         self.config = config = config or hopper_attention_backward_config(
             num_text,
             slow_kv.shape[0],
@@ -359,16 +362,14 @@ class AttentionBackward:
 
     def __call__(self, tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
         inputs, (grad_context, grad_lse) = tensors.inputs, tensors.grads
-        gradients = new_gradients(_differentiable(inputs), self.needs)
+        gradients = new_gradients(attention_differentiable(inputs), self.needs)
         if gradients[0] is not None and self.has_other_rows:
             gradients[0].zero_()
         if grad_context is not None:
             tensors = tensors._replace(grads=(_aligned_rows(grad_context), grad_lse))
         params, plan = copy(self.params), copy(self.plan)
         held = fill_attention_backward(params, tensors)  # noqa: F841  until the kernels are launched
-        params.grad_q, params.grad_keys, params.grad_values = map(address, gradients)
-        if inputs.slow_values is None and gradients[1] is not None:
-            params.grad_values = gradients[1].data_ptr() + inputs.q.shape[2] * inputs.q.element_size()
+        fill_attention_gradients(params, inputs, gradients)
         tiles, sums, parts, turns, _ = self.workspace
         workspace = torch.empty(sum(self.workspace) // 4, dtype=torch.float32, device=self.device)
         plan.tiles = workspace.data_ptr()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .calls import MixTensors
+from .calls import AttentionTensors, MixTensors
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -25,6 +25,22 @@ def new_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def attention_differentiable(inputs: AttentionTensors) -> tuple[Tensor | None, ...]:
+    """In the order of its gradients."""
+    return inputs.q, inputs.slow_kv, inputs.slow_values
+
+
+def attention_needs(inputs: AttentionTensors, needs: Iterable[bool]) -> tuple[bool, ...]:
+    """``needs`` without those of arguments that the call does not have."""
+    return _present(attention_differentiable(inputs), needs)
+
+
+def zero_attention_gradients(inputs: AttentionTensors, needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
+    """Those of a call in which nothing is attended, or whose results have no gradient."""
+    found = new_gradients(attention_differentiable(inputs), attention_needs(inputs, needs))
+    return tuple(None if x is None else x.zero_() for x in found)
+
+
 def mix_differentiable(inputs: MixTensors) -> tuple[Tensor | None, ...]:
     """In the order of its gradients."""
     return *inputs[:2], *inputs[3:]
@@ -32,7 +48,11 @@ def mix_differentiable(inputs: MixTensors) -> tuple[Tensor | None, ...]:
 
 def mix_needs(inputs: MixTensors, needs: Iterable[bool]) -> tuple[bool, ...]:
     """``needs`` without those of arguments that the call does not have."""
-    return tuple(need and x is not None for x, need in zip(mix_differentiable(inputs), needs, strict=True))
+    return _present(mix_differentiable(inputs), needs)
+
+
+def _present(inputs: Iterable[Tensor | None], needs: Iterable[bool]) -> tuple[bool, ...]:
+    return tuple(need and x is not None for x, need in zip(inputs, needs, strict=True))
 
 
 def mix_partial_stride(channels: int, sums_weight: bool) -> int:

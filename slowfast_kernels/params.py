@@ -386,3 +386,13 @@ def fill_attention_backward(params: CrossAttentionBackwardParams, call: Backward
     if grad_lse is not None:
         params.grad_lse_row_stride, params.grad_lse_head_stride = grad_lse.stride()
     return context, lse, grad_context, grad_lse
+
+
+def fill_attention_gradients(
+    params: CrossAttentionBackwardParams, inputs: AttentionTensors, gradients: tuple[Tensor | None, ...]
+) -> None:
+    """The addresses of what is written: ``gradients`` of q, slow_kv and slow_values, contiguous, or None."""
+    grad_q, grad_kv, grad_values = gradients
+    params.grad_q, params.grad_keys, params.grad_values = address(grad_q), address(grad_kv), address(grad_values)
+    if inputs.slow_values is None and grad_kv is not None:  # dV of a head is behind its dK
+        params.grad_values = grad_kv.data_ptr() + inputs.q.shape[2] * inputs.q.element_size()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension, eager, flops
-from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, scale_of
+from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, is_aligned, scale_of
 from ..heuristics.backends import OpCall
 from ..heuristics.cuda import rows_outweigh
 from . import checks
@@ -189,19 +189,13 @@ def attention_facts(op: str, tensors: AttentionTensors, softmax_scale: float | N
         q.dtype,
         compute_capability(q.device),
         head_dim=q.shape[2],
-        aligned=all(map(_is_aligned, (q, *cache, *vectors))),
+        aligned=all(map(is_aligned, (q, *cache, *vectors))),
         apart=tensors.slow_values is not None,
         selects=tensors.selects,
         positive_scale=scale_of(q, softmax_scale) > 0,
         has_sm90_kernels=q.device.type != "cuda" or "sm_90a" in _extension.cuda_archs(),
         rows_outweigh=rows_outweigh(query_bytes, sum(x.numel() * x.element_size() for x in cache)),
     )
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """16-byte rows and base address, as TMA and vector loads need them."""
-    unit = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
 
 
 class _Attention(Op):

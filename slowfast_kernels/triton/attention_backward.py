@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call_plan import CallPlan, described, nothing_to_attend
-from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, scale_of
+from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, is_aligned, scale_of
+from ..gradients import zero_attention_gradients
 from ..heuristics.triton import (
     AttentionBackwardConfig,
     next_power_of_2,
@@ -372,9 +373,7 @@ def _columns(x: Tensor) -> int:
 
 def _has_map(x: Tensor) -> bool:
     """Whether a descriptor takes that matrix: 16-byte rows, and coordinates of 32 bits."""
-    unit = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:2])
-    return aligned and len(x) > 0 and _columns(x) < 2**31
+    return is_aligned(x) and len(x) > 0 and _columns(x) < 2**31
 
 
 def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
@@ -390,12 +389,7 @@ def prepare_text_cross_attention_backward(
         @described(nothing_to_attend)
         @on_device_of
         def zeros(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
-            inputs = tensors.inputs
-            wanted = zip((inputs.q, inputs.slow_kv, inputs.slow_values), needs, strict=True)
-            return tuple(
-                torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need and x is not None else None
-                for x, need in wanted
-            )
+            return zero_attention_gradients(tensors.inputs, needs)
 
         return zeros
     backward, dtype = AttentionBackward(sample, options.softmax_scale, needs), sample.inputs.q.dtype
