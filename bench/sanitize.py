@@ -58,7 +58,7 @@ def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> Non
     assert context.isfinite().all()
 
 
-def selection(texts, head_dim, pair, in_pieces, num_splits) -> None:
+def selection(texts, head_dim, pair, in_pieces, num_splits, ranged=True) -> None:
     """Rows that see a window, everything or nothing, of one run of tokens or of pieces that two sequences share."""
     make = {"device": "cuda", "dtype": torch.bfloat16}
     rows, slow = sum(texts), 900
@@ -69,9 +69,12 @@ def selection(texts, head_dim, pair, in_pieces, num_splits) -> None:
     kv = torch.randn(slow, 2, 2, head_dim, **make)
     cache = (kv[:, :, 0].contiguous(), kv[:, :, 1].transpose(0, 1).contiguous().transpose(0, 1)) if pair else kv
     ends = integers(*((17 * i) % 700 for i in range(rows)))
-    ranges = {"slow_begin": (ends - 200) * (ends % 2), "slow_end": ends}
+    ranges = {"slow_begin": (ends - 200) * (ends % 2), "slow_end": ends} if ranged else {}
     cu_slow = integers(0, 600, slow)
-    if in_pieces:
+    if in_pieces == "many":
+        begins = integers(*range(0, 800, 4)).unsqueeze(1)
+        cu_slow, ranges["slow_pieces"] = integers(0, 190, 200), torch.cat([begins, begins + 3], 1)
+    elif in_pieces:
         cu_slow = integers(0, 3, 5)
         ranges["slow_pieces"] = integers(800, 900, 0, 1, 130, 571, 0, 0, 800, 900).view(-1, 2)
     q, state = torch.randn(rows, 14, head_dim, **make), torch.randn(rows, 14 * head_dim, **make)
@@ -152,6 +155,8 @@ def main() -> None:
     for rows, pair, pieces, splits in product((1, 40), (False, True), (False, True), (0, 3)):
         selection((rows, 3), 64 if pair else 128, pair, pieces, splits)
     selection((150, 3), 128, False, True, 0)  # dealt out
+    for rows in (1, 40):
+        selection((rows, 3), 128, False, "many", 3, ranged=False)
     for dtype, head_dim, sequences in product((torch.bfloat16, torch.float16), (64, 128), RAGGED):
         attention_gradients(sequences, (14, 2), head_dim, dtype)
     attention_gradients(((40, 1500),), (14, 2), 128, torch.bfloat16)

@@ -31,30 +31,31 @@ struct GateParams {
 // is nothing, context is 0, lse -inf, and out[r] is state[r] bit for bit. A sequence has fewer than 2^31 - 256 slow tokens,
 // and tokens that no row sees may hold anything.
 // With `state` set, the kernel goes on to  out[r] = state[r] + g * context  on r = text_rows[i].
+// What every call needs comes first: a kernel reads its arguments from a cold cache, a line at a time.
 struct CrossAttentionParams {
   const void* q;          // [rows, Hq, D]
-  const void* keys;       // [Ns, Hkv, D], and
-  const void* values;     // the same: two tensors, or one [Ns, Hkv, 2, D] in which V lies D elements behind K
   const int32_t* cu_slow; // [B + 1]
   const int32_t* text_rows;  // [Nt], distinct rows of q (and of state)
   const int32_t* cu_text; // [B + 1]
-  const int32_t* slow_begin;   // [Nt], or nullptr: 0
-  const int32_t* slow_end;     // [Nt], or nullptr: the number of the sequence's slow tokens
-  const int32_t* slow_pieces;  // [P, 2], begin and end of each among the Ns tokens; or nullptr
   void* context;          // [Nt, Hq, D], contiguous; may be nullptr when state is set
   float* lse;             // [Nt, Hq] natural log, -inf where a sequence has no slow token; or nullptr
   const void* state;      // [rows, C = Hq * D], or nullptr: attention alone
   void* out;              // [rows, C] contiguous; rows outside text_rows are not touched by the kernel
   GateParams gate;
   int64_t q_row_stride, q_head_stride;
-  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   int64_t state_row_stride;
   int64_t num_text, num_slow;   // Nt, Ns
-  int64_t num_pieces;           // P; 0 without slow_pieces
   int32_t batch, num_q_heads, num_kv_heads, head_dim;
   int32_t num_splits;           // >= 1, over each sequence's slow tokens; on a CPU also 0: by what there is to do
   float softmax_scale;
   DType dtype;                  // of q, slow_kv, context, state, out
+  const void* keys;       // [Ns, Hkv, D], and
+  const void* values;     // the same: two tensors, or one [Ns, Hkv, 2, D] in which V lies D elements behind K
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  const int32_t* slow_begin;   // [Nt], or nullptr: 0
+  const int32_t* slow_end;     // [Nt], or nullptr: the number of the sequence's slow tokens
+  const int32_t* slow_pieces;  // [P, 2], begin and end of each among the Ns tokens; or nullptr
+  int64_t num_pieces;          // P; 0 without slow_pieces
 };
 
 // Gradients of context and lse to those of q, keys and values. `forward`: the call with its context and lse (both

@@ -38,14 +38,16 @@ class GateParams(ctypes.Structure):
 
 class CrossAttentionParams(ctypes.Structure):
     _fields_ = [
-        *_fields(c_void_p, "q keys values cu_slow text_rows cu_text slow_begin slow_end slow_pieces"),
-        *_fields(c_void_p, "context lse state out"),
+        *_fields(c_void_p, "q cu_slow text_rows cu_text context lse state out"),
         ("gate", GateParams),
-        *_fields(c_int64, "q_row_stride q_head_stride k_token_stride k_head_stride v_token_stride v_head_stride"),
-        *_fields(c_int64, "state_row_stride num_text num_slow num_pieces"),
+        *_fields(c_int64, "q_row_stride q_head_stride state_row_stride num_text num_slow"),
         *_fields(c_int32, "batch num_q_heads num_kv_heads head_dim num_splits"),
         ("softmax_scale", c_float),
         ("dtype", c_int32),
+        *_fields(c_void_p, "keys values"),
+        *_fields(c_int64, "k_token_stride k_head_stride v_token_stride v_head_stride"),
+        *_fields(c_void_p, "slow_begin slow_end slow_pieces"),
+        ("num_pieces", c_int64),
     ]
 
 
@@ -110,8 +112,8 @@ class SplitPlan(ctypes.Structure):
     """csrc/cuda/cross_attention/launch.h; the launch fills the last three."""
 
     _fields_ = [
-        *_fields(c_int32, "consumers cluster_size num_groups max_tiles whole_units long_blocks dealt_ctas num_sms"),
-        *_fields(c_int32, "share_slots grid_heads grid_groups even_units even_blocks"),
+        *_fields(c_int32, "dealt_ctas num_sms share_slots grid_heads grid_groups even_units even_blocks"),
+        *_fields(c_int32, "consumers cluster_size num_groups max_tiles whole_units long_blocks"),
         ("kv_evict_first", c_bool),
         *_fields(c_void_p, "partial_out partial_stats partial_gates counters"),
         ("heads_per_kv", c_int32),

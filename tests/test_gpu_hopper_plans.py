@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -132,20 +133,37 @@ IN_PIECES = {
 }
 
 
+def check_pieces(inputs, config, pieces, rows):
+    """One sequence in these pieces: that the results are accurate, and the same bits once more."""
+    make = {"dtype": torch.int32, "device": "cuda"}
+    inputs = replace(inputs, cu_slow=torch.tensor([0, len(pieces)], **make))
+    selection = {"slow_pieces": torch.tensor(pieces, **make)}
+    if rows == "a growing prefix":
+        length, count = sum(end - begin for begin, end in pieces), len(inputs.text_rows)
+        selection["slow_end"] = (torch.arange(1, count + 1, device="cuda") * length // count).int()
+    context, lse, _ = got = attend(inputs, config, **selection)
+    exact = reference.visible_attention(*inputs.attention, **selection)
+    plain, plain_lse = sk.text_cross_attention(*inputs.attention, **selection, return_lse=True, backend="eager")
+    reference.assert_accurate(context, plain, exact.context, exact.noise)
+    reference.assert_lse_accurate(lse, plain_lse, exact.lse)
+    again = attend(inputs, config, **selection)
+    assert all(reference.same_bits(a, b) for a, b in zip(again, got, strict=True))
+
+
 @pytest.mark.parametrize("rows", ["all see all", "a growing prefix"])
 @pytest.mark.parametrize("head_dim", [128, 64])
 @pytest.mark.parametrize("plan", IN_PIECES)
 def test_one_sequence_in_pieces_may_take_any_plan(plan, head_dim, rows, rng):
     inputs = make_inputs(ONE._replace(dim=head_dim), torch.bfloat16, torch.device("cuda"), rng("cuda"))
-    inputs = replace(inputs, cu_slow=torch.tensor([0, len(PIECES)], dtype=torch.int32, device="cuda"))
-    selection = {"slow_pieces": torch.tensor(PIECES, dtype=torch.int32, device="cuda")}
-    if rows == "a growing prefix":
-        length, count = sum(end - begin for begin, end in PIECES), len(inputs.text_rows)
-        selection["slow_end"] = (torch.arange(1, count + 1, device="cuda") * length // count).int()
-    context, lse, _ = got = attend(inputs, IN_PIECES[plan], **selection)
-    exact = reference.visible_attention(*inputs.attention, **selection)
-    plain, plain_lse = sk.text_cross_attention(*inputs.attention, **selection, return_lse=True, backend="eager")
-    reference.assert_accurate(context, plain, exact.context, exact.noise)
-    reference.assert_lse_accurate(lse, plain_lse, exact.lse)
-    again = attend(inputs, IN_PIECES[plan], **selection)
-    assert all(reference.same_bits(a, b) for a, b in zip(again, got, strict=True))
+    check_pieces(inputs, IN_PIECES[plan], PIECES, rows)
+
+
+@pytest.mark.parametrize("rows", ["all see all", "a growing prefix"])
+@pytest.mark.parametrize("count", [129, 1500, 2100])  # many; windows of 32 by the dozen; more than are summed up ahead
+@pytest.mark.parametrize("plan", ["groups 3", "decode", "dealt out"])
+def test_a_block_is_found_among_many_pieces(plan, count, rows, rng):
+    inputs = make_inputs(ONE, torch.bfloat16, torch.device("cuda"), rng("cuda"))
+    draw = random.Random(count)
+    begins = [draw.randrange(1380) for _ in range(count)]
+    pieces = [(begin, min(1380, begin + draw.choice((0, 1, 5, 40, 200)))) for begin in begins]
+    check_pieces(inputs, IN_PIECES[plan], pieces, rows)

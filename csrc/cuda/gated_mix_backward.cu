@@ -38,8 +38,8 @@ struct GateSums {
   __device__ __forceinline__ void store(const GatedMixBackwardParams& p, float factor) const {
     if (p.partials == nullptr || threadIdx.x != 0) return;
     float* end = p.partials + (blockIdx.x + int64_t{1}) * p.partial_stride;
-    end[-4] = bias;
-    end[-3] = warm_up * (p.gate.tanh_warm_up ? 1.0f - factor * factor : 1.0f);
+    const float slope = p.gate.tanh_warm_up ? 1.0f - factor * factor : 1.0f;
+    *reinterpret_cast<float4*>(end - 4) = make_float4(bias, warm_up * slope, 0.0f, 0.0f);
   }
 };
 
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(256) gated_mix_backward_scalar(const __grid_co
   GateSums gate_sums;
   float* weight_sums = p.partials + blockIdx.x * p.partial_stride;
   if (p.grad_weight != nullptr) {
-    for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) weight_sums[c] = 0.0f;
+    for (int64_t c = threadIdx.x; c < p.partial_stride - 4; c += blockDim.x) weight_sums[c] = 0.0f;
   }
   for (int k = 0; k < tasks.count(); ++k) {
     const int row = tasks.row(k), text = tasks.text(k);

@@ -215,8 +215,8 @@ __device__ __forceinline__ void prefetch_inputs(const CrossAttentionParams& p, i
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSM)
-    cross_attention_kernel(const __grid_constant__ SlowMaps<Traits> maps, const __grid_constant__ CrossAttentionParams p,
-                           const __grid_constant__ SplitPlan plan) {
+    cross_attention_kernel(const __grid_constant__ SlowMaps<Traits> maps, const __grid_constant__ SplitPlan plan,
+                           const __grid_constant__ CrossAttentionParams p) {
   extern __shared__ char raw[];
   using T = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;

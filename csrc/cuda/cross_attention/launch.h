@@ -8,18 +8,12 @@ namespace slowfast::cuda {
 // KV head. Its slow tokens are split over num_groups groups of cluster_size CTAs: a group is a cluster, which adds up through
 // distributed shared memory, and groups add up through global memory. kConsumers below is `consumers`; kBlockM is 64 of it.
 struct SplitPlan {
-  int32_t consumers;     // 1 or 2 warpgroups of 64 rows
-  int32_t cluster_size;  // 1, 2, 4 or 8
-  int32_t num_groups;    // groups a unit, >= 1
-  int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
-  int32_t whole_units;   // the first units (by KV head, then tile), a CTA each without a split; 0 unless cluster_size is 1
-  int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
   // A general call (see below) with two consumers and clusters of one may leave it to the device how blocks are dealt out
-  // (deal.cuh): to as many of dealt_ctas CTAs, at least max_tiles * Hkv, as it likes; 0: as above. Its workspace
+  // (deal.cuh): to as many of dealt_ctas CTAs, at least max_tiles * Hkv, as it likes; 0: as below. Its workspace
   // has dealt_ctas parts in the place of [units, num_groups], gates of max_tiles * Hkv units, dealt_ctas * kConsumers counters.
   int32_t dealt_ctas;
   int32_t num_sms;       // of the device; where blocks are dealt out
-  // All of the above is for sequences of equal lengths. Where the device sees others, it may cut units into groups of its own
+  // The plan below is for sequences of equal lengths. Where the device sees others, it may cut units into groups of its own
   // (shares.cuh), for share_slots groups that run at once; 0: never. They find room in a grid of max_tiles by grid_heads
   // >= Hkv by grid_groups >= num_groups, of max_tiles * Hkv + share_slots / 2 groups at least, and in a workspace of
   // 2 * share_slots parts.
@@ -28,6 +22,12 @@ struct SplitPlan {
   int32_t grid_groups;
   int32_t even_units;    // what the plan is for: units with something to do,
   int32_t even_blocks;   // and blocks of each; 0: any number
+  int32_t consumers;     // 1 or 2 warpgroups of 64 rows
+  int32_t cluster_size;  // 1, 2, 4 or 8
+  int32_t num_groups;    // groups a unit, >= 1
+  int32_t max_tiles;     // upper bound over any distribution of the text rows over the sequences
+  int32_t whole_units;   // the first units (by KV head, then tile), a CTA each without a split; 0 unless cluster_size is 1
+  int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
   bool kv_evict_first;   // each KV byte is read once
   // Workspace, for more than one group. Its units are those that groups share: max_tiles * Hkv - whole_units.
   // A part is a group's; with share_slots there are 2 * share_slots at least, and as many units.

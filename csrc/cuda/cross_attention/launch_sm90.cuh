@@ -71,7 +71,7 @@ void launch(const CrossAttentionParams& p, SplitPlan plan, cudaStream_t stream) 
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = plan.cluster_size > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, make_slow_maps<Traits>(p), p, plan), "cross_attention_sm90");
+  check(cudaLaunchKernelEx(&config, kernel, make_slow_maps<Traits>(p), plan, p), "cross_attention_sm90");
 }
 
 template <int kHeadDim, int kConsumers, bool kGeneral, bool kShares>

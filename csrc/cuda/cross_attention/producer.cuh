@@ -135,7 +135,7 @@ struct GeneralProducer {
                                              const SplitPlan& plan, typename Traits::SharedStorage& shared,
                                              const Tile& tile, const Unit& unit, int lane)
       : maps(maps), p(p), plan(plan), shared(shared), tile(tile), unit(unit), lane(lane),
-        policy(plan.kv_evict_first ? ptx::kEvictFirst : ptx::kEvictNormal), walk(p, plan, tile, lane), total(walk.count()),
+        policy(plan.kv_evict_first ? ptx::kEvictFirst : ptx::kEvictNormal), walk(p, plan, shared, tile, lane), total(walk.count()),
         blocks(find_blocks<Traits>(plan, unit, total)), num_blocks(blocks.end - blocks.begin), is_idle(total == 0) {}
 
   __device__ __forceinline__ RowSight<Traits> row_sight(int first_row, int thread) const {

@@ -65,10 +65,7 @@ struct Pieces {
     const int length = piece.length(), end = base + inclusive_sum_of_warp(length, lane);
     return {first, base, __shfl_sync(0xffffffffu, end, 31), end - length, end, piece.begin};
   }
-  // Of the sequence: its tokens, and the blocks that they make where all are seen.
-  struct Size {
-    int tokens, blocks;
-  };
+  using Size = TokensAndBlocks;  // of the sequence: its tokens, and the blocks that they make where all are seen
   __device__ __forceinline__ Size size(int block, int lane) const {
     constexpr int kLoads = 4;  // in flight together
     Size sum = {0, 0};
@@ -83,7 +80,37 @@ struct Pieces {
         sum.blocks += (length + block - 1) / block;
       }
     }
-    return {__reduce_add_sync(0xffffffffu, sum.tokens), __reduce_add_sync(0xffffffffu, sum.blocks)};
+    return total_of_warp(sum);
+  }
+  // The same by all threads of a CTA, where there are many pieces; leaves that of each window in `windows`.
+  template <typename Traits>
+  __device__ __forceinline__ Size sum_windows(Size* windows, int lane) const {
+    constexpr int kLoads = 4, kWarps = Traits::kThreads / 32;
+    const int num_windows = (count() + 31) / 32;
+#pragma unroll 1
+    for (int first = threadIdx.x / 32; first < num_windows; first += kWarps * kLoads) {
+      int lengths[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) lengths[i] = load(32 * (first + i * kWarps) + lane).length();
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int window = first + i * kWarps;
+        const Size sum = total_of_warp({lengths[i], (lengths[i] + Traits::kBlockN - 1) / Traits::kBlockN});
+        if (lane == 0 && window < num_windows) windows[window] = sum;
+      }
+    }
+    __syncthreads();
+    Size sum = {0, 0};
+    for (int window = lane; window < num_windows; window += 32) {
+      sum.tokens += windows[window].tokens;
+      sum.blocks += windows[window].blocks;
+    }
+    return total_of_warp(sum);
+  }
+
+ private:
+  static __device__ __forceinline__ Size total_of_warp(Size x) {
+    return {__reduce_add_sync(0xffffffffu, x.tokens), __reduce_add_sync(0xffffffffu, x.blocks)};
   }
 };
 
@@ -183,11 +210,15 @@ class BlockWalk {
  public:
   static constexpr int kBlockN = Traits::kBlockN;
 
-  __device__ __forceinline__ BlockWalk(const CrossAttentionParams& p, const SplitPlan& plan, const Tile& tile, int lane)
+  // By all threads of the CTA.
+  __device__ __forceinline__ BlockWalk(const CrossAttentionParams& p, const SplitPlan& plan,
+                                       typename Traits::SharedStorage& shared, const Tile& tile, int lane)
       : pieces_(p, tile.slow_begin, tile.num_slow), sight_(p, plan, tile, lane), lane_(lane),
-        window_(pieces_.window(0, 0, lane)) {
+        window_(pieces_.window(0, 0, lane)), sums_(are_many() ? shared.windows : nullptr) {
     if (pieces_.count() == 1) {
       size_ = {window_.next, (window_.next + kBlockN - 1) / kBlockN};
+    } else if (sums_ != nullptr) {
+      size_ = pieces_.template sum_windows<Traits>(sums_, lane);
     } else {
       size_ = pieces_.size(kBlockN, lane);
     }
@@ -228,7 +259,11 @@ class BlockWalk {
       token_ += number * kBlockN;
       return;
     }
-    rewind();
+    if (sums_ != nullptr && !sight_.has_ranges) {
+      number -= skip_windows(number);
+    } else {
+      rewind();
+    }
     while (true) {
       const int blocks = blocks_of_lane(token_, stretch_end_), past = inclusive_sum_of_warp(blocks, lane_);
       const unsigned found = __ballot_sync(0xffffffffu, past > number);
@@ -256,6 +291,29 @@ class BlockWalk {
   }
 
  private:
+  // One window after the other would be looked for longer than it takes to sum them all up together.
+  __device__ __forceinline__ bool are_many() const {
+    return pieces_.count() > 4 * 32 && pieces_.count() <= 32 * Traits::kSummedWindows;
+  }
+  // To the window of block `number`, where all tokens are seen; returns the blocks of the windows before.
+  __device__ __forceinline__ int skip_windows(int number) {
+    TokensAndBlocks passed = {0, 0};
+    for (int first = 0;; first += 32) {
+      const bool is_one = 32 * (first + lane_) < pieces_.count();
+      const TokensAndBlocks sum = is_one ? sums_[first + lane_] : TokensAndBlocks{0, 0};
+      const int blocks = passed.blocks + inclusive_sum_of_warp(sum.blocks, lane_);
+      const int tokens = passed.tokens + inclusive_sum_of_warp(sum.tokens, lane_);
+      const unsigned found = __ballot_sync(0xffffffffu, blocks > number);
+      const int source = found != 0 ? __ffs(found) - 1 : 31;
+      passed = {__shfl_sync(0xffffffffu, tokens, source), __shfl_sync(0xffffffffu, blocks, source)};
+      if (found != 0) {
+        passed.tokens -= __shfl_sync(0xffffffffu, sum.tokens, source);
+        passed.blocks -= __shfl_sync(0xffffffffu, sum.blocks, source);
+        window_ = pieces_.window(32 * (first + source), passed.tokens, lane_);
+        return passed.blocks;
+      }
+    }
+  }
   __device__ __forceinline__ void open_run() {
     if (token_ >= stretch_end_) {
       token_ = sight_.next(token_);
@@ -291,6 +349,7 @@ class BlockWalk {
   Sight<Traits> sight_;
   const int lane_;
   PieceWindow window_;
+  TokensAndBlocks* const sums_;  // of each window; or nullptr
   Pieces::Size size_;
   int token_ = 0;        // the next block begins here,
   int stretch_end_ = 0;  // in this stretch,

@@ -9,6 +9,10 @@ namespace slowfast::cuda {
 // Named barriers; those of a warpgroup are two in a row, 0 is __syncthreads.
 enum Barrier { kWarpgroupBarrier = 1, kConsumersBarrier = 3, kTurnBarrier = 4, kGatesBarrier = 6, kQueryBarrier = 7 };
 
+struct TokensAndBlocks {
+  int tokens, blocks;
+};
+
 // kConsumers = 2: 128 packed rows, for prefill: the softmax of one warpgroup runs under the products of the other.
 // kConsumers = 1: 64 packed rows and small KV blocks, for decode, where bytes in flight and a short tail matter: two CTAs
 // share an SM, so that one streams while the other starts or ends.
@@ -85,6 +89,7 @@ struct Traits {
   // load i - 1.
   static constexpr int kBlockEntries = 16;
   static_assert(kLoadsTogether ? kBlockEntries > kRingSlots : 2 * kBlockEntries - 4 >= kRingSlots);
+  static constexpr int kSummedWindows = 64;  // of 32 pieces each: see slow_tokens.cuh
   template <template <typename> class General, template <typename> class Plain>
   using Choose = std::conditional<kGeneral, General<Traits>, Plain<Traits>>;
   struct SharedStorage {
@@ -103,6 +108,7 @@ struct Traits {
     int gate_items, gate_items_done;  // taken, and formed: see Gates::take_items
     int has_arrived[kConsumers], is_neighbour_there[kConsumers];  // of the other groups
     Block blocks[kGeneral ? kBlockEntries : 1];
+    TokensAndBlocks windows[kGeneral ? kSummedWindows : 1];
 
     __device__ __forceinline__ T* query(int warpgroup) { return slots[kRingSlots] + warpgroup * 64 * kHeadDim; }
   };
