@@ -68,6 +68,31 @@ class Call:
             assert reference.same_bits(mixed[kept], inputs.state[kept])
         return context, lse
 
+    def check_gradients(self, target) -> None:
+        """Those of context and lse to q and the cache, and zeros wherever nothing is seen."""
+        q, slow_kv, *places = self.attention
+        pair = isinstance(slow_kv, tuple)
+
+        def run(op, q, *cache, **options):
+            return op(q, cache if pair else cache[0], *places, **self.selection, **options)
+
+        mine = [x.detach().requires_grad_() for x in (q, *(slow_kv if pair else (slow_kv,)))]
+        context, lse = target.run(partial(run, sk.text_cross_attention, return_lse=True), *mine)
+        wide = [x.detach().double().requires_grad_() for x in mine]
+        exact = run(reference.visible_attention, *wide)
+        up, up_lse = torch.randn_like(exact.context), torch.randn_like(exact.lse)
+        sees = exact.lse > -torch.inf
+        grads = torch.autograd.grad((context.double() * up).sum() + (lse.double() * up_lse)[sees].sum(), mine)
+        if not sees.any():
+            assert not any(grad.any() for grad in grads)
+            return
+        wanted = torch.autograd.grad((exact.context * up).sum() + (exact.lse * up_lse)[sees].sum(), wide)
+        for x, got, want in zip(mine, grads, wanted, strict=True):
+            assert got.dtype == x.dtype
+            roundoff = reference.FLOAT32_TOLERANCE if x.dtype == torch.float32 else 2 * reference.unit_roundoff(x.dtype)
+            assert (got.double() - want).abs().max() <= roundoff * max(1.0, float(want.abs().max()))
+            assert not got[want == 0].any()  # exactly 0 where nothing looks
+
 
 def ranges_of(inputs: Inputs, name: str, seed: int = 0, lengths: list[int] | None = None) -> dict[str, Tensor]:
     rng, made = random.Random(seed), []
@@ -254,26 +279,28 @@ def test_gradients_are_those_of_the_rows_that_see(target, way, pair, rng):
     selection |= ranges_of(inputs, "anything", 3, lengths)
     if pair is not None:
         inputs = apart(inputs, pair)
-    blinded(Call(inputs, selection))
-    q, slow_kv, *places = inputs.attention
-    cache = slow_kv if pair else (slow_kv,)
+    blinded(Call(inputs, selection)).check_gradients(target)
 
-    def run(op, q, *cache, **options):
-        return op(q, tuple(cache) if pair else cache[0], *places, **selection, **options)
 
-    mine = [x.detach().requires_grad_() for x in (q, *cache)]
-    context, lse = target.run(partial(run, sk.text_cross_attention, return_lse=True), *mine)
-    wide = [x.detach().double().requires_grad_() for x in (q, *cache)]
-    exact = run(reference.visible_attention, *wide)
-    up, up_lse = torch.randn_like(exact.context), torch.randn_like(exact.lse)
-    sees = exact.lse > -torch.inf
-    grads = torch.autograd.grad((context.double() * up).sum() + (lse.double() * up_lse)[sees].sum(), mine)
-    wanted = torch.autograd.grad((exact.context * up).sum() + (exact.lse * up_lse)[sees].sum(), wide)
-    for x, got, want in zip(mine, grads, wanted, strict=True):
-        assert got.dtype == x.dtype
-        roundoff = reference.FLOAT32_TOLERANCE if x.dtype == torch.float32 else 2 * reference.unit_roundoff(x.dtype)
-        assert (got.double() - want).abs().max() <= roundoff * max(1.0, float(want.abs().max()))
-        assert not got[want == 0].any()  # exactly 0 where nothing looks
+@pytest.mark.parametrize("target", KERNELS)
+@given(
+    sequences=st.lists(st.tuples(st.integers(0, 12), st.integers(0, LONGEST)), min_size=1, max_size=4).map(tuple),
+    heads=st.sampled_from([(1, 1), (4, 2), (7, 1), (3, 3), (14, 2)]),
+    name=st.sampled_from((None, *sorted(RANGES))),
+    way=st.sampled_from((None, *PIECES)),
+    pair=st.sampled_from((None, *PAIRS)),
+    seed=st.integers(0, 2**16),
+)
+def test_random_selections_have_accurate_gradients(target, rng, sequences, heads, name, way, pair, seed):
+    inputs = make_inputs(Shape(sequences, heads, 64, 1), target.dtype, target.device, rng(target.device))
+    selection, lengths = {}, None
+    if way is not None:
+        inputs, selection, lengths = in_pieces(inputs, way, seed)
+    if name is not None and len(inputs.text_rows):
+        selection |= ranges_of(inputs, name, seed, lengths)
+    if pair is not None:
+        inputs = apart(inputs, pair)
+    blinded(Call(inputs, selection)).check_gradients(target)
 
 
 @pytest.mark.parametrize("target", ALL)
