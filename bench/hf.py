@@ -29,7 +29,7 @@ from .timing import Call, kernel_lane, wall_lane
 BASE = "base LM"
 ROOM = PAIRS + 20  # rows of a cache behind the prompt: of turns, checks, warming up, recording
 # Relative, on the logits of a whole model: two ways through 28 layers of random weights in bfloat16 are 5 to 6 % apart.
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 7e-2}
 
 
 def why_absent() -> str | None:

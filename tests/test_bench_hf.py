@@ -84,7 +84,7 @@ def test_a_wrong_attention_is_seen(sides, monkeypatch):
     from bench.plain_attention import PlainAttention
 
     mixed = PlainAttention._mixed
-    monkeypatch.setattr(PlainAttention, "_mixed", lambda self, state, *rest: 2 * mixed(self, state, *rest) - state)
+    monkeypatch.setattr(PlainAttention, "_mixed", lambda self, state, *rest: 3 * mixed(self, state, *rest) - 2 * state)
     prompted = sides["plain PyTorch"].make()
     assert min(prompted.prefill_error(), prompted.step_error()) > hf.TOLERANCE["bfloat16"]
 
