@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slowfast_kernels.numbers import as_int
+
 # FLOP of a GEMM in the time in which a byte is copied: some 700 TFLOP/s and 2.5 TB/s on an H100, 100 GFLOP/s and
 # 10 GB/s on two cores. More than there are only keeps the order that moves fewer bytes.
 FLOP_A_BYTE = {"cpu": 10, "cuda": 300}
@@ -51,7 +53,12 @@ def use_order(
             Videos with more are projected and pooled in runs of frames, three frames at least.
 
     What torch.compile has compiled stays in the order that the rule chose.
+
+    Raises:
+        TypeError, ValueError: ``working_bytes`` that is no integer, or negative.
     """
+    if working_bytes is not None:
+        working_bytes = as_int("working_bytes", working_bytes, 0, "a number of bytes >= 0")
     token = _forced.set(Order(pool_first, one_kv_product, working_bytes))
     try:
         yield

@@ -222,6 +222,12 @@ def test_a_compiled_model_projects_all_frames_at_once(monkeypatch):
         assert rows_at_once(WIDTH, torch.zeros(1)) is None
 
 
+@pytest.mark.parametrize(("given", "error"), [(-1, ValueError), (True, TypeError), (2.5, TypeError)])
+def test_bytes_to_work_in_are_a_number(given, error):
+    with pytest.raises(error, match="working_bytes: got"), use_order(working_bytes=given):
+        pass
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
