@@ -4,60 +4,111 @@ A part is what a prefill of the whole model does, with that prefill's own tensor
 the norm), keys and values of all hybrid layers with the norm's weight folded in, attention, and attention with gate and
 mix as the one op that it is. The projector is on both sides of the pair and stands beside them. What the pair's wall
 time has beyond the parts is the host's.
+
+A floor is the least work in the order that the prefill takes: pooling in two calls, with the projector's last linear
+layer between them, moves the slow tokens twice more than one call that reads all features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .runner import Contender, Runner, Variant
-from .shapes import AttentionShape, Cost, ModelShape, PoolShape, attention_cost, pool_cost, projection_cost, vision_cost
+from .shapes import (
+    BYTES,
+    AttentionShape,
+    Cost,
+    ModelShape,
+    PoolShape,
+    attention_cost,
+    pool_cost,
+    projection_cost,
+    vision_cost,
+)
 from .timing import Call
 
 OP = "parts"
 PROJECTOR, POOL, KV, ATTENTION, FUSED = "projector", "pool", "K and V", "attention", "attention with gate and mix"
+PARTS = (PROJECTOR, POOL, KV, ATTENTION, FUSED)
+
+
+class _Made(NamedTuple):
+    """A call that was made, and how to make it again."""
+
+    name: str
+    again: Call
 
 
 @contextmanager
-def _recorded(owner: object, name: str):
-    """Calls of ``owner.name`` in the block, as functions that make them again."""
-    calls: list[Call] = []
-    original = getattr(owner, name)
+def _recorded(*functions: tuple[object, str]):
+    """Calls of ``owner.name`` of all ``functions`` in the block, in order."""
+    calls: list[_Made] = []
+    originals = [getattr(owner, name) for owner, name in functions]
 
-    def record(*args, **options):
-        calls.append(lambda: original(*args, **options))
-        return original(*args, **options)
+    def recorder(name: str, original: Callable):
+        def record(*args, **options):
+            calls.append(_Made(name, lambda: original(*args, **options)))
+            return original(*args, **options)
 
-    setattr(owner, name, record)
+        return record
+
+    for (owner, name), original in zip(functions, originals, strict=True):
+        setattr(owner, name, recorder(name, original))
     try:
         yield calls
     finally:
-        setattr(owner, name, original)
+        for (owner, name), original in zip(functions, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def _all(calls: list[Call]) -> Call:
     return lambda: [call() for call in calls]
 
 
-def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[dict[str, Call], str]:
+class Order(NamedTuple):
+    """In which order a prefill does its work."""
+
+    runs: int  # of frames, projected one after the other
+    pools_twice: bool  # spatially, then over time
+    pools_first: bool  # before the projector's last linear layer
+    kv_at_once: bool
+
+    def __str__(self) -> str:
+        pooled = "pooled before the last linear layer" if self.pools_first else "pooled after the projector"
+        runs = f" in {self.runs} runs" if self.runs > 1 else ""
+        return f"{pooled}{runs}, K and V {'in one product' if self.kv_at_once else 'a layer at a time'}"
+
+
+def _order(made: list[_Made], projector: nn.Module, kv_at_once: bool) -> Order:
+    """``made``: the calls of a projector and of the pooling of its one video."""
+    names = [call.name for call in made]
+    num_pools, num_layers = names.count("slowfast_pool"), sum(isinstance(x, nn.Linear) for x in projector.modules())
+    products = sum(name in ("linear", "addmm") for name in names)
+    before_pool = sum(name in ("linear", "addmm") for name in names[: names.index("slowfast_pool")])
+    runs = products // max(num_layers, 1)
+    return Order(max(runs, 1), num_pools > 1, num_pools > 1 and before_pool < num_layers, kv_at_once)
+
+
+def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[dict[str, Call], Order]:
     """A call for each part of the prefill of one prompt, and in which order the prefill does its work."""
     import slowfast_kernels as sk
     from slowfast_model.attention import project_slow_at_once
 
     config, decoder = model.config, model.model
-    recorded = (_recorded(sk, "slowfast_pool"), *(_recorded(nn.functional, name) for name in ("linear", "gelu")))
-    with recorded[0] as pools, recorded[1] as linears, recorded[2] as gelus:
+    functions = ((nn.functional, "linear"), (torch, "addmm"), (nn.functional, "gelu"), (sk, "slowfast_pool"))
+    with _recorded(*functions) as made:
         x, _, slow = model.prepare(ids, features, None, None)
     hybrid = [decoder.layers[i].self_attn for i in config.hybrid_layers]
     norms = [decoder.layers[i].input_layernorm.weight for i in config.hybrid_layers]
-    made = [kv for kv in project_slow_at_once(decoder.layers, slow) if kv is not None]
+    at_once = any(kv is not None for kv in project_slow_at_once(decoder.layers, slow))
 
     def keys_and_values() -> list[Tensor]:
-        if made:
+        if at_once:
             return [kv for kv in project_slow_at_once(decoder.layers, slow) if kv is not None]
         return [a.project_slow(slow.tokens, w) for a, w in zip(hybrid, norms, strict=True)]
 
@@ -77,30 +128,32 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
             mixed.append(sk.slowfast_cross_attention(state, q, kv, *where, *gating, **options))
         return mixed
 
-    order = "pooled before the last linear layer" if len(pools) == 2 else "pooled after the projector"
-    order += ", K and V " + ("in one product" if made else "a layer at a time")
     calls = {
-        PROJECTOR: _all(linears + gelus),
-        POOL: _all(pools),
+        PROJECTOR: _all([call.again for call in made if call.name != "slowfast_pool"]),
+        POOL: _all([call.again for call in made if call.name == "slowfast_pool"]),
         KV: keys_and_values,
         ATTENTION: attention,
         FUSED: fused,
     }
-    return calls, order
+    return calls, _order(made, decoder.mm_projector, at_once)
 
 
-def part_costs(shape: ModelShape, dtype: str) -> dict[str, Cost]:
-    """The least work of each part."""
+def part_costs(shape: ModelShape, dtype: str, pools_twice: bool) -> dict[str, Cost]:
+    """The least work of each part, of a prefill that pools spatially and over time in two calls or in one."""
     heads, layers = shape.heads, range(shape.num_hybrid)
     side = 2 * shape.slow_side
     # more frames to a window than there are: they are averaged to ``fast_frames``
     windows = {"temporal_stride": 2**20, "min_fast_frames": shape.fast_frames}
-    pool = PoolShape((shape.frames,), (side, side), shape.hidden, pool_stride=2, **windows)
+    pool = pool_cost(PoolShape((shape.frames,), (side, side), shape.hidden, pool_stride=2, **windows), dtype)
+    if pools_twice:
+        slow = Cost(0, 0, shape.num_slow * shape.hidden * BYTES[dtype])
+        over_time = PoolShape((shape.frames,), (shape.slow_side,) * 2, shape.hidden, pool_stride=1, **windows)
+        pool = Cost(pool.flops, pool.read, 0) + slow + pool_cost(over_time, dtype)
     rows = AttentionShape.even(1, shape.text, shape.num_slow, heads)
     nothing = Cost(0, 0, 0)
     return {
         PROJECTOR: vision_cost(shape, dtype, shape.num_slow),
-        POOL: pool_cost(pool, dtype),
+        POOL: pool,
         KV: sum((projection_cost(shape.num_slow, shape.hidden, heads, dtype) for _ in layers), nothing),
         ATTENTION: sum((attention_cost(rows, dtype, fused=False) for _ in layers), nothing),
         FUSED: sum((attention_cost(rows, dtype, fused=True) for _ in layers), nothing),
@@ -109,13 +162,13 @@ def part_costs(shape: ModelShape, dtype: str) -> dict[str, Cost]:
 
 def run(runner: Runner, model: nn.Module, shape: ModelShape, dtype: str, prompt) -> None:
     """A row for each part of the slow path of one prompt (``model.Prompt``)."""
-    costs = part_costs(shape, dtype)
-    if all(runner.is_done(OP, shape.name, dtype, who) for who in costs):
+    if all(runner.is_done(OP, shape.name, dtype, who) for who in PARTS):
         return
     calls, order = part_calls(model, prompt.ids, prompt.features())
+    costs = part_costs(shape, dtype, order.pools_twice)
     contenders = [
-        Contender(who, [Variant(order, _build(calls[who]))], cost, "base" if who == PROJECTOR else "ours")
-        for who, cost in costs.items()
+        Contender(who, [Variant(str(order), _build(calls[who]))], costs[who], "base" if who == PROJECTOR else "ours")
+        for who in PARTS
     ]
     runner.compare(OP, shape.name, dtype, contenders)
 

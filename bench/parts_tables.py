@@ -14,6 +14,8 @@ PARTS = {KV: "#1f5fb4", ATTENTION: "#2a7f2a", GATE_AND_MIX: "#e08214", HOST: "#d
 PARTS |= {POOL: "#8c8c8c", PROJECTOR: "#bbbbbb"}
 ON_BOTH_SIDES = (PROJECTOR, POOL)
 WORK = ("TFLOP", "added FLOP")
+MEMORY = "over caches MiB"
+MOST_OF_FLOOR, HELD_FROM = 1.15, 1536  # what the slow path's parts together are held to, and from how many frames on
 BOTH_SIDES = "Both have the video, its projector and its fast tokens; FLOP are those of `torch.utils.flop_counter`."
 
 
@@ -83,19 +85,30 @@ def split(rows: list[Row]) -> list[Point]:
 
 
 def table(rows: list[Row]) -> list[list[str]]:
-    """A line for each part of each shape: microseconds, the floor, and how far above it."""
-    cells = [["frames", "dtype", "part", "us", "floor us", "of the floor", "order"]]
-    for (shape, dtype), members in by_shape(rows, OP).items():
+    """A line for each part of each shape: microseconds, the floor, and how far above it.
+
+    The slow path's line sums them up, says whether a long prefill is within ``MOST_OF_FLOOR``, and has the memory that
+    the whole prefill takes over weights and what it leaves, where a GPU told it.
+    """
+    groups = by_shape(rows, OP)
+    ours = {key: _of(rows, "prefill", *key).get("slow-fast") for key in groups}
+    memory = [MEMORY] * any(mebibytes(row) for row in ours.values())
+    held = f"<= {MOST_OF_FLOOR:.2f}x"
+    cells = [["frames", "dtype", "part", "us", "floor us", "of the floor", held, *memory, "order"]]
+    for (shape, dtype), members in groups.items():
         frames = shape.removesuffix(" frames")
+        blank = ["", *[""] * len(memory)]
         for row in members:
             if not row.ok:
-                cells.append([frames, dtype, row.who, row.status.split(":")[0], "", "", ""])
+                cells.append([frames, dtype, row.who, row.status.split(":")[0], "", "", *blank, ""])
                 continue
             line = [frames, dtype, row.who, format_us(row.median_us), format_us(row.floor_us)]
-            cells.append([*line, f"{row.median_us / row.floor_us:.2f}x", row.variant])
+            cells.append([*line, f"{row.median_us / row.floor_us:.2f}x", *blank, row.variant])
         timed = {row.who: row for row in members if row.ok}
         whole = [timed[name] for name in (POOL, KV, FUSED) if name in timed]
         if len(whole) == 3:
             us, floor = (sum(getattr(row, name) for row in whole) for name in ("median_us", "floor_us"))
-            cells.append([frames, dtype, "slow path", format_us(us), format_us(floor), f"{us / floor:.2f}x", ""])
+            line = [frames, dtype, "slow path", format_us(us), format_us(floor), f"{us / floor:.2f}x"]
+            line.append(("yes" if us <= MOST_OF_FLOOR * floor else "no") if int(frames) >= HELD_FROM else "")
+            cells.append([*line, *[mebibytes(ours[shape, dtype])] * len(memory), ""])
     return cells

@@ -197,7 +197,9 @@ def model_table(rows: list[Row], op: str) -> list[list[str]]:
     counted = any("slow_tokens" in row.extra for members in groups.values() for row in members)
     paired = any(row.added for members in groups.values() for row in members)
     work = parts_tables.WORK * any("model_flops" in row.extra for members in groups.values() for row in members)
-    memory = ["over caches MiB"] * any("transient_bytes" in row.extra for members in groups.values() for row in members)
+    memory = [parts_tables.MEMORY] * any(
+        "transient_bytes" in row.extra for members in groups.values() for row in members
+    )
     read = paired and any("slow_read_us" in row.extra for members in groups.values() for row in members)
     header = ["frames", *["dtype"] * several, *["slow tokens"] * counted, *(f"{who} ms" for who in pair)]
     cells = [[*header, *ADDED * paired, *[OF_READ] * read, *work, *memory, *(f"{who} ms" for who in alone), "floor ms"]]

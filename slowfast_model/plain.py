@@ -17,7 +17,7 @@ from torch.nn.modules import module as nn_module
 from .layers import MLP, RMSNorm
 
 # With the forward that each had when this file was read: a class may be given another later.
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Sequential, RMSNorm, MLP)}
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.GELU, nn.Sequential, RMSNorm, MLP)}
 _WEIGHTS = {nn.Linear: ("weight", "bias"), RMSNorm: ("weight",)}  # as they are registered; others have members alone
 
 

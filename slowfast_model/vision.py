@@ -7,7 +7,9 @@ The model takes the features of a tower; the released ones (ConvNeXt, SigLIP, CL
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,9 @@ from slowfast_kernels.ops.checks import check_dense
 from slowfast_kernels.pool_plan import PoolOptions, token_counts
 
 from .config import SlowFastConfig
+from .layers import compute_dtype
 from .plain import is_plain
-from .prefill import pools_first
+from .prefill import pools_first, rows_at_once
 
 
 def build_projector(config: SlowFastConfig) -> nn.Module:
@@ -94,10 +97,12 @@ def project_and_pool(
 
     A linear layer and an average commute: where that is faster (``prefill.pools_first``), frames are pooled to slow
     tokens before the projector's last linear layer. What is more than a linear layer, or is none, is called as it is.
+
+    In inference the projector's hidden layers are those of a run of frames at a time (``prefill.rows_at_once``), if it
+    is nothing but its weights. What is kept of all frames are the slow tokens before their norm: fast tokens are made
+    of them at the end, by the one call that normalises, so that no temporal window is cut.
     """
     videos = [(len(x), x.shape[1]) for x in frame_features]
-    flat = [x.flatten(0, 1) for x in frame_features]
-    x = flat[0] if len(flat) == 1 else torch.cat(flat)
     options = PoolOptions(
         pool_stride=config.mm_video_pooling_stride,
         sampling_stride=config.fast_token_temporal_sampling_stride,
@@ -105,15 +110,36 @@ def project_and_pool(
         spatial_stride=config.fast_token_spatial_stride,
         min_fast_frames=config.min_fast_frames,
     )
-    parts = _parts_to_pool_between(projector, videos, options.pool_stride, x)
+    parts = _parts_to_pool_between(projector, videos, options.pool_stride, frame_features[0])
+    most = rows_at_once(config.hidden_size, frame_features[0])
+    if most is not None and sum(frames * area for frames, area in videos) > most and _is_all_weights(projector):
+        runs = _runs(videos, most)
+        x = _project_runs(projector, frame_features, runs, options.pool_stride, parts is not None, backend)
+        return _pool(x, _pooled(videos, options.pool_stride), options._replace(pool_stride=1), norm_eps, backend)
+    x = _flat(frame_features)
     if parts is None:
         return _pool(projector(x), videos, options, norm_eps, backend)
     before, last = parts
     for module in before:
         x = module(x)
-    x, _, counts = _pool(x, videos, _SLOW_ALONE._replace(pool_stride=options.pool_stride), None, backend)
-    videos = [(frames, num_slow // frames) for (frames, _), (_, num_slow) in zip(videos, counts, strict=True)]
-    return _pool(last(x), videos, options._replace(pool_stride=1), norm_eps, backend)
+    x = _pool_spatially(x, videos, options.pool_stride, backend)
+    return _pool(last(x), _pooled(videos, options.pool_stride), options._replace(pool_stride=1), norm_eps, backend)
+
+
+def _flat(frames: Sequence[Tensor]) -> Tensor:
+    """[T, n, C] of each -> [sum of T * n, C]."""
+    flat = [x.flatten(0, 1) for x in frames]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _pooled(videos: Sequence[tuple[int, int]], pool_stride: int) -> list[tuple[int, int]]:
+    """(frames, tokens a frame) after spatial pooling, which leaves images alone."""
+    options = PoolOptions(pool_stride=pool_stride)
+    return [(frames, token_counts(frames, _grid("", area), options)[0] // frames) for frames, area in videos]
+
+
+def _pool_spatially(x: Tensor, videos: Sequence[tuple[int, int]], pool_stride: int, backend: str | None) -> Tensor:
+    return _pool(x, videos, _SLOW_ALONE._replace(pool_stride=pool_stride), None, backend)[0]
 
 
 # Fast tokens are written too, whatever they are: one frame in so many, and one of each video.
@@ -130,6 +156,87 @@ def _parts_to_pool_between(
     if pool_stride == 1 or not is_plain(last, nn.Linear) or all(frames == 1 for frames, _ in videos):
         return None
     return (before, last) if pools_first(last.in_features, last.out_features, pool_stride, x) else None
+
+
+class _Piece(NamedTuple):
+    """The frames ``first`` <= t < ``last`` of a video."""
+
+    video: int
+    first: int
+    last: int
+
+
+def _runs(videos: Sequence[tuple[int, int]], most: int) -> list[list[_Piece]]:
+    """The frames of ``videos`` in order, in runs of at most ``most`` tokens.
+
+    A piece of a video is of two frames or more, as a single one would be taken for an image; so a run of three frames
+    may have more tokens.
+    """
+    runs: list[list[_Piece]] = []
+    room = 0
+    for i, (frames, area) in enumerate(videos):
+        pieces = -(-frames // max(most // area, 3))
+        for first, last in pairwise(frames * j // pieces for j in range(pieces + 1)):
+            rows = (last - first) * area
+            if not runs or rows > room:
+                runs.append([])
+                room = most
+            runs[-1].append(_Piece(i, first, last))
+            room -= rows
+    return runs
+
+
+def _layers(projector: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(projector) if isinstance(projector, nn.Sequential) else (projector,)
+
+
+def _is_all_weights(projector: nn.Module) -> bool:
+    """Whether a projector that ends with a linear layer may be called as often as there are runs.
+
+    One with hooks or wrappers in it is called once a batch: sharded, all ranks gather its weights as often.
+    """
+    *before, last = _layers(projector) or (None,)
+    if isinstance(projector, nn.Sequential) and not is_plain(projector, nn.Sequential):
+        return False
+    return is_plain(last, nn.Linear) and all(is_plain(x, nn.Linear) or is_plain(x, nn.GELU) for x in before)
+
+
+def _project_runs(
+    projector: nn.Module,
+    frame_features: Sequence[Tensor],
+    runs: Sequence[Sequence[_Piece]],
+    pool_stride: int,
+    pool_first: bool,
+    backend: str | None,
+) -> Tensor:
+    """Slow tokens [Ns, C] of all videos, not normalised, computed a run at a time."""
+    *before, last = _layers(projector)
+    areas = [x.shape[1] for x in frame_features]
+    pooled = [area for _, area in _pooled([(len(x), x.shape[1]) for x in frame_features], pool_stride)]
+    sizes = [sum((piece.last - piece.first) * pooled[piece.video] for piece in run) for run in runs]
+    like = frame_features[0]
+    slow = like.new_empty(sum(sizes), last.out_features, dtype=compute_dtype(like.dtype, like.device))
+    for run, part in zip(runs, slow.split(sizes), strict=True):
+        of_run = [(piece.last - piece.first, areas[piece.video]) for piece in run]
+        x = _flat([frame_features[piece.video][piece.first : piece.last] for piece in run])
+        for module in before:
+            x = module(x)
+        if pool_first:
+            x = _pool_spatially(x, of_run, pool_stride, backend)
+        if pool_first or pooled == areas:
+            _project_into(part, last, x)
+        else:
+            x = last(x)
+            part.copy_(_pool_spatially(x, of_run, pool_stride, backend))
+    return slow
+
+
+def _project_into(out: Tensor, layer: nn.Linear, x: Tensor) -> None:
+    """The product is written where it stays, without a copy, if its type is that of the operands."""
+    if layer.bias is None or not out.dtype == x.dtype == layer.weight.dtype == layer.bias.dtype:
+        out.copy_(layer(x))
+    else:
+        torch.addmm(layer.bias, x, layer.weight.t(), out=out)
 
 
 def _pool(

@@ -275,7 +275,7 @@ def test_what_slow_fast_adds_in_flop(measured):
     """Keys and values, attention, the slow tokens' norm, and the projector's last layer on more than fast tokens."""
     for shape in SHAPES:
         ours, base = (measured["prefill", shape.name, who].extra["model_flops"] for who in ("slow-fast", "base LLM"))
-        costs = parts.part_costs(shape, "float32")
+        costs = parts.part_costs(shape, "float32", pools_twice=True)
         windows = {"temporal_stride": 2**20, "min_fast_frames": shape.fast_frames}
         frames, side = (shape.frames,), shape.slow_side
         to_slow = PoolShape(frames, (2 * side, 2 * side), shape.hidden, 2, sampling_stride=2**20, temporal_stride=1)

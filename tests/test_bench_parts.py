@@ -66,10 +66,40 @@ def test_the_parts_are_of_the_order_that_the_prefill_takes_and_say_which(tiny, p
         for made, cache in zip(calls["K and V"](), caches, strict=True):
             assert torch.equal(made, cache)
     assert len(calls["pool"]()) == 1 + first
-    assert order.startswith("pooled before" if first else "pooled after")
-    assert ("in one product" in order) == once
+    assert str(order).startswith("pooled before" if first else "pooled after")
+    assert ("in one product" in str(order)) == once
+    assert order.pools_twice == first
+    assert "runs" not in str(order)
     assert len(calls["projector"]()) == 3  # two linear layers and what is between them
     assert len(calls["attention"]()) == len(calls["attention with gate and mix"]()) == SHAPE.num_hybrid
+
+
+@pytest.mark.parametrize("first", [False, True])
+@torch.no_grad()
+def test_the_parts_of_a_prefill_in_runs_are_of_all_runs(tiny, first):
+    shape = replace(SHAPE, frames=6)
+    prompt = model._prompts(shape, "float32", CPU)[0]
+    with use_order(pool_first=first):
+        whole, _ = parts.part_calls(tiny, prompt.ids, prompt.features())
+    with use_order(pool_first=first, working_bytes=3 * 36 * 2 * 64 * 4):
+        calls, order = parts.part_calls(tiny, prompt.ids, prompt.features())
+    assert (order.runs, order.pools_first, order.pools_twice) == (2, first, True)
+    assert "in 2 runs" in str(order)
+    assert len(calls["projector"]()) == 2 * len(whole["projector"]())
+    assert len(calls["pool"]()) == 3
+    for made, wanted in zip(calls["K and V"](), whole["K and V"](), strict=True):
+        torch.testing.assert_close(made, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_runs_are_counted_with_the_flop_of_all_frames_at_once(tiny, prompt):
+    counted = []
+    for working_bytes in (2**40, 1):
+        with use_order(working_bytes=working_bytes):
+            counted.append(model._work(lambda: model._session(model.Models(tiny, None), prompt)))
+    # but for a fast token more of each run, that nobody reads
+    assert counted[0]["model_flops"] == pytest.approx(counted[1]["model_flops"], rel=1e-3)
+    assert "transient_bytes" not in counted[1]  # of a CPU nobody tells
 
 
 def test_gate_and_mix_are_what_the_one_op_takes_beyond_attention_and_the_rest_is_the_hosts(rows):
@@ -94,6 +124,22 @@ def test_the_table_has_a_line_for_each_part_and_one_for_the_slow_path_with_their
     assert list(cells) == [*TIMES, "slow path"]
     assert (cells["K and V"]["us"], cells["K and V"]["of the floor"]) == ("100.0", "2.00x")
     assert cells["slow path"]["us"] == "185.0"  # pool, K and V, and the one op
+    assert cells["slow path"]["<= 1.15x"] == ""  # of a long prefill alone
+    assert "over caches MiB" not in header
+
+
+@pytest.mark.parametrize(("us", "held"), [(100.0, "no"), (20.0, "yes")])
+def test_the_slow_path_of_a_long_prefill_is_held_to_the_floors_sum_and_tells_its_memory(rows, us, held):
+    for row in rows:
+        row.shape = "1536 frames"
+        row.floor_us = {"pool": 40.0, "K and V": 20.0, "attention with gate and mix": 45.0}.get(row.who, row.floor_us)
+        row.median_us = us if row.who == "K and V" else row.median_us
+    rows[-2].extra["transient_bytes"] = 800 << 20
+    header, *lines = parts_tables.table(rows)
+    cells = {line[2]: dict(zip(header, line, strict=True)) for line in lines}
+    assert [cells[who]["<= 1.15x"] for who in TIMES] == [""] * len(TIMES)
+    assert (cells["slow path"]["floor us"], cells["slow path"]["<= 1.15x"]) == ("105.0", held)
+    assert [line["over caches MiB"] for line in cells.values()] == [""] * len(TIMES) + ["800"]
 
 
 def test_the_model_table_tells_time_and_flop_side_by_side(rows):
@@ -119,11 +165,15 @@ def test_the_picture_stacks_the_parts_and_shows_time_and_flop(rows):
 
 
 def test_the_floors_of_the_parts_are_those_of_the_operations():
-    costs = parts.part_costs(shapes.QWEN2_7B_MODEL, "bfloat16")
+    costs = parts.part_costs(shapes.QWEN2_7B_MODEL, "bfloat16", pools_twice=False)
     num_slow = 128 * 64
     assert costs["K and V"].flops == 4 * 2 * num_slow * 3584 * 1024
     assert costs["pool"].read == 128 * 256 * 3584 * 2
     assert costs["projector"].flops == 2 * 3584 * (128 * 256 * 3072 + num_slow * 3584)
+    twice = parts.part_costs(shapes.QWEN2_7B_MODEL, "bfloat16", pools_twice=True)
+    slow = num_slow * 3584 * 2  # bytes, written by the first call and read by the second
+    assert (twice["pool"].read, twice["pool"].written) == (costs["pool"].read + slow, costs["pool"].written + slow)
+    assert all(twice[who] == costs[who] for who in parts.PARTS if who != "pool")
 
 
 def test_parts_are_of_the_model_alone(capsys):

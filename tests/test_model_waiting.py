@@ -52,6 +52,19 @@ def test_a_prefill_waits_for_a_prompt_of_the_gpu_alone(gpu, model, of_gpu, order
         assert torch.equal(session.logits, expected_logits(max_slow_tokens=room))
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["project_first", "pool_first"])
+@torch.no_grad()
+def test_between_runs_of_a_long_video_nothing_is_waited_for(gpu, model, first):  # noqa: F811
+    call = batch(gpu, of_gpu=False)
+    with use_order(pool_first=first, working_bytes=1):
+        with gpu:
+            session = DecodeSession(model, *call, max_new_tokens=3)
+        assert gpu.calls.count("gelu") == 5  # 5 and 4 frames, two runs of each, and the image
+        assert gpu.calls.count("wait") == 0
+        assert gpu.has(session.logits)
+        assert torch.equal(session.logits, expected_logits())
+
+
 @torch.no_grad()
 def test_what_a_prompt_of_the_gpu_is_waited_for_behind_is_queued_after_it(gpu, model):  # noqa: F811
     with gpu:
