@@ -6,12 +6,11 @@ Triton's own way or ours leads to it, so the two are compared argument by argume
 
 from __future__ import annotations
 
-import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from triton_launches import NUM_SMS, SHARED_BYTES, VERSION, compiled, triton
+from triton_launches import NUM_SMS, SHARED_BYTES, VERSION, compiled, pretend_driver, triton
 
 from slowfast_kernels.calls import (
     AttentionOptions,
@@ -27,48 +26,10 @@ from slowfast_kernels.calls import (
     PoolTensors,
 )
 
-DEVICE = 77  # of no machine: what is compiled for it is found by no real launch
-
-
-class Driver:
-    """Of a GPU of sm_90. ``launches``: (kernel's name, what it was called with)."""
-
-    def __init__(self):
-        self.launches, self.stream, self.utils = [], 1, self
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return DEVICE
-
-    def get_current_stream(self, device):
-        assert device == DEVICE
-        return self.stream
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": SHARED_BYTES[90], "multiprocessor_count": NUM_SMS[90]}
-
-    def load_binary(self, name, kernel, shared, device):
-        handle = (None, zlib.crc32(kernel), 0, 0)
-        return handle if VERSION < (3, 4) else (*handle, 1024)
-
-    def launcher_cls(self, source, metadata):
-        def launch(*arguments):
-            self.launches.append((source.fn.__name__, arguments))
-
-        return launch
-
 
 @pytest.fixture
 def driver(monkeypatch):
-    from triton.runtime.driver import driver as config
-
-    pretended = Driver()
-    monkeypatch.setattr(config, "_active" if hasattr(config, "_active") else "active", pretended)
-    return pretended
+    return pretend_driver(monkeypatch)
 
 
 @pytest.fixture
