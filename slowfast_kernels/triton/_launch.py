@@ -27,9 +27,9 @@ class Launch:
 
     ``waits``: a dependent launch, which may start while the one before it on its stream runs, and waits by itself.
 
-    Its tensors are of the same dtypes at every call, its numbers of the same types. Kept is what was compiled for
-    NVIDIA GPUs alone: for others Triton compiles by more of a tensor than its address. Everything else goes through
-    Triton as it would without this class: interpreted kernels, and launches under hooks that see or change arguments.
+    Its tensors are of the same dtypes at every call, its numbers of the same types. Kept is only what was compiled for
+    NVIDIA GPUs: for others Triton compiles by more of a tensor than its address. Everything else goes through Triton as
+    it would without this class: interpreted kernels, and launches under hooks that see or change arguments.
     """
 
     def __init__(
