@@ -62,7 +62,8 @@ def fused(config: AttentionConfig, inputs: AttentionInputs) -> torch.Tensor:
         *gating,
         None,
     )
-    return attention.Attention(tensors, config=config).attend_and_mix(tensors, Gate.of(*gating))
+    gate = Gate.of(*gating)
+    return attention.Attention(tensors, gate=gate, config=config).attend_and_mix(tensors, gate)
 
 
 def own_config(shape: AttentionShape, device: torch.device) -> AttentionConfig:

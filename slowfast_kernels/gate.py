@@ -44,3 +44,8 @@ class Gate(NamedTuple):
     def float_value(self) -> Tensor | None:
         """``value`` as kernels read it: contiguous float32."""
         return None if self.value is None else self.value.float().contiguous()
+
+    @property
+    def read_tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(weight, bias, warm_up, value) as kernels read them."""
+        return self.weight, self.bias, self.warm_up, self.float_value

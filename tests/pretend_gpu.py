@@ -78,6 +78,8 @@ class PretendGPU(TorchFunctionMode):
         leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         there = [x for x in leaves if self.has(x)]
         if name == "__get__" and there:
+            if function == Tensor.is_cpu.__get__:
+                return False
             return GPU if function == Tensor.device.__get__ else function(*args)
         if name == "to" and (moved := self._moved(*args, **kwargs)) is not None:
             return moved

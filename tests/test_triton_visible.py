@@ -207,7 +207,7 @@ def fused(state: Tensor, call: AttentionTensors, gate: Gate, tile: str, num_spli
     block_m, block_n, warps, stages = TILES[tile]
     config = AttentionConfig(block_m, block_n, num_splits, warps, stages)
     tensors = FusedTensors(state, *call, gate.weight, gate.bias, gate.warm_up, gate.value)
-    return Attention(tensors, 0.3, config=config).attend_and_mix(tensors, gate)
+    return Attention(tensors, 0.3, gate=gate, config=config).attend_and_mix(tensors, gate)
 
 
 @interpreted

@@ -1,9 +1,11 @@
 """Launches of the Triton backend, recorded instead of run, and compiled ahead of time for GPUs that are not here.
 
 The recorder runs the backend on meta tensors and keeps each launch, so that exactly what a GPU would run is compiled.
+The pretended driver lets Triton compile and launch by itself, on tensors of the CPU, and keeps what it is handed.
 """
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -97,6 +99,45 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
         return launches
 
     return start
+
+
+class Driver:
+    """Triton's of a GPU of sm_90. ``launches``: (kernel's name, what its launcher was called with)."""
+
+    DEVICE = 77  # of no machine: what is compiled for it is found by no real launch
+
+    def __init__(self):
+        self.launches, self.stream, self.utils = [], 1, self
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return self.DEVICE
+
+    def get_current_stream(self, device):
+        assert device == self.DEVICE
+        return self.stream
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": SHARED_BYTES[90], "multiprocessor_count": NUM_SMS[90]}
+
+    def load_binary(self, name, kernel, shared, device):
+        handle = (None, zlib.crc32(kernel), 0, 0)
+        return handle if VERSION < (3, 4) else (*handle, 1024)
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: self.launches.append((source.fn.__name__, arguments))
+
+
+def pretend_driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    from triton.runtime.driver import driver as config
+
+    pretended = Driver()
+    monkeypatch.setattr(config, "_active" if hasattr(config, "_active") else "active", pretended)
+    return pretended
 
 
 def compile_all(launches: list[Launch], arch: int):

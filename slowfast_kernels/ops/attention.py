@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension, eager, flops
-from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, is_aligned, scale_of
+from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, FusedTensors, is_aligned, scale_of
 from ..heuristics.backends import OpCall
 from ..heuristics.cuda import rows_outweigh
 from . import checks
@@ -158,10 +158,11 @@ def _check_slow_kv(tensors: AttentionTensors) -> int:
     return slow_kv.shape[1]
 
 
-def check_attention_data(tensors: AttentionTensors) -> None:
-    q, num_slow = tensors.q, tensors.slow_kv.shape[0]
+def check_attention_data(tensors: AttentionTensors | FusedTensors) -> None:
+    q = tensors.q
     if not checks.reads_device_data(q):
         return
+    num_slow = tensors.slow_kv.shape[0]
     if tensors.slow_pieces is None:
         checks.check_prefix_sums("cu_slow", tensors.cu_slow, "slow tokens in slow_kv", num_slow)
     else:

@@ -161,7 +161,7 @@ def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
 
 def reads_device_data(x: Tensor) -> bool:
     """Data-dependent checks run on CPU tensors always, on a GPU (where they sync) only under SLOWFAST_DEBUG=1."""
-    return x.device.type == "cpu" or os.environ.get("SLOWFAST_DEBUG") == "1"
+    return x.is_cpu or os.environ.get("SLOWFAST_DEBUG") == "1"
 
 
 def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> None:

@@ -82,15 +82,17 @@ def signature(tensors: tuple[Tensor | None, ...]) -> tuple | None:
     The last of a tensor is whether it begins at a multiple of 16 bytes, as TMA and vector loads need it; None for freed
     memory. A layout other than strided has no strides, or no address.
     """
+    facts = []
     try:
-        return tuple([None if x is None else _facts(x) for x in tensors])
+        for x in tensors:
+            if x is None:
+                facts.append(None)
+                continue
+            begin = x.data_ptr()
+            facts.append((x.shape, x.stride(), x.dtype, x.device, begin % 16 == 0 if begin else None))
     except (AttributeError, TypeError, RuntimeError):
         return None
-
-
-def _facts(x: Tensor) -> tuple:
-    begin = x.data_ptr()
-    return x.shape, x.stride(), x.dtype, x.device, begin % 16 == 0 if begin else None
+    return tuple(facts)
 
 
 @lru_cache(maxsize=1024)
@@ -166,11 +168,13 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
         return True
     for x in tensors:
+        if x is None:
+            continue
         kind = type(x)
         if kind is Tensor or kind is Parameter:
             if x.is_meta or x.is_neg() or x._is_zerotensor():
                 return True
-        elif x is not None and isinstance(x, Tensor):
+        elif isinstance(x, Tensor):
             return True
     return False
 

@@ -132,7 +132,7 @@ class _Fused(Op):
         check_gate(state, tensors.text_rows.shape[0], tensors.gate(options))
 
     def check_data(self, tensors: FusedTensors) -> None:
-        check_attention_data(tensors.attention)
+        check_attention_data(tensors)
 
     def facts(self, tensors: FusedTensors, options: FusedOptions) -> OpCall:
         vectors = (x for x in (tensors.state, tensors.gate_weight) if x is not None)

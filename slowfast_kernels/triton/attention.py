@@ -33,9 +33,10 @@ from ..heuristics.triton import (
 )
 from ._block import attend_block
 from ._common import describe, gate_of, gdc_launch_dependents, gdc_wait, on_device_of
+from ._launch import Launch
 from ._tiles import sequence_of
 from ._visible import count_tokens, visible_rows, visible_share, visit_visible
-from .gated_mix import copied_or_empty, launch_mix
+from .gated_mix import copied_or_empty, mix_launch
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -288,7 +289,8 @@ _NO_GATE = Gate("none", None, None, None, False, None)
 class Attention:
     """The launches of calls alike: tiles, splits and what kernels are compiled for. There is at least one text row.
 
-    ``config`` overrides the heuristics, for tuning.
+    ``gate``: of the fused op, whose ``sample`` has a state: ``attend_and_mix`` is called, else ``attend``. ``config``
+    overrides the heuristics, for tuning.
     """
 
     def __init__(
@@ -296,6 +298,7 @@ class Attention:
         sample: AttentionTensors | FusedTensors,
         softmax_scale: float | None = None,
         num_splits: int = 0,
+        gate: Gate | None = None,
         config: AttentionConfig | None = None,
     ):
         q, slow_kv, pieces = sample.q, sample.slow_kv, sample.slow_pieces
@@ -309,37 +312,49 @@ class Attention:
             num_slow *= batch
         scan, chunk = triton_pieces_config(0 if pieces is None else pieces.shape[0])
         heads_per_kv = num_q_heads // num_kv_heads
-        self.device, self.num_text, self.batch = describe(q.device), num_text, batch
-        self.num_q_heads, self.head_dim = num_q_heads, head_dim
+        device = describe(q.device)
+        self.num_text, self.num_q_heads, self.head_dim = num_text, num_q_heads, head_dim
         self.config = config = config or triton_attention_config(
             num_text, num_slow, batch, num_q_heads, num_kv_heads, head_dim, q.element_size(),
-            self.device.num_sms, num_splits, self.device.shared_bytes,
+            device.num_sms, num_splits, device.shared_bytes,
         )  # fmt: skip
         self.combine = triton_combine_config(
-            num_text, num_q_heads, head_dim, config.num_splits, self.device.num_sms, self.device.dependent_launch
+            num_text, num_q_heads, head_dim, config.num_splits, device.num_sms, device.dependent_launch
         )
+        self.is_split = config.num_splits > 1
         self.grid = (config.num_tiles(num_text, batch, heads_per_kv), num_kv_heads, config.num_splits)
-        self.kernel = _attention[self.grid]
         scale = scale_of(q, softmax_scale)
         self.numbers = (
             num_text, batch, config.num_splits, q.stride(0), q.stride(1),
             k_stride[1], v_stride[1], value_offset, scale,
         )  # fmt: skip
-        self.selects = sample.selects
-        self.may_be_empty = self.selects or batch > 1 or num_slow == 0  # rows without a slow token
-        self.constants = {
+        selects = sample.selects
+        self.may_be_empty = selects or batch > 1 or num_slow == 0  # rows without a slow token
+        # The launch after this one may start early: it waits for this one's results by itself.
+        dependent = self.combine.dependent if self.is_split else gate is not None and device.dependent_launch
+        constants = {
             "K_STRIDE": k_stride[0], "V_STRIDE": v_stride[0], "NEGATIVE": scale < 0, "HEADS_PER_KV": heads_per_kv,
             "D": head_dim, "BLOCK_D": padded_head_dim(head_dim),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_B": next_power_of_2(batch),
-            "SPLIT": config.num_splits > 1, "PEEL": config.peel_tail,
-            "PREFETCH": self.device.prefetch and not (self.selects or config.peel_tail), "SCAN": scan, "CHUNK": chunk,
+            "SPLIT": self.is_split, "PEEL": config.peel_tail, "PDL": dependent,
+            "PREFETCH": device.prefetch and not (selects or config.peel_tail), "SCAN": scan, "CHUNK": chunk,
+            "WRITE_EMPTY": gate is None and not self.is_split,  # else who reads the context looks at lse first
             "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
         }  # fmt: skip
+        self.first = Launch(_attention, self.grid, constants)
+        state_stride = None if gate is None else sample.state.stride(0)
+        if self.is_split:
+            self.second = self._combine_launch(gate or _NO_GATE, selects)
+            self.second_numbers = (num_text, config.num_splits, state_stride)
+        elif gate is not None:
+            channels = num_q_heads * head_dim
+            self.second = mix_launch(num_text, channels, gate, dependent)
+            self.second_numbers = (state_stride, channels, num_q_heads if self.may_be_empty else 0)
 
     def describe(self) -> CallPlan:
         """The workspace is what ``_partials`` makes."""
         tiles, floats = asdict(self.config), 0
-        if self.config.num_splits > 1:
+        if self.is_split:
             tiles |= {f"combine_{name}": value for name, value in asdict(self.combine).items()}
             floats = self.config.num_splits * self.num_text * self.num_q_heads * (self.head_dim + 1)
         return CallPlan(tiles=tiles, num_splits=self.config.num_splits, grid=self.grid, workspace_bytes=4 * floats)
@@ -347,69 +362,63 @@ class Attention:
     def describe_with_mix(self, dtype: torch.dtype) -> CallPlan:
         """Without splits the context, and if some may be empty their lse, lie in memory between the two launches."""
         plan = self.describe()
-        if self.config.num_splits > 1:
+        if self.is_split:
             return plan
         head_bytes = self.head_dim * dtype.itemsize + (4 if self.may_be_empty else 0)
         return replace(plan, workspace_bytes=self.num_text * self.num_q_heads * head_bytes)
 
     def attend(self, tensors: AttentionTensors | FusedTensors, context: Tensor, lse: Tensor | None) -> None:
         """Into ``context`` [Nt, Hq, D] and ``lse`` [Nt, Hq]."""
-        if self.config.num_splits == 1:
-            self._launch(tensors, context, lse, dependent=False, write_empty=True)
+        if self.is_split:
+            self._combine(self._partials(tensors), context, lse)
         else:
-            partials = self._partials(tensors)
-            self._combine(partials, context, lse)
+            self._attend(tensors, context, lse)
 
     def attend_and_mix(self, tensors: FusedTensors, gate: Gate) -> Tensor:
         """The fused op's result, in two launches (three where rows that are no text rows must be copied)."""
         state, q = tensors.state, tensors.q
         out = copied_or_empty(state, self.num_text)
-        if self.config.num_splits > 1:
+        if self.is_split:
             self._combine(self._partials(tensors), out, None, state, tensors.text_rows, gate)
             return out
         context = torch.empty((self.num_text, *q.shape[1:]), dtype=q.dtype, device=q.device)
-        dependent = self.device.dependent_launch
         lse = None
         if self.may_be_empty:
             lse = torch.empty(context.shape[:2], dtype=torch.float32, device=q.device)
-        self._launch(tensors, context, lse, dependent, write_empty=False)
-        launch_mix(out, state, context.flatten(1), tensors.text_rows, gate, dependent, lse)
+        self._attend(tensors, context, lse)
+        self.second((state, context, tensors.text_rows, out, *gate.read_tensors, lse), self.second_numbers)
         return out
 
-    def _launch(
-        self, tensors: AttentionTensors | FusedTensors, out: Tensor, lse: Tensor | None, dependent: bool,
-        write_empty: bool,
-    ) -> None:  # fmt: skip
-        """``dependent``: the launch after this one may start early (it waits for this one's results by itself).
-
-        ``write_empty``: the context of rows without a slow token is read, and written as 0.
-        """
-        self.kernel(
+    def _attend(self, tensors: AttentionTensors | FusedTensors, out: Tensor, lse: Tensor | None) -> None:
+        arguments = (
             tensors.q, tensors.slow_kv, tensors.slow_values, tensors.cu_slow, tensors.text_rows, tensors.cu_text,
             tensors.slow_begin, tensors.slow_end, tensors.slow_pieces, out, lse,
-            *self.numbers, PDL=dependent, WRITE_EMPTY=write_empty, **self.constants,
         )  # fmt: skip
+        self.first(arguments, self.numbers)
 
     def _partials(self, tensors: AttentionTensors | FusedTensors) -> Tensor:
         heads = self.config.num_splits * self.num_text * self.num_q_heads
         partials = torch.empty(heads * (self.head_dim + 1), dtype=torch.float32, device=tensors.q.device)
-        self._launch(tensors, partials, None, self.combine.dependent, write_empty=False)
+        self._attend(tensors, partials, None)
         return partials
+
+    def _combine_launch(self, gate: Gate, selects: bool) -> Launch:
+        config = self.combine
+        constants = {
+            "HQ": self.num_q_heads, "D": self.head_dim, "BLOCK_D": padded_head_dim(self.head_dim),
+            "BLOCK_S": config.block_s, "BLOCK_H": config.block_h,
+            "BLOCK_C": next_power_of_2(self.num_q_heads * self.head_dim), "GATE": gate.kind,
+            "TANH_WARM_UP": gate.warm_up_tanh, "PDL": config.dependent, "SPARSE": selects,
+            "num_warps": config.num_warps, "enable_fp_fusion": True,
+        }  # fmt: skip
+        grid = (self.num_text, -(-self.num_q_heads // config.block_h))
+        return Launch(_combine, grid, constants, waits=config.dependent)
 
     def _combine(
         self, partials: Tensor, out: Tensor, lse: Tensor | None,
         state: Tensor | None = None, text_rows: Tensor | None = None, gate: Gate = _NO_GATE,
     ) -> None:  # fmt: skip
-        config, channels = self.combine, self.num_q_heads * self.head_dim
-        options = {"launch_pdl": True} if config.dependent else {}
-        _combine[self.num_text, -(-self.num_q_heads // config.block_h)](
-            partials, out, lse, state, text_rows, gate.weight, gate.bias, gate.warm_up, gate.float_value,
-            self.num_text, self.config.num_splits, None if state is None else state.stride(0),
-            HQ=self.num_q_heads, D=self.head_dim, BLOCK_D=padded_head_dim(self.head_dim), BLOCK_S=config.block_s,
-            BLOCK_H=config.block_h, BLOCK_C=next_power_of_2(channels), GATE=gate.kind,
-            TANH_WARM_UP=gate.warm_up_tanh, PDL=config.dependent, SPARSE=self.selects,
-            num_warps=config.num_warps, enable_fp_fusion=True, **options,
-        )  # fmt: skip
+        self.second((partials, out, lse, state, text_rows, *gate.read_tensors), self.second_numbers)
 
 
 def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOptions) -> Callable:
@@ -434,7 +443,8 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     """A function of tensors alike: attention, gate and mix."""
     if sample.text_rows.shape[0] == 0:
         return described(nothing_to_attend)(on_device_of(lambda tensors: copied_or_empty(tensors.state, 0)))
-    attention, dtype = Attention(sample, options.softmax_scale, options.num_splits), sample.q.dtype
+    gate, dtype = sample.gate(options), sample.q.dtype
+    attention = Attention(sample, options.softmax_scale, options.num_splits, gate)
 
     @described(lambda: attention.describe_with_mix(dtype))
     @on_device_of

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,8 +17,10 @@ from torch import Tensor
 from ..call_plan import CallPlan, described
 from ..calls import MixOptions, MixTensors
 from ..gate import Gate
+from ..gradients import new_like
 from ..heuristics.triton import triton_row_config
 from ._common import gate_of, gdc_wait, on_device_of
+from ._launch import Launch
 
 
 @triton.jit
@@ -50,32 +51,29 @@ def _gated_mix(
 
 def copied_or_empty(state: Tensor, num_text: int) -> Tensor:
     """Where the mix writes: rows that it will not write already hold the state. Text rows are distinct."""
-    out = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+    out = new_like(state)
     return out if num_text == state.shape[0] else out.copy_(state)
 
 
-def launch_mix(
-    out: Tensor, state: Tensor, context: Tensor, text_rows: Tensor, gate: Gate, dependent: bool,
-    lse: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Mix into ``out``; ``dependent``: the launch before wrote nothing that this one reads but the context (and lse).
+def mix_launch(num_text: int, channels: int, gate: Gate, dependent: bool) -> Launch:
+    """Of state, context, text_rows, out, ``gate.read_tensors``, lse; the strides of a row of state, context and lse.
 
-    ``lse`` [Nt, Hq]: a row whose lse is -inf keeps its state, and its context is not read.
+    ``dependent``: the launch before wrote nothing that this one reads but the context (and lse). lse [Nt, Hq] or None:
+    a row whose lse is -inf keeps its state, and its context is not read.
     """
-    channels = state.shape[1]
     config = triton_row_config(channels)
-    options = {"launch_pdl": True} if dependent else {}
-    _gated_mix[(text_rows.shape[0],)](
-        state, context, text_rows, out, gate.weight, gate.bias, gate.warm_up, gate.float_value, lse,
-        state.stride(0), context.stride(0), 0 if lse is None else lse.stride(0),
-        C=channels, BLOCK_C=config.block_c, GATE=gate.kind, TANH_WARM_UP=gate.warm_up_tanh, PDL=dependent,
-        num_warps=config.num_warps, enable_fp_fusion=True, **options,
-    )  # fmt: skip
+    constants = {
+        "C": channels, "BLOCK_C": config.block_c, "GATE": gate.kind, "TANH_WARM_UP": gate.warm_up_tanh,
+        "PDL": dependent, "num_warps": config.num_warps, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return Launch(_gated_mix, (num_text,), constants, waits=dependent)
 
 
 def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
     """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
     num_text, channels = sample.text_rows.shape[0], sample.state.shape[1]
+    launch = mix_launch(num_text, channels, sample.gate(options), dependent=False)
+    numbers = (sample.state.stride(0), sample.context.stride(0), 0)
 
     @described(lambda: CallPlan(tiles=asdict(triton_row_config(channels)), grid=(num_text,)))
     @on_device_of
@@ -83,7 +81,7 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
         state, context, text_rows = tensors[:3]
         out = copied_or_empty(state, num_text)
         if num_text:
-            launch_mix(out, state, context, text_rows, tensors.gate(options), dependent=False)
+            launch((state, context, text_rows, out, *tensors.gate(options).read_tensors, None), numbers)
         return out
 
     return run

@@ -30,6 +30,7 @@ from ._common import (
     on_device_of,
     unweighted,
 )
+from ._launch import Launch
 from .gated_mix import copied_or_empty
 
 _SUM_ROWS, _SUM_COLS = 128, 32  # of ``partials`` that a program adds up at a time
@@ -128,7 +129,18 @@ def prepare_gated_residual_mix_backward(
     partial_stride = mix_partial_stride(channels, needs[1])
     num_floats = config.num_programs * partial_stride if any(needs[1:4]) else 0
     reads_context = (needs_state and gate.weight is not None) or num_floats > 0 or needs[4]
-    dependent = {"launch_pdl": True} if device.dependent_launch else {}
+    constants = {
+        "SUM_WEIGHT": needs[1], "C": channels, "BLOCK_C": config.block_c, "GATE": gate.kind,
+        "TANH_WARM_UP": gate.warm_up_tanh, "NUM_STAGES": config.num_stages, "PDL": device.dependent_launch,
+        "num_warps": config.num_warps, "enable_fp_fusion": True,
+    }  # fmt: skip
+    launch = Launch(_gated_mix_backward, (config.num_programs,), constants)
+    sum_constants = {
+        "C": channels, "BLOCK_R": _SUM_ROWS, "BLOCK_C": _SUM_COLS, "PDL": device.dependent_launch,
+        "num_warps": 8, "enable_fp_fusion": True,
+    }  # fmt: skip
+    sum_grid = (triton.cdiv(partial_stride, _SUM_COLS),)
+    sum_launch = Launch(_sum_partials, sum_grid, sum_constants, waits=device.dependent_launch)
 
     @described(lambda: CallPlan(tiles=asdict(config), grid=(config.num_programs,), workspace_bytes=4 * num_floats))
     @on_device_of
@@ -139,20 +151,15 @@ def prepare_gated_residual_mix_backward(
         grad_context, grad_weight, grad_bias, grad_warm_up, grad_value = gradients
         partials = torch.empty(num_floats, dtype=torch.float32, device=grad.device) if num_floats else None
         grad = row_major(grad)
-        _gated_mix_backward[(config.num_programs,)](
+        arguments = (
             grad, None if gate.weight is None else inputs.state, inputs.context if reads_context else None,
-            inputs.text_rows, gate.weight, gate.bias, gate.warm_up, gate.float_value,
-            grad_state, grad_context, grad_value, partials,
-            num_text, grad.stride(0), inputs.state.stride(0), inputs.context.stride(0), partial_stride,
-            SUM_WEIGHT=grad_weight is not None, C=channels, BLOCK_C=config.block_c, GATE=gate.kind,
-            TANH_WARM_UP=gate.warm_up_tanh, NUM_STAGES=config.num_stages, PDL=device.dependent_launch,
-            num_warps=config.num_warps, enable_fp_fusion=True,
+            inputs.text_rows, *gate.read_tensors, grad_state, grad_context, grad_value, partials,
         )  # fmt: skip
+        strides = (grad.stride(0), inputs.state.stride(0), inputs.context.stride(0), partial_stride)
+        launch(arguments, (num_text, *strides))
         if partials is not None:
-            _sum_partials[(triton.cdiv(partial_stride, _SUM_COLS),)](
-                partials, grad_weight, grad_bias, grad_warm_up, config.num_programs, partial_stride,
-                C=channels, BLOCK_R=_SUM_ROWS, BLOCK_C=_SUM_COLS, PDL=device.dependent_launch, num_warps=8, **dependent,
-            )  # fmt: skip
+            sums = (partials, grad_weight, grad_bias, grad_warm_up)
+            sum_launch(sums, (config.num_programs, partial_stride))
         return grad_state, *gradients
 
     return run

@@ -18,6 +18,7 @@ from ..call_plan import CallPlan, described
 from ..calls import MergeOptions, MergeTensors
 from ..heuristics.triton import next_power_of_2
 from ._common import on_device_of
+from ._launch import Launch
 
 _ELEMENTS = 4096  # of a program's block of heads: 16 a thread, in flight together
 
@@ -64,19 +65,18 @@ def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Call
     block_h = max(1, _ELEMENTS // block_d)
     num_heads = num_text * num_q_heads
     strides = (*context_a.stride()[:2], *context_b.stride()[:2], *lse_a.stride(), *lse_b.stride())
-    kernel = _merge[(-(-num_heads // block_h),)]
+    numbers, grid = (num_heads, num_q_heads, *strides), (-(-num_heads // block_h),)
+    constants = {"D": head_dim, "BLOCK_D": block_d, "BLOCK_H": block_h, "num_warps": 4, "enable_fp_fusion": True}
+    launch = Launch(_merge, grid, constants)
 
-    @described(lambda: CallPlan(tiles={"block_h": block_h, "num_warps": 4}, grid=(-(-num_heads // block_h),)))
+    @described(lambda: CallPlan(tiles={"block_h": block_h, "num_warps": 4}, grid=grid))
     @on_device_of
     def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
         device = tensors[0].device
         context = torch.empty((num_text, num_q_heads, head_dim), dtype=dtype, device=device)
         lse = torch.empty((num_text, num_q_heads), dtype=torch.float32, device=device)
         if num_heads:
-            kernel(
-                *tensors, context, lse, num_heads, num_q_heads, *strides,
-                D=head_dim, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+            launch((*tensors, context, lse), numbers)
         return context, lse
 
     return run

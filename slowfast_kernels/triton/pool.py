@@ -8,6 +8,7 @@ square, and keeps the running sum that becomes the fast token, so that no token 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import lru_cache
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from ..call_plan import CallPlan
 from ..heuristics.triton import triton_row_config
 from ..pool_plan import PoolPlan, describe_pool
 from ._common import on_device_of
+from ._launch import Launch
 
 
 @triton.jit
@@ -92,11 +94,20 @@ def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor
     fast = torch.empty((plan.num_fast, channels), dtype=frames.dtype, device=frames.device)
     items, entries, cu_slow, cu_fast = plan.tables(frames.device)
     cells_h, cells_w = plan.cells
-    config = triton_row_config(channels)
-    _pool[(cells_h * cells_w, plan.num_items)](
-        frames, items, entries, slow, fast, frames.stride(0), frames.stride(1), cells_w, plan.grid[1],
-        plan.spatial_stride, norm_eps or 0.0,
-        POOL_STRIDE=common_stride(plan), C=channels, BLOCK_C=config.block_c, NORM=norm_eps is not None,
-        num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+    launch = _launch(
+        (cells_h * cells_w, plan.num_items), frames.dtype, channels, common_stride(plan), norm_eps is not None
+    )
+    numbers = (*frames.stride()[:2], cells_w, plan.grid[1], plan.spatial_stride, norm_eps or 0.0)
+    launch((frames, items, entries, slow, fast), numbers)
     return slow, cu_slow.clone(), fast, cu_fast.clone()
+
+
+@lru_cache(maxsize=256)
+def _launch(grid: tuple[int, int], dtype: torch.dtype, channels: int, pool_stride: int, norm: bool) -> Launch:
+    """Of frames of that dtype, tables, slow and fast."""
+    config = triton_row_config(channels)
+    constants = {
+        "POOL_STRIDE": pool_stride, "C": channels, "BLOCK_C": config.block_c, "NORM": norm,
+        "num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return Launch(_pool, grid, constants)

@@ -21,6 +21,7 @@ from ..gradients import row_major
 from ..heuristics.triton import triton_row_config
 from ..pool_plan import describe_pool
 from ._common import on_device_of
+from ._launch import Launch
 from .pool import common_stride, features
 
 
@@ -92,6 +93,12 @@ def prepare_pool_backward(sample: BackwardTensors, options: PoolCallOptions, nee
     cells_h, cells_w = plan.backward_cells
     grid = (sample.inputs.frames.shape[0] * cells_h * cells_w,)
 
+    constants = {
+        "POOL_STRIDE": common_stride(plan), "C": channels, "BLOCK_C": config.block_c,
+        "NORM": options.norm_eps is not None, "num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True,
+    }  # fmt: skip
+    launch = Launch(_pool_backward, grid, constants)
+
     @described(lambda: describe_pool(plan, grid, **asdict(config)))
     @on_device_of
     def run(tensors: BackwardTensors) -> tuple[Tensor | None]:
@@ -99,14 +106,12 @@ def prepare_pool_backward(sample: BackwardTensors, options: PoolCallOptions, nee
         grad_slow, grad_fast = (None if x is None else row_major(x) for x in tensors.grads)
         grad_frames = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
         frame_table, windows = plan.backward_tables(frames.device)
-        _pool_backward[grid](
-            frames, frame_table, windows, grad_slow, grad_fast, grad_frames,
+        numbers = (
             frames.stride(0), frames.stride(1), 0 if grad_slow is None else grad_slow.stride(0),
             0 if grad_fast is None else grad_fast.stride(0),
             cells_h * cells_w, cells_w, *plan.grid, plan.spatial_stride, options.norm_eps or 0.0,
-            POOL_STRIDE=common_stride(plan), C=channels, BLOCK_C=config.block_c, NORM=options.norm_eps is not None,
-            num_warps=config.num_warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
+        launch((frames, frame_table, windows, grad_slow, grad_fast, grad_frames), numbers)
         return (grad_frames,)
 
     return run

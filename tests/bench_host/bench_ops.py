@@ -8,6 +8,7 @@ so every kernel is benchmarked beside PyTorch's composition of the same op, in o
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 
 import pytest
@@ -129,6 +130,29 @@ def test_host_time_of_the_fused_op(measure, backend, path):
         measure("host time: slowfast_cross_attention", with_grad if path == "torch op" else call)
     except NotImplementedError as limit:
         pytest.skip(str(limit))
+
+
+@pytest.mark.parametrize("way", ["kept", "Triton's own"])
+def test_host_time_of_triton_s_launches(measure, way, monkeypatch):
+    """A fused call's, without its checks and what a driver does: a pretended one takes them, on a CPU."""
+    pytest.importorskip("triton")
+    from triton.compiler import CompiledKernel
+    from triton_launches import pretend_driver
+
+    from slowfast_kernels.calls import FusedOptions, FusedTensors
+    from slowfast_kernels.triton import prepare_cross_attention
+    from slowfast_kernels.triton._launch import Launch
+
+    pretend_driver(monkeypatch).launches = deque(maxlen=2)
+    if way != "kept":
+        monkeypatch.setattr(Launch, "__call__", Launch._through_triton)
+    (x, *_) = inputs.make_inputs(TINY, "float32", CPU, 0)
+    places = (x.q, x.slow_kv, x.cu_slow, x.text_rows, x.cu_text, None, None, None, None)
+    tensors = FusedTensors(x.state, *places, x.gate_weight, x.gate_bias, x.warm_up, None)
+    run = prepare_cross_attention(tensors, FusedOptions(None, 0, "tanh", True, "triton"))
+    run(tensors)
+    monkeypatch.setattr(CompiledKernel, "_init_handles", lambda self: None)  # else made anew: no module is loaded
+    measure("host time: two Triton launches", partial(run, tensors))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "eager"])
