@@ -61,7 +61,7 @@ def gemv_limit(x: Tensor, backend: str | None) -> str | None:
 def cublas_pays(batch: int) -> str | None:
     """Why a step of so many rows is left to cuBLAS unless the kernels are asked for; None: it is not."""
     if batch > ROWS_THAT_PAY:
-        return f"got a batch of {batch}, for which cuBLAS is expected to be faster (from {ROWS_THAT_PAY + 1} on)"
+        return f"got a batch of {batch}, for which cuBLAS is faster (from {ROWS_THAT_PAY + 1} on)"
     return None
 
 

@@ -68,9 +68,8 @@ class DecodeSession:
             room for as many of every sample, and stay where they are, as a captured step needs it. None: room for what
             there is; a video that comes by ``extend`` moves them.
         gemv: a step's linear layers run as Triton kernels that read each weight once, with what stands around them
-            inside, instead of cuBLAS and PyTorch's ops. None: where they run and are expected to be faster
+            inside, instead of cuBLAS and PyTorch's ops. None: where they run and are faster, which is up to 2 prompts
             (``gemv_limit`` says why not). Layers with modules that are more than their weights are called as ever.
-            False, the default, until the kernels have been seen on a GPU.
 
     Raises:
         ValueError, TypeError: as ``SlowFastForCausalLM.forward``; ``max_new_tokens`` or ``max_slow_tokens`` that is no
@@ -90,7 +89,7 @@ class DecodeSession:
         max_new_tokens: int,
         slow_tokens_in_decode: bool = True,
         max_slow_tokens: int | None = None,
-        gemv: bool | None = False,
+        gemv: bool | None = None,
     ) -> None:
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         slow_tokens_in_decode = as_bool("slow_tokens_in_decode", slow_tokens_in_decode)

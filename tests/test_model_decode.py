@@ -99,14 +99,14 @@ def test_a_step_that_gradients_follow_is_left_to_autograd(with_triton):
 
 
 def test_a_larger_batch_is_left_to_cublas_unless_the_kernels_are_asked_for(with_triton):
-    assert cublas_pays(8) is None
-    assert cublas_pays(9).startswith("got a batch of 9, for which cuBLAS is expected to be faster (from 9 on)")
-    ids = torch.ones(9, 2, dtype=torch.int64)
+    assert cublas_pays(2) is None
+    assert cublas_pays(3).startswith("got a batch of 3, for which cuBLAS is faster (from 3 on)")
+    ids = torch.ones(3, 2, dtype=torch.int64)
     model = tiny_model("triton", **SMALL | {"cross_attn_every_n_layers": None})
     model.backend = "cpu"  # of the prefill
-    sessions = [DecodeSession(model, ids[:n], max_new_tokens=1, gemv=None) for n in (8, 9)]
+    sessions = [DecodeSession(model, ids[:n], max_new_tokens=1, gemv=None) for n in (2, 3)]
     model.backend = "triton"
-    assert [session.gemv_limit() for session in sessions] == [None, cublas_pays(9)]
+    assert [session.gemv_limit() for session in sessions] == [None, cublas_pays(3)]
     sessions[1]._gemv = True
     assert sessions[1].gemv_limit() is None
 
@@ -116,7 +116,7 @@ def test_a_session_says_what_keeps_it_from_the_kernels(monkeypatch):
     ids, model = torch.tensor([[1, 2]]), tiny_model("eager")
     session = DecodeSession(model, ids, max_new_tokens=1, gemv=None)
     assert session.gemv_limit() == "got backend 'eager', want 'triton' or None (automatic)"
-    off = DecodeSession(model, ids, max_new_tokens=1)
+    off = DecodeSession(model, ids, max_new_tokens=1, gemv=False)
     assert off.gemv_limit() == "got gemv=False, want None or True"
     with pytest.raises(ValueError, match=r"^gemv: got backend 'eager', want 'triton' or None \(automatic\), or gemv="):
         DecodeSession(model, ids, max_new_tokens=1, gemv=True)

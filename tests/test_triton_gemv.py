@@ -23,17 +23,18 @@ HIDDEN, INNER, VOCAB, DIM, HEADS, KV_HEADS = 3584, 18944, 152064, 128, 28, 4  # 
 
 
 @pytest.mark.parametrize(
-    ("shape", "tiles"),
+    ("shape", "one", "two"),
     [
-        ((4608, HIDDEN), (4, 2)),
-        ((HIDDEN, HIDDEN), (16, 4)),
-        ((2 * INNER, HIDDEN), (2, 4)),
-        ((HIDDEN, INNER), (2, 8)),
-        ((VOCAB, HIDDEN), (2, 2)),
+        ((4608, HIDDEN), (4, 256, 4), (4, 256, 2)),
+        ((HIDDEN, HIDDEN), (4, 512, 4), (4, 512, 2)),
+        ((2 * INNER, HIDDEN), (4, 512, 4), (8, 256, 4)),
+        ((HIDDEN, INNER), (4, 1024, 4), (4, 512, 4)),
+        ((VOCAB, HIDDEN), (2, 512, 4), (2, 1024, 2)),
     ],
 )
-def test_one_row_of_a_7b_has_the_tiles_that_were_measured(shape, tiles):
-    assert gemv_config(GemvShape(*shape), 1) == GemvConfig(1, tiles[0], 512, tiles[1], 4)
+def test_few_rows_of_a_7b_have_the_tiles_that_were_measured(shape, one, two):
+    assert gemv_config(GemvShape(*shape), 1) == GemvConfig(1, *one, 4)
+    assert gemv_config(GemvShape(*shape), 2) == GemvConfig(2, *two, 4)
 
 
 @pytest.mark.parametrize("batch", range(1, MOST_ROWS + 1))

@@ -1,7 +1,7 @@
 """How a decode step's linear layers are cut: tiles, the batch up to which they pay, and the floor they are held to.
 
-The measured entries are those of a probe on an H100 at batch 1, which had neither masks nor the norm's weight;
-everything else is a rule that no run has confirmed (bench/NOTES.md says what it predicts).
+Tiles of a 7B's launches at 1 and 2 rows, and the batch, are measured on an H100 (``bench/tune_gemv.py``); tiles of 8
+rows and more are a rule that no run has confirmed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import NamedTuple
 from .triton import next_power_of_2
 
 MOST_ROWS = 32  # that a kernel takes: a program holds all of them beside each weight
-# From this batch on cuBLAS's tensor cores are left to it: a weight costs a multiplication a row here, and 8 rows of
-# float32 products are half of what an H100 can do in the time of the read. Predicted, not measured.
-ROWS_THAT_PAY = 8
+# Four rows take longer than cuBLAS's tensor cores (gate and up 130 us, cuBLAS 98), as a weight costs a multiplication a
+# row here; two take as long, with the norm, the bias, SiLU and the residual inside (100 and 98 us).
+ROWS_THAT_PAY = 2
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,30 @@ class GemvShape(NamedTuple):
         return self.outputs * self.inputs * element_size
 
 
-# (block_n, num_warps) of 512 channels at a time in 4 stages, by shape: q, k and v; o; gate and up; down; head of a 7B.
+# (block_n, block_k, num_warps) of a 7B's launches by rows of activations: q, k and v; o; gate and up; down; head.
 _MEASURED = {
-    GemvShape(4608, 3584): (4, 2),
-    GemvShape(3584, 3584): (16, 4),
-    GemvShape(37888, 3584): (2, 4),
-    GemvShape(3584, 18944): (2, 8),
-    GemvShape(152064, 3584): (2, 2),
+    1: {
+        GemvShape(4608, 3584): (4, 256, 4),
+        GemvShape(3584, 3584): (4, 512, 4),
+        GemvShape(37888, 3584): (4, 512, 4),
+        GemvShape(3584, 18944): (4, 1024, 4),
+        GemvShape(152064, 3584): (2, 512, 4),
+    },
+    2: {
+        GemvShape(4608, 3584): (4, 256, 2),
+        GemvShape(3584, 3584): (4, 512, 2),
+        GemvShape(37888, 3584): (8, 256, 4),
+        GemvShape(3584, 18944): (4, 512, 4),
+        GemvShape(152064, 3584): (2, 1024, 2),
+    },
 }
-# (block_n, block_k, num_warps) of other shapes, by rows of activations: predicted. A program's float32 sums stay in
-# registers (none is spilled, the suite compiles them) in a layout that weights are loaded in, 8 or 16 bytes a thread.
+# Of other shapes: what is within 4% of the best of those on average, or, from 8 rows on, predicted. A program's float32
+# sums stay in registers (none is spilled, the suite compiles them) in a layout that weights are loaded in, 8 or 16
+# bytes a thread.
 _BY_ROWS = {
-    1: (2, 512, 4),
-    2: (2, 512, 2),
-    4: (4, 512, 4),
+    1: (4, 256, 4),
+    2: (4, 512, 2),
+    4: (4, 256, 4),
     8: (8, 256, 4),
     16: (4, 256, 4),
     32: (2, 128, 4),
@@ -70,9 +80,7 @@ def gemv_config(shape: GemvShape, batch: int) -> GemvConfig:
     if not 1 <= batch <= MOST_ROWS:
         raise ValueError(f"batch: got {batch}, want 1 to {MOST_ROWS} (torch.nn.functional.linear takes more)")
     block_m = next_power_of_2(batch)
-    block_n, block_k, num_warps = _BY_ROWS[block_m]
-    if batch == 1 and shape in _MEASURED:
-        block_n, num_warps = _MEASURED[shape]
+    block_n, block_k, num_warps = _MEASURED.get(block_m, {}).get(shape, _BY_ROWS[block_m])
     block_k = min(block_k, max(32, next_power_of_2(shape.inputs)))
     return GemvConfig(block_m, block_n, block_k, num_warps, num_stages=4)
 
