@@ -322,7 +322,7 @@ class Attention:
 
 
 class AttentionBackward:
-    """The gradients of Hopper attention calls alike, in which every row sees all tokens of its sequence.
+    """The gradients of Hopper attention calls alike, whose sequences are each one run of tokens.
 
     ``needs``: of q, slow_kv and slow_values. ``config`` overrides the heuristics, for tests and tuning. There is at
     least one text row and one slow token.
@@ -349,15 +349,17 @@ class AttentionBackward:
         )
         self.has_other_rows = num_text != q.shape[0]  # text rows are distinct
         self.params = attention_backward_params(sample, scale_of(q, softmax_scale), workspace_bytes=0)
-        self.plan = BackwardPlan(**asdict(config))
+        self.plan = BackwardPlan(**asdict(config), tile_words=config.tile_words)
         self.workspace = config.workspace(slow_kv.shape[1], q.shape[2])
+        has_ranges = sample.slow_begin is not None or sample.slow_end is not None
+        self.sights = config.sights(slow_kv.shape[0], sample.cu_text.shape[0] - 1) if has_ranges else None
         self.kernel = extension().cuda_cross_attention_backward
 
     def describe(self) -> CallPlan:
         return CallPlan(
             tiles={"block_m": 64, "block_n": 128, **asdict(self.config)},
             grid=(self.config.num_ctas,),
-            workspace_bytes=sum(self.workspace),
+            workspace_bytes=sum(self.workspace) + sum(self.sights or ()),
         )
 
     def __call__(self, tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
@@ -370,13 +372,20 @@ class AttentionBackward:
         params, plan = copy(self.params), copy(self.plan)
         held = fill_attention_backward(params, tensors)  # noqa: F841  until the kernels are launched
         fill_attention_gradients(params, inputs, gradients)
-        tiles, sums, parts, turns, _ = self.workspace
-        workspace = torch.empty(sum(self.workspace) // 4, dtype=torch.float32, device=self.device)
+        tiles, sums, parts, turns, pair_turns = self.workspace
+        num_bytes = sum(self.workspace) + sum(self.sights or ())
+        workspace = torch.empty(num_bytes // 4, dtype=torch.float32, device=self.device)
         plan.tiles = workspace.data_ptr()
         plan.sums = plan.tiles + tiles
         plan.pair_parts = plan.sums + sums
         plan.turns = plan.pair_parts + parts
         plan.pair_turns = plan.turns + turns
+        if self.sights is not None:
+            rows, tokens, bits, _ = self.sights
+            plan.row_ranges = plan.pair_turns + pair_turns
+            plan.seen_tokens = plan.row_ranges + rows
+            plan.seeing_tiles = plan.seen_tokens + tokens
+            plan.masked_tiles = plan.seeing_tiles + bits
         _launch(self.kernel, self.device, params, plan)
         return gradients
 

@@ -127,7 +127,8 @@ class BackwardPlan(ctypes.Structure):
     _fields_ = [
         *_fields(c_int32, "num_ctas max_tiles max_sums max_groups spread"),
         ("splits_last_round", c_bool),
-        *_fields(c_void_p, "tiles sums turns pair_turns pair_parts"),
+        *_fields(c_void_p, "tiles sums turns pair_turns pair_parts seen_tokens seeing_tiles masked_tiles row_ranges"),
+        ("tile_words", c_int32),
     ]
 
 

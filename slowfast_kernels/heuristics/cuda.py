@@ -245,6 +245,17 @@ class HopperBackwardConfig:
             -(-pairs // 4) * 4 * 16,
         )
 
+    @property
+    def tile_words(self) -> int:
+        """Words of 32 bits that have one for each row tile."""
+        return -(-self.max_tiles // 32)
+
+    def sights(self, num_slow: int, batch: int) -> tuple[int, int, int, int]:
+        """Bytes of what rows see: of packed rows, of tokens by blocks, and twice of row tiles by blocks."""
+        max_blocks = num_slow // 128 + batch
+        bits = max_blocks * self.tile_words * 4
+        return self.max_tiles * 64 * 8, max_blocks * 16, bits, bits
+
 
 _HOPPER_BACKWARD_GROUPS = 12
 _HOPPER_BACKWARD_MEMORY = (0.15, 64 * 2**20)  # of all results and gradients, and beside that

@@ -21,6 +21,12 @@ struct BackwardPlan {
   int32_t* turns;      // [Hkv, max_sums], and behind them
   int32_t* pair_turns;  // [num_ctas / 2, 2 warpgroups, 2]
   float* pair_parts;   // [num_ctas / 2, 2 warpgroups, 2, 64 * D] of dK and dV, by fragments
+  // Where rows see ranges, bits that say which (backward_sights.cuh); for as many blocks of a KV head as there may be.
+  uint32_t* seen_tokens;   // [max_blocks, 4]: tokens that some row of the sequence sees
+  uint32_t* seeing_tiles;  // [max_blocks, tile_words]: row tiles of the sequence that see some token of the block
+  uint32_t* masked_tiles;  // the same, of those in which not all rows that see anything see all of the block
+  int32_t* row_ranges;     // [max_tiles, 64, 2]: the tokens of its sequence that a packed row sees, begin and end
+  int32_t tile_words;
 };
 
 void cross_attention_backward_sm90_d64(const CrossAttentionBackwardParams& params, const BackwardPlan& plan, void* stream);

@@ -4,6 +4,7 @@
 #include "../common/reduce.cuh"
 #include "backward_schedule.cuh"
 #include "ptx.cuh"
+#include "slow_tokens.cuh"
 
 namespace slowfast::cuda {
 
@@ -27,7 +28,7 @@ __device__ __forceinline__ int swizzled(int row, int vector) {
 }
 
 // A CTA takes 16 rows.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRanges>
 __global__ void __launch_bounds__(16 * kHeadDim / 8)
     pack_rows_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
   using Record = RowTile<T, kHeadDim>;
@@ -47,8 +48,10 @@ __global__ void __launch_bounds__(16 * kHeadDim / 8)
   const int heads_per_kv = p.forward.num_q_heads / p.forward.num_kv_heads, packed = (tile - sequence.first_tile) * kBackwardBlockM + row;
   uint4 query = make_uint4(0, 0, 0, 0), grad = query, context = query;
   float lse = -INFINITY, delta = 0.0f;
+  Range range = {0, 0};
   if (packed < sequence.num_rows) {
     const int64_t text = sequence.text_begin + packed / heads_per_kv, head = kv_head * heads_per_kv + packed % heads_per_kv;
+    if (kRanges) range = range_of(p.forward, text, sequence.num_slow);
     lse = p.forward.lse[text * p.forward.num_q_heads + head];
     if (lse != -INFINITY) {
       const auto load = [&](const void* base, int64_t at) {
@@ -77,11 +80,14 @@ __global__ void __launch_bounds__(16 * kHeadDim / 8)
   if (vector == 0) {
     record.lse[row] = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634f - Record::kShift;
     record.delta[row] = delta * Record::kUnit;
+    if (kRanges && kv_head == 0) {
+      reinterpret_cast<int2*>(plan.row_ranges)[tile * kBackwardBlockM + row] = make_int2(range.begin, max(range.end, 0));
+    }
   }
 }
 
 // A CTA takes a row tile: thread t of a warpgroup adds up its fragments, of half the columns (see add_to_sums).
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRanges>
 __global__ void __launch_bounds__(256)
     write_dq_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
   constexpr int kFragments = kHeadDim / 16, kVectors = kHeadDim / 8;
@@ -95,6 +101,7 @@ __global__ void __launch_bounds__(256)
   float4 sum[kFragments] = {};
   const int64_t first = int64_t{kv_head} * plan.max_sums + sequence.first_sum + tile - sequence.first_tile;
   for (int group = 0; group < sequence.num_groups; ++group) {
+    if (kRanges && __ldcg(plan.turns + first + group * sequence.num_tiles) == 0) continue;  // nobody has added to it
     const float4* part = reinterpret_cast<const float4*>(plan.sums + (first + group * sequence.num_tiles) * (kBackwardBlockM * kHeadDim)) +
                          warpgroup * kFragments * 128 + thread;
     float4 x[kFragments];

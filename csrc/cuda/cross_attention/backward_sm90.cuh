@@ -11,24 +11,37 @@
 #pragma once
 #include "../common/memory.cuh"
 #include "backward_rows.cuh"
+#include "backward_sights.cuh"
 #include "mainloop.cuh"
 #include "tensor_map.cuh"
 
 namespace slowfast::cuda {
 
-template <typename T, int kHeadDim_, bool kWithQ_, bool kWithKV_>
+// What a CTA holds of what rows see, where they see ranges.
+template <int kStages, bool kRanges>
+struct SharedSight {};
+template <int kStages>
+struct SharedSight<kStages, true> {
+  BackwardOrder orders[2];                     // of two blocks,
+  uint4 tokens[2];                             // and which of their tokens somebody sees
+  uint32_t rows[kStages][kBackwardBlockM / 2];  // see sight_of_rows
+  bool is_masked[kStages];                     // not all rows of the tile that see anything see all of the block
+};
+
+template <typename T, int kHeadDim_, bool kWithQ_, bool kWithKV_, bool kRanges_>
 struct BackwardTraits {
   using Element = T;
   using Record = RowTile<T, kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kWithQ = kWithQ_, kWithKV = kWithKV_;  // dQ; dK and dV
+  static constexpr bool kRanges = kRanges_;                    // otherwise rows see all of their sequence
   static constexpr int kBlockM = kBackwardBlockM, kBlockN = kBackwardBlockN;
   static constexpr int kThreads = 384, kProducerRegisters = 56, kConsumerRegisters = 224;
   static constexpr int kStages = 2, kTurnSlots = 4;
 
   // Of a block of slow tokens.
   struct Block {
-    int num_tiles;  // row tiles; -1: no more blocks
+    int num_tiles;  // row tiles, those that see something of it; -1: no more blocks
     int first_tile;  // that the CTA begins with
     int pair;        // of CTAs that share the block, half of the row tiles each; -1: it is this CTA's
     int num_tokens;
@@ -39,7 +52,7 @@ struct BackwardTraits {
   };
   struct Turn {
     int64_t sum;
-    int before;  // CTAs that add before this one
+    int before;  // CTAs that add before this one; if kRanges, the number of the block that is added before this one's, plus 1
   };
   struct SharedStorage {
     alignas(1024) T keys[2][kBlockN * kHeadDim];  // of two blocks, column blocks of 64
@@ -53,6 +66,7 @@ struct BackwardTraits {
     bool is_second[2];
     uint64_t keys_full[2], keys_empty[2], values_full, values_empty, query_full[kStages], grad_full[kStages], rows_empty[kStages];
     uint64_t may_add[kTurnSlots], passed[kTurnSlots], grad_query_full, grad_query_empty;
+    SharedSight<kStages, kRanges> sight;
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;
   static_assert(kSharedBytes <= 227 * 1024);
@@ -84,6 +98,7 @@ struct BackwardMaps {
   CUtensorMap keys, values;
 };
 
+// By one thread or, if kRanges, by a warp, whose lanes look at what rows see.
 template <typename Traits>
 __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAttentionBackwardParams& p, const BackwardPlan& plan,
                                         typename Traits::SharedStorage& shared) {
@@ -98,6 +113,7 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
   const int total = count_blocks(p), last_round = total / plan.num_ctas, rest = total - last_round * plan.num_ctas;
   const bool splits = plan.splits_last_round && 2 * rest <= plan.num_ctas;
   const int cta = blockIdx.x;
+  const int lane = Traits::kRanges ? threadIdx.x % 32 : 0;
   bool more = sequence.next();
   for (int round = 0;; ++round) {
     int number = round * plan.num_ctas + cta, half = -1;
@@ -105,13 +121,16 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
       half = cta >= rest;
       number = cta < 2 * rest ? number - half * rest : total;
     }
+    if constexpr (Traits::kRanges) more = sequence.number < p.forward.batch;  // what is at hand takes no register all along
     while (more && number >= (sequence.first_block + sequence.num_blocks) * p.forward.num_kv_heads) more = sequence.next();
     ptx::mbarrier_wait(&shared.keys_empty[place.slot], place.phase ^ 1);
     auto& block = shared.blocks[place.slot];
     uint64_t* full = &shared.keys_full[place.slot];
     if (!more) {
-      block.num_tiles = -1;
-      ptx::mbarrier_arrive(full);
+      if (lane == 0) {
+        block.num_tiles = -1;
+        ptx::mbarrier_arrive(full);
+      }
       return;
     }
     const int within = number - sequence.first_block * p.forward.num_kv_heads, n = within / p.forward.num_kv_heads, kv_head = within % p.forward.num_kv_heads;
@@ -119,45 +138,83 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
     const int group = (n - begin) / sequence.group_size, rank = (n - begin) % sequence.group_size;
     const int half_tiles = (sequence.num_tiles + 1) / 2, tile_begin = half == 1 ? half_tiles : 0;
     const int num_tiles = half < 0 ? sequence.num_tiles : half == 0 ? half_tiles : sequence.num_tiles - half_tiles;
-    block.num_tiles = num_tiles;
-    block.pair = half < 0 ? -1 : cta - half * rest;
-    block.num_tokens = min(Traits::kBlockN, sequence.num_slow - n * Traits::kBlockN);
-    block.token = sequence.slow_begin + n * Traits::kBlockN;
-    block.kv_head = kv_head;
-    if (num_tiles == 0) {
-      ptx::mbarrier_arrive(full);
+    const int token = sequence.slow_begin + n * Traits::kBlockN;
+    if (lane == 0) {
+      block.num_tiles = num_tiles;
+      block.pair = half < 0 ? -1 : cta - half * rest;
+      block.num_tokens = min(Traits::kBlockN, sequence.num_slow - n * Traits::kBlockN);
+      block.token = token;
+      block.kv_head = kv_head;
+    }
+    int steps = num_tiles;
+    const BlockSight sight{plan, sequence.first_block + n};
+    if constexpr (Traits::kRanges) {
+      steps = SeenTiles(sight, tile_begin, num_tiles).count();
+      if (lane == 0) block.num_tiles = steps;
+    }
+    if (steps == 0) {
+      if (lane == 0) ptx::mbarrier_arrive(full);
       place.advance();
       continue;
     }
-    block.first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles + tile_begin;
-    int earlier = 0;
-    for (int r = sequence.first_block * p.forward.num_kv_heads / plan.num_ctas; r < round; ++r) {
-      const int count = sequence.first_of_round(r + 1, kv_head) - sequence.first_of_round(r, kv_head);
-      earlier += max(0, min(sequence.group_size, count - group * sequence.group_size));
+    int first_tile;
+    if constexpr (Traits::kRanges) {
+      const BackwardOrder order = {round, kv_head, sequence.first_block + n, group, rank, tile_begin, num_tiles};
+      first_tile = order.start(sequence) - tile_begin;
+      if (lane == 0) {
+        shared.sight.orders[place.slot] = order;
+        shared.sight.tokens[place.slot] = *reinterpret_cast<const uint4*>(sight.tokens());
+        block.first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles;
+      }
+    } else {
+      block.first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles + tile_begin;
+      int earlier = 0;
+      for (int r = sequence.first_block * p.forward.num_kv_heads / plan.num_ctas; r < round; ++r) {
+        const int count = sequence.first_of_round(r + 1, kv_head) - sequence.first_of_round(r, kv_head);
+        earlier += max(0, min(sequence.group_size, count - group * sequence.group_size));
+      }
+      const BackwardTurns turns = {earlier, rank, min(sequence.group_size, end - begin - group * sequence.group_size), num_tiles};
+      first_tile = turns.start();
+      block.turns = turns;
+      block.first_tile = first_tile;
     }
-    const BackwardTurns turns = {earlier, rank, min(sequence.group_size, end - begin - group * sequence.group_size), num_tiles};
-    const int first_tile = turns.start();
-    block.turns = turns;
-    block.first_tile = first_tile;
-    const int token = sequence.slow_begin + n * Traits::kBlockN;
-    ptx::mbarrier_expect_tx(full, kBlockBytes);
-    ptx::tma_load_4d(&maps.keys, full, shared.keys[place.slot], 0, token, 0, kv_head, ptx::kEvictNormal);
+    if (lane == 0) {
+      ptx::mbarrier_expect_tx(full, kBlockBytes);
+      ptx::tma_load_4d(&maps.keys, full, shared.keys[place.slot], 0, token, 0, kv_head, ptx::kEvictNormal);
+    }
     const Record* records = static_cast<const Record*>(plan.tiles) + int64_t{kv_head} * plan.max_tiles + sequence.first_tile + tile_begin;
+    SeenTiles seen(sight, tile_begin, num_tiles, first_tile);
     int tile = first_tile;
-    for (int i = 0; i < num_tiles; ++i) {
+    for (int i = 0; i < steps; ++i) {
+      bool is_masked = false;
+      uint32_t rows = 0;
+      if constexpr (Traits::kRanges) {
+        tile = seen.next() - tile_begin;
+        is_masked = sight.is_masked_for(tile_begin + tile);
+        if (is_masked) rows = sight_of_rows(plan, sequence.first_tile + tile_begin + tile, n * Traits::kBlockN, lane);
+      }
       const Record& record = records[tile];
       ptx::mbarrier_wait(&shared.rows_empty[stage.slot], stage.phase ^ 1);
-      ptx::mbarrier_expect_tx(&shared.query_full[stage.slot], kTileBytes + sizeof(shared.stats[0]));
-      ptx::bulk_load(&shared.query_full[stage.slot], shared.rows[stage.slot][0], record.query, kTileBytes);
-      ptx::bulk_load(&shared.query_full[stage.slot], shared.stats[stage.slot], record.lse, sizeof(shared.stats[0]));
-      ptx::mbarrier_expect_tx(&shared.grad_full[stage.slot], kTileBytes);
-      ptx::bulk_load(&shared.grad_full[stage.slot], shared.rows[stage.slot][1], record.grad, kTileBytes);
+      if constexpr (Traits::kRanges) {
+        if (is_masked) shared.sight.rows[stage.slot][lane] = rows;
+        if (lane == 0) shared.sight.is_masked[stage.slot] = is_masked;
+        __syncwarp();
+      }
+      if (lane == 0) {
+        ptx::mbarrier_expect_tx(&shared.query_full[stage.slot], kTileBytes + sizeof(shared.stats[0]));
+        ptx::bulk_load(&shared.query_full[stage.slot], shared.rows[stage.slot][0], record.query, kTileBytes);
+        ptx::bulk_load(&shared.query_full[stage.slot], shared.stats[stage.slot], record.lse, sizeof(shared.stats[0]));
+        ptx::mbarrier_expect_tx(&shared.grad_full[stage.slot], kTileBytes);
+        ptx::bulk_load(&shared.grad_full[stage.slot], shared.rows[stage.slot][1], record.grad, kTileBytes);
+      }
       stage.advance();
-      if (++tile == num_tiles) tile = 0;
+      if (!Traits::kRanges && ++tile == num_tiles) tile = 0;
       if (i == 0) {
         ptx::mbarrier_wait(&shared.values_empty, values_phase ^ 1);
-        ptx::mbarrier_expect_tx(&shared.values_full, kBlockBytes);
-        ptx::tma_load_4d(&maps.values, &shared.values_full, shared.values, 0, token, 0, kv_head, ptx::kEvictNormal);
+        if (lane == 0) {
+          ptx::mbarrier_expect_tx(&shared.values_full, kBlockBytes);
+          ptx::tma_load_4d(&maps.values, &shared.values_full, shared.values, 0, token, 0, kv_head, ptx::kEvictNormal);
+        }
         values_phase ^= 1;
       }
     }
@@ -192,6 +249,43 @@ __device__ __forceinline__ void wait_for_turns(const BackwardPlan& plan, typenam
   }
 }
 
+// The same where rows see ranges; by a warp.
+template <typename Traits>
+__device__ __forceinline__ void wait_for_turns_in_order(const CrossAttentionBackwardParams& p, const BackwardPlan& plan,
+                                                        typename Traits::SharedStorage& shared) {
+  RingPlace<2> place;
+  RingPlace<Traits::kTurnSlots> slot;
+  BackwardSequence sequence(p, plan);
+  sequence.next();
+  const int lane = threadIdx.x % 32;
+  while (true) {
+    ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
+    const int steps = shared.blocks[place.slot].num_tiles;
+    if (steps < 0) return;
+    if (steps > 0) {
+      const BackwardOrder& order = shared.sight.orders[place.slot];
+      const int64_t first_sum = shared.blocks[place.slot].first_sum;
+      while (order.block >= sequence.first_block + sequence.num_blocks) sequence.next();
+      SeenTiles seen(BlockSight{plan, order.block}, order.tile_begin, order.num_tiles, order.start(sequence) - order.tile_begin);
+      for (int i = 0; i < steps; ++i) {
+        const int tile = seen.next(), before = order.previous(sequence, tile, lane) + 1;
+        if (lane == 0) {
+          const int64_t sum = first_sum + tile;
+          ptx::mbarrier_wait(&shared.passed[slot.slot], slot.phase ^ 1);
+          shared.turns[slot.slot] = {sum, before};
+          while (ptx::load_acquire(plan.turns + sum) != before) {
+          }
+          ptx::mbarrier_arrive(&shared.may_add[slot.slot]);
+        }
+        slot.advance();
+      }
+    }
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.keys_empty[place.slot]);
+    place.advance();
+  }
+}
+
 // Adds what the consumers leave to the sums, and passes the turn on when it is there.
 template <typename Traits>
 __device__ __forceinline__ void add_to_sums(const BackwardPlan& plan, typename Traits::SharedStorage& shared) {
@@ -203,6 +297,8 @@ __device__ __forceinline__ void add_to_sums(const BackwardPlan& plan, typename T
     ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
     const int num_tiles = shared.blocks[place.slot].num_tiles;
     if (num_tiles < 0) return;
+    int number = 0;
+    if constexpr (Traits::kRanges) number = shared.sight.orders[place.slot].block;
     ptx::mbarrier_arrive(&shared.keys_empty[place.slot]);
     for (int i = 0; i < num_tiles; ++i) {
       ptx::mbarrier_wait(&shared.may_add[slot.slot], slot.phase);
@@ -220,7 +316,7 @@ __device__ __forceinline__ void add_to_sums(const BackwardPlan& plan, typename T
       ptx::mbarrier_arrive(&shared.grad_query_empty);
       ptx::bulk_wait<false>();
       ptx::fence_proxy_async_global();
-      ptx::store_release(plan.turns + turn.sum, turn.before + 1);
+      ptx::store_release(plan.turns + turn.sum, (Traits::kRanges ? number : turn.before) + 1);
       ptx::mbarrier_arrive(&shared.passed[slot.slot]);
       phase ^= 1;
       slot.advance();
@@ -303,6 +399,29 @@ struct BackwardConsumer {
     constexpr int kVectors = kHeadDim / 8;
     for (int i = num_tokens * kVectors + warpgroup * 128 + thread; i < kBlockN * kVectors; i += 256) {
       *reinterpret_cast<uint4*>(tokens + swizzled<kBlockN>(i / kVectors, i % kVectors)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  __device__ __forceinline__ void hide_unseen(Scores& scores, const uint32_t* rows) const {
+    const int token = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (int j = 0; j < kBlockM / 8; ++j) {
+      const uint32_t sight = rows[4 * j + thread % 4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int begin = sight >> 16 * (k % 2) & 255, end = sight >> (16 * (k % 2) + 8) & 255, mine = token + k / 2 * 8;
+        if (mine < begin || mine >= end) scores[4 * j + k] = -INFINITY;
+      }
+    }
+  }
+  // Tokens that no row sees, likewise.
+  __device__ __forceinline__ void clear_unseen(T* tokens, const uint32_t* seen) const {
+    constexpr int kVectors = kHeadDim / 8;
+#pragma unroll 1
+    for (int i = warpgroup * 128 + thread; i < kBlockN * kVectors; i += 256) {
+      const int row = i / kVectors;
+      if (seen[row / 32] >> row % 32 & 1) continue;
+      *reinterpret_cast<uint4*>(tokens + swizzled<kBlockN>(row, i % kVectors)) = make_uint4(0, 0, 0, 0);
     }
   }
 
@@ -396,10 +515,21 @@ struct BackwardConsumer {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0f;
       if (num_tiles > 0) {
-        if (num_tokens < kBlockN) {
+        bool clears = num_tokens < kBlockN;
+        if constexpr (Traits::kRanges) {
+          const uint4 seen = shared.sight.tokens[place.slot];
+          clears = (seen.x & seen.y & seen.z & seen.w) != ~0u;
+        }
+        if (clears) {
           ptx::mbarrier_wait(&shared.values_full, values_phase);
-          clear_tokens(keys, num_tokens);
-          clear_tokens(shared.values, num_tokens);
+          if constexpr (Traits::kRanges) {
+            const uint32_t* seen = &shared.sight.tokens[place.slot].x;
+            clear_unseen(keys, seen);
+            clear_unseen(shared.values, seen);
+          } else {
+            clear_tokens(keys, num_tokens);
+            clear_tokens(shared.values, num_tokens);
+          }
           ptx::fence_proxy_async();
           ptx::named_barrier_sync(kBackwardConsumers, 256);
         }
@@ -424,7 +554,11 @@ struct BackwardConsumer {
           issue_scores(grad_probs, shared.values, grads);
           ptx::wgmma_wait<1>();
           ptx::wgmma_fence_operand(scores);
-          if (num_tokens < kBlockN) hide_rows(scores, num_tokens);
+          if constexpr (Traits::kRanges) {
+            if (shared.sight.is_masked[stage.slot]) hide_unseen(scores, shared.sight.rows[stage.slot]);
+          } else {
+            if (num_tokens < kBlockN) hide_rows(scores, num_tokens);
+          }
           Operand operand;
           const float2* lse = reinterpret_cast<const float2*>(shared.stats[stage.slot][0]) + lane % 4;
 #pragma unroll
@@ -538,12 +672,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warpgroup == 0) {
     ptx::register_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-    if (thread % 32 == 0) {
+    if (thread % 32 == 0 || (Traits::kRanges && warp < 2)) {
       if (warp == 0) {
         produce<Traits>(maps, p, plan, shared);
         ptx::let_next_kernel_start();
       } else if (Traits::kWithQ && warp == 1) {
-        wait_for_turns<Traits>(plan, shared);
+        if constexpr (Traits::kRanges) {
+          wait_for_turns_in_order<Traits>(p, plan, shared);
+        } else {
+          wait_for_turns<Traits>(plan, shared);
+        }
       } else if (Traits::kWithQ && warp == 2) {
         add_to_sums<Traits>(plan, shared);
       }
@@ -561,7 +699,11 @@ void launch_backward(const CrossAttentionBackwardParams& p, const BackwardPlan& 
   const unsigned heads = p.forward.num_kv_heads;
   auto* kernel = cross_attention_backward_kernel<Traits>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes), "cudaFuncSetAttribute");
-  pack_rows_kernel<T, kHeadDim><<<dim3(plan.max_tiles * 4, heads), 16 * kHeadDim / 8, 0, stream>>>(p, plan);
+  if constexpr (Traits::kRanges) {
+    find_sights_kernel<<<p.forward.num_slow / Traits::kBlockN + p.forward.batch, 128, 0, stream>>>(p, plan);
+    check_launch("find_sights");
+  }
+  pack_rows_kernel<T, kHeadDim, Traits::kRanges><<<dim3(plan.max_tiles * 4, heads), 16 * kHeadDim / 8, 0, stream>>>(p, plan);
   check_launch("pack_rows");
   cudaLaunchAttribute attributes[2];  // the second: CTAs wait for one another, so all of them must be there
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -585,23 +727,29 @@ void launch_backward(const CrossAttentionBackwardParams& p, const BackwardPlan& 
     config.gridDim = dim3(plan.max_tiles, heads);
     config.blockDim = dim3(256);
     config.dynamicSmemBytes = 0;
-    check(cudaLaunchKernelEx(&config, write_dq_kernel<T, kHeadDim>, p, plan), "write_dq");
+    check(cudaLaunchKernelEx(&config, write_dq_kernel<T, kHeadDim, Traits::kRanges>, p, plan), "write_dq");
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRanges>
 void launch_backward_needs(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   const bool with_kv = p.grad_keys != nullptr || p.grad_values != nullptr;
-  if (p.grad_q == nullptr) return launch_backward<BackwardTraits<T, kHeadDim, false, true>>(p, plan, stream);
-  if (!with_kv) return launch_backward<BackwardTraits<T, kHeadDim, true, false>>(p, plan, stream);
-  launch_backward<BackwardTraits<T, kHeadDim, true, true>>(p, plan, stream);
+  if (p.grad_q == nullptr) return launch_backward<BackwardTraits<T, kHeadDim, false, true, kRanges>>(p, plan, stream);
+  if (!with_kv) return launch_backward<BackwardTraits<T, kHeadDim, true, false, kRanges>>(p, plan, stream);
+  launch_backward<BackwardTraits<T, kHeadDim, true, true, kRanges>>(p, plan, stream);
+}
+
+template <typename T, int kHeadDim>
+void launch_backward_ranges(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
+  const bool has_ranges = p.forward.slow_begin != nullptr || p.forward.slow_end != nullptr;
+  has_ranges ? launch_backward_needs<T, kHeadDim, true>(p, plan, stream) : launch_backward_needs<T, kHeadDim, false>(p, plan, stream);
 }
 
 template <int kHeadDim>
 void launch_backward_dtype(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   switch (p.forward.dtype) {
-    case DType::kBFloat16: return launch_backward_needs<__nv_bfloat16, kHeadDim>(p, plan, stream);
-    case DType::kFloat16: return launch_backward_needs<__half, kHeadDim>(p, plan, stream);
+    case DType::kBFloat16: return launch_backward_ranges<__nv_bfloat16, kHeadDim>(p, plan, stream);
+    case DType::kFloat16: return launch_backward_ranges<__half, kHeadDim>(p, plan, stream);
     case DType::kFloat32: break;
   }
   throw std::invalid_argument("cross_attention_backward: a dtype that has no kernel");

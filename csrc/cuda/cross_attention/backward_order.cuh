@@ -1,0 +1,112 @@
+// Of calls whose rows see ranges: which row tiles see something of a block, and the order in which a group adds up dQ then.
+//
+// A CTA leaves out the tiles that see nothing of its block, and the others keep the order of backward_schedule.cuh: by round,
+// by steps from the CTA's first tile to this one (all of them counted, seen or not), by rank. So waiting ends as it does there:
+// what is left of an order has no circle either. Nobody counts CTAs: a tile's turn is the number of the block that was added
+// last, plus 1, and each looks for the one before it.
+#pragma once
+#include "backward_schedule.cuh"
+
+namespace slowfast::cuda {
+
+// What rows see of a block, by number among all sequences' of a KV head.
+struct BlockSight {
+  static constexpr int kTokenWords = kBackwardBlockN / 32;
+
+  const BackwardPlan& plan;
+  const int block;
+
+  __device__ __forceinline__ uint32_t* tokens() const { return plan.seen_tokens + int64_t{block} * kTokenWords; }
+  // The word of a tile, whose bit is number tile % 32.
+  __device__ __forceinline__ uint32_t* seeing(int tile) const { return plan.seeing_tiles + int64_t{block} * plan.tile_words + tile / 32; }
+  __device__ __forceinline__ uint32_t* masked(int tile) const { return plan.masked_tiles + int64_t{block} * plan.tile_words + tile / 32; }
+
+  __device__ __forceinline__ bool is_seen_by(int tile) const { return *seeing(tile) >> tile % 32 & 1; }
+  __device__ __forceinline__ bool is_masked_for(int tile) const { return *masked(tile) >> tile % 32 & 1; }
+};
+
+// The tiles that see something of a block, among `count` of a sequence from `begin` on: one after another, from the tile
+// `start` of these on and round.
+class SeenTiles {
+ public:
+  __device__ __forceinline__ SeenTiles(const BlockSight& sight, int begin, int count, int start = 0)
+      : sight_(sight), begin_(begin), end_(begin + count), from_(begin + start) {}
+
+  __device__ __forceinline__ int count() const {
+    int sum = 0;
+#pragma unroll 1
+    for (int tile = begin_; tile < end_; tile += 32 - tile % 32) {
+      uint32_t word = *sight_.seeing(tile) >> tile % 32;
+      if (end_ - tile < 32) word &= (1u << (end_ - tile)) - 1;
+      sum += __popc(word);
+    }
+    return sum;
+  }
+  // A tile of the sequence. To be asked for count() times.
+  __device__ __forceinline__ int next() {
+    int tile = first(from_);
+    if (tile == end_) tile = first(begin_);
+    from_ = tile + 1;
+    return tile;
+  }
+
+ private:
+  __device__ __forceinline__ int first(int tile) const {
+#pragma unroll 1
+    for (; tile < end_; tile += 32 - tile % 32) {
+      const uint32_t word = *sight_.seeing(tile) >> tile % 32;
+      if (word != 0) return min(end_, tile + __ffs(word) - 1);
+    }
+    return end_;
+  }
+
+  const BlockSight sight_;
+  const int begin_, end_;
+  int from_;
+};
+
+// The place of a CTA's block among those that add to the same sums.
+struct BackwardOrder {
+  int round, kv_head;
+  int block;                  // of all sequences, of a KV head
+  int group, rank;            // in the round
+  int tile_begin, num_tiles;  // that the round's CTAs walk over: all of the sequence, or a half
+
+  __device__ __forceinline__ int first_of_group(const BackwardSequence& sequence, int r) const {
+    return sequence.first_of_round(r, kv_head) + group * sequence.group_size;
+  }
+  // CTAs of the group that have a block in a round.
+  __device__ __forceinline__ int size(const BackwardSequence& sequence, int r) const {
+    return min(sequence.group_size, sequence.first_of_round(r + 1, kv_head) - first_of_group(sequence, r));
+  }
+  // The tile that the CTA would begin with if its block were seen by all.
+  __device__ __forceinline__ int start(const BackwardSequence& sequence) const {
+    return tile_begin + rank * num_tiles / size(sequence, round);
+  }
+
+  // The block, of all sequences, that is added to the sum of `tile` before this one, or -1. By all lanes of a warp.
+  __device__ __forceinline__ int previous(const BackwardSequence& sequence, int tile, int lane) const {
+    const int first_round = sequence.first_block * sequence.p.forward.num_kv_heads / sequence.plan.num_ctas;
+#pragma unroll 1
+    for (int r = round; r >= first_round; --r) {
+      const int first = first_of_group(sequence, r), count = size(sequence, r);
+      const int within = r == round ? tile - tile_begin : tile, tiles = r == round ? num_tiles : sequence.num_tiles;
+      const auto place_of = [&](int x) {
+        const int steps = within - x * tiles / count;
+        return (steps < 0 ? steps + tiles : steps) * count + x;
+      };
+      const int limit = r == round ? place_of(rank) : INT32_MAX;
+      int last = -1;
+#pragma unroll 1
+      for (int x = lane; x < count; x += 32) {
+        const int place = place_of(x);
+        if (place < limit && BlockSight{sequence.plan, sequence.first_block + first + x}.is_seen_by(tile)) last = max(last, place);
+      }
+      last = __reduce_max_sync(0xffffffffu, last);
+      if (last >= 0) return sequence.first_block + first + last % count;
+    }
+    return -1;
+  }
+};
+
+}  // namespace slowfast::cuda
