@@ -1,4 +1,4 @@
-"""Where rows see ranges, CTAs of the Hopper backward add up dQ in an order that ends and is always the same (on the host).
+"""The Hopper backward where rows see ranges: CTAs add up dQ in one order, and none waits for ever (on the host).
 
 ``backward_order.cpp`` plays the header that the kernel is made of over random calls, plans and sights.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -140,7 +141,7 @@ def launched(monkeypatch):
         seen.append([type(struct).from_buffer_copy(struct) for struct in structs])
 
     monkeypatch.setattr(cuda, "_launch", launch)
-    names = ("cross_attention", "gated_mix", "gated_mix_backward", "pool_backward")
+    names = ("cross_attention", "cross_attention_backward", "gated_mix", "gated_mix_backward", "pool_backward")
     monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(**{f"cuda_{name}": None for name in names}))
     monkeypatch.setattr(cuda, "_num_sms", lambda device: 132)
     monkeypatch.setattr(cuda, "_counters", lambda device, count: torch.zeros(count, dtype=torch.int32))
@@ -287,6 +288,39 @@ def test_without_slow_tokens_the_context_is_zero_and_lse_minus_infinity(rng, lau
     assert not context.any()
     assert (lse == -torch.inf).all()
     assert not launched
+
+
+# ------------------------------------------------------------------------------------------- attention's backward
+
+
+@pytest.mark.parametrize("sides", [(), ("slow_begin",), ("slow_end",), ("slow_begin", "slow_end")], ids=str)
+def test_what_rows_see_has_its_place_in_the_workspace_where_they_see_ranges(sides, inputs, launched, monkeypatch):
+    tensors = inputs.tensors._replace(**{side: torch.zeros(24, dtype=torch.int32) for side in sides})
+    context, lse = torch.zeros(24, 14, 64, dtype=torch.bfloat16), torch.zeros(24, 14)
+    backward = cuda.AttentionBackward(tensors, None, (True, True, False))
+    made, empty = [], torch.empty
+
+    def record(*size, **kind):
+        made.append(empty(*size, **kind))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", record)
+    backward(BackwardTensors((context, lse), (context, lse), tensors))
+    (params, plan), (workspace,) = launched[0], made
+    assert workspace.nbytes == backward.describe().workspace_bytes
+    assert [params.forward.slow_begin is not None, params.forward.slow_end is not None] == [
+        side in sides for side in ("slow_begin", "slow_end")
+    ]
+    places = (plan.pair_turns, plan.row_ranges, plan.seen_tokens, plan.seeing_tiles, plan.masked_tiles)
+    if not sides:
+        assert places[1:] == (None,) * 4
+        return
+    *_, pair_turns = backward.config.workspace(2, 64)
+    sizes = (pair_turns, *backward.config.sights(400, 1))
+    end = workspace.data_ptr() + workspace.nbytes
+    assert [b - a for a, b in pairwise((*places, end))] == list(sizes)
+    assert plan.tile_words * 32 >= plan.max_tiles
+    assert all(place % 16 == workspace.data_ptr() % 16 for place in places[:3])  # loads of 16 bytes
 
 
 # ------------------------------------------------------------------------------------------- the mix's backward

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from cases import Shape, make_inputs
-from targets import HAS_GPU, REPEATS
+from cases import Shape, make_inputs, poison
+from targets import HALF, HAS_GPU, REPEATS
+from test_ops_visible import RANGES, Call, blinded, ranges_of
 
 from slowfast_kernels import cuda, eager
 from slowfast_kernels._extension import unavailable_reason
@@ -57,15 +58,23 @@ PLANS = {
 }
 
 
-def make_call(shape: Shape, generator) -> BackwardTensors:
-    inputs = make_inputs(shape, torch.bfloat16, "cuda", generator)
+def make_call(shape: Shape, generator, ranges: str | None = None, dtype=torch.bfloat16) -> BackwardTensors:
+    """``ranges``: one of RANGES; then poison lies in tokens that nobody sees and in gradients of rows that see none."""
+    inputs = make_inputs(shape, dtype, "cuda", generator)
     tensors: AttentionTensors = inputs.tensors
+    if ranges is not None:
+        selection = ranges_of(inputs, ranges)
+        tensors = blinded(Call(inputs, selection)).inputs.tensors._replace(**selection)
     scale = scale_of(tensors.q, None)
     context, lse = eager.text_cross_attention(tensors, scale)
     grads = (
         torch.randn(context.shape, generator=generator, device="cuda").to(context.dtype),
         torch.randn(lse.shape, generator=generator, device="cuda"),
     )
+    if ranges is not None:
+        is_blind = lse[:, 0] == -torch.inf
+        for grad in grads:
+            grad[is_blind] = poison(torch.empty_like(grad[is_blind]))
     return BackwardTensors(grads, (context, lse), tensors)
 
 
@@ -77,7 +86,7 @@ def exact(call: BackwardTensors) -> eager.AttentionGradients:
 def assert_accurate(found, call):
     for got, want in zip(found[:2], exact(call)[:2], strict=True):
         error = (got.double() - want).abs().max()
-        assert error <= 2 * reference.unit_roundoff(torch.bfloat16) * max(1.0, float(want.abs().max()))
+        assert error <= 2 * reference.unit_roundoff(got.dtype) * max(1.0, float(want.abs().max()))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -115,8 +124,9 @@ def test_a_tensor_for_keys_and_one_for_values_have_the_bits_of_both_in_one(rng):
     assert reference.same_bits(values[2], found[2])
 
 
-def test_a_workspace_may_hold_anything(rng, monkeypatch):
-    call = make_call(RAGGED, rng("cuda"))
+@pytest.mark.parametrize("ranges", [None, "window", "nothing"])
+def test_a_workspace_may_hold_anything(ranges, rng, monkeypatch):
+    call = make_call(RAGGED, rng("cuda"), ranges)
     want = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
     make = torch.empty
 
@@ -150,3 +160,91 @@ def test_a_plan_says_how_it_cuts(rng):
     assert plan.grid == (9,)
     assert plan.tiles["spread"] == 3
     assert plan.workspace_bytes == sum(config.workspace(2, 128))
+
+
+# ---------------------------------------------------------------------------------------------- rows that see ranges
+
+SEEING_REPEATS = 10
+# Many row tiles and blocks, so that groups, rounds and halves work on what tiles see in part or not at all.
+LONG = Shape(((150, 9000), (0, 500), (20, 2500)), (7, 1), 128)
+SEEING_PLANS = PLANS | {
+    "long": (LONG, (132, 12, 2, True)),
+    "long, one group": (LONG, (132, 1, 1, False)),
+    "long, rounds": (LONG, (24, 12, 2, True)),
+    "long, rounds without room": (LONG, (24, 12, 1, True, 0)),
+}
+
+
+def assert_sees(found, call):
+    """Accurate; exactly 0 where nobody looks, whatever lies there."""
+    grad_q, grad_kv = found[:2]
+    assert_accurate(found, call)
+    hidden = ~call.inputs.slow_kv.isfinite().flatten(1).all(1)
+    is_blind = call.results[1][:, 0] == -torch.inf
+    assert not grad_kv[hidden].any()
+    assert not grad_q[call.inputs.text_rows[is_blind].long()].any()
+
+
+@pytest.mark.parametrize("ranges", ["growing prefix", "window", "anything"])
+@pytest.mark.parametrize("plan", SEEING_PLANS)
+def test_ranges_under_every_plan_are_accurate_and_give_the_same_bits_every_time(plan, ranges, rng):
+    shape, choices = SEEING_PLANS[plan]
+    call = make_call(shape, rng("cuda"), ranges)
+    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False), config_of(shape, *choices))
+    first = backward(call)
+    assert_sees(first, call)
+    for _ in range(SEEING_REPEATS):
+        again = backward(call)
+        assert all(reference.same_bits(x, y) for x, y in zip(first[:2], again[:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [((2, 2), 64), ((6, 2), 128), ((7, 1), 64), ((8, 1), 128)], ids=str)
+@pytest.mark.parametrize("ranges", RANGES)
+def test_ranges_of_every_kind_are_accurate(ranges, heads, dim, dtype, rng):
+    shape = Shape(((33, 700), (0, 9), (3, 0), (90, 1100), (1, 33)), heads, dim)
+    call = make_call(shape, rng("cuda"), ranges, dtype)
+    assert_sees(cuda.AttentionBackward(call.inputs, None, (True, True, False))(call), call)
+
+
+@pytest.mark.parametrize("plan", ["a last round of halves", "groups", "ragged, rounds, halves", "more rounds"])
+def test_ranges_that_hide_nothing_give_the_bits_of_a_call_without_ranges(plan, rng):
+    shape, choices = PLANS[plan]
+    call = make_call(shape, rng("cuda"))
+    lengths = call.inputs.cu_slow.diff().repeat_interleave(call.inputs.cu_text.diff())
+    seeing = call._replace(inputs=call.inputs._replace(slow_begin=torch.zeros_like(lengths), slow_end=lengths))
+    config = config_of(shape, *choices)
+    plain, found = (cuda.AttentionBackward(x.inputs, None, (True, True, False), config)(x) for x in (call, seeing))
+    assert all(reference.same_bits(x, y) for x, y in zip(plain[:2], found[:2], strict=True))
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False)], ids=["q", "kv"])
+@pytest.mark.parametrize("ranges", ["growing prefix", "anything"])
+def test_of_ranges_what_is_asked_for_alone_has_the_bits_that_it_has_with_the_rest(ranges, needs, rng):
+    call = make_call(RAGGED, rng("cuda"), ranges)
+    both = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+    alone = cuda.AttentionBackward(call.inputs, None, needs)(call)
+    for need, x, y in zip(needs, both, alone, strict=True):
+        assert (y is None) == (not need)
+        assert y is None or reference.same_bits(x, y)
+
+
+def test_a_captured_graph_follows_ranges_that_change(rng):
+    inputs = make_inputs(LONG, torch.bfloat16, "cuda", rng("cuda"))
+    call = make_call(LONG, rng("cuda"))
+    call = call._replace(inputs=inputs.tensors._replace(**ranges_of(inputs, "window")))
+    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False))
+    backward(call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backward(call)
+    for ranges in ("one token", "anything", "nothing", "everything", "window"):
+        for side, values in ranges_of(inputs, ranges).items():
+            getattr(call.inputs, side).copy_(values)
+        fresh = eager.text_cross_attention(call.inputs, scale_of(inputs.q, None))
+        for old, new in zip(call.results, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert_accurate(captured, call)
+        assert all(reference.same_bits(x, y) for x, y in zip(captured[:2], backward(call)[:2], strict=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import Shape, make_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from slowfast_kernels.heuristics.cuda import (
     hopper_attention_config,
     rows_outweigh,
 )
+from slowfast_kernels.ops.attention import attention_facts
 
 HALF = OpCall("text_cross_attention", "cuda", torch.bfloat16, (9, 0), head_dim=128)
 HOPPER_SMS = (78, 114, 132)  # H20; H100 PCIe; H100 SXM, H200, GH200
@@ -288,12 +290,40 @@ def test_blocks_are_halved_where_a_sequence_has_rows_enough():
     assert not hopper_attention_backward_config(37 * 2 - 1, 10368, 2, 28, 4, 128).splits_last_round
 
 
-def test_gradients_of_ranges_and_pieces_go_to_triton():
-    call = HALF._replace(backward=True, selects=True)
+def test_gradients_of_sequences_in_pieces_go_to_triton():
+    call = HALF._replace(backward=True, in_pieces=True)
     assert "gradients" in unsupported_reason("cuda", call)
     assert choose_backend(call, EVERYTHING_IS_HERE).backend == "triton"
-    assert choose_backend(call._replace(selects=False), EVERYTHING_IS_HERE).backend == "cuda"
+    assert choose_backend(call._replace(in_pieces=False), EVERYTHING_IS_HERE).backend == "cuda"
     assert choose_backend(call._replace(backward=False), EVERYTHING_IS_HERE).backend == "cuda"
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_gradients_of_rows_that_see_ranges_are_cuda_s_unless_their_sequences_are_in_pieces(ranges, pieces):
+    inputs = make_inputs(Shape(((2, 9),)), torch.bfloat16, "cpu", torch.Generator()).tensors
+    rows = torch.zeros(2, dtype=torch.int32)
+    if ranges:
+        inputs = inputs._replace(slow_begin=rows, slow_end=rows + 3)
+    if pieces:
+        inputs = inputs._replace(slow_pieces=torch.tensor([[0, 9]], dtype=torch.int32))
+    facts = attention_facts("text_cross_attention", inputs, None)
+    call = HALF._replace(backward=True, in_pieces=facts.in_pieces)
+    assert (unsupported_reason("cuda", call) is not None) == pieces
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (64, 10368, 1), (5 * 37, 40 * 37, 37), (1024, 41472, 2)])
+def test_what_rows_see_has_room_for_all_blocks_however_they_are_distributed(shape):
+    _, num_slow, batch = shape
+    config = hopper_attention_backward_config(*shape, 14, 2, 128)
+    rows, tokens, tiles, masked = config.sights(num_slow, batch)
+    most_blocks = (batch - 1) + -(-(num_slow - batch + 1) // 128)  # all but one sequence of one token
+    assert rows == config.max_tiles * 64 * 8
+    assert tokens >= most_blocks * 16
+    assert tiles == masked
+    assert tiles // 4 >= most_blocks * -(-config.max_tiles // 32)
+    assert all(size % 4 == 0 for size in (rows, tokens, tiles))
+    assert rows % 16 == 0  # tokens lie behind the rows and are read 16 bytes at a time
 
 
 @pytest.mark.parametrize(

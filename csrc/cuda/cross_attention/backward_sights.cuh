@@ -6,7 +6,7 @@
 namespace slowfast::cuda {
 
 // A CTA takes a block, a warp 32 row tiles at a time, a thread a tile.
-__global__ void __launch_bounds__(128)
+static __global__ void __launch_bounds__(128)
     find_sights_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
   __shared__ uint32_t seen[BlockSight::kTokenWords];
   if (threadIdx.x < BlockSight::kTokenWords) seen[threadIdx.x] = 0;
