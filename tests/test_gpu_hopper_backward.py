@@ -170,7 +170,7 @@ LONG = Shape(((150, 9000), (0, 500), (20, 2500)), (7, 1), 128)
 SEEING_PLANS = PLANS | {
     "long": (LONG, (132, 12, 2, True)),
     "long, one group": (LONG, (132, 1, 1, False)),
-    "long, rounds": (LONG, (24, 12, 2, True)),
+    "long, a last round of halves": (LONG, (44, 12, 2, True)),
     "long, rounds without room": (LONG, (24, 12, 1, True, 0)),
 }
 
