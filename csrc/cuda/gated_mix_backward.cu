@@ -54,7 +54,7 @@ class RowRing {
   // once: one after the other they would cost a latency each.
   __device__ RowRing(const GatedMixBackwardParams& p, const RowTasks& tasks, bool state, bool context,
                      const uint4* ring)
-      : p_(p), tasks_(tasks), state_(state), context_(context), policy_(evict_first_policy()) {
+      : p_(p), tasks_(tasks), state_(state), context_(context) {
     first_slot_ = shared_address(ring + threadIdx.x);
 #pragma unroll
     for (int k = 0; k < kStages; ++k) rows_[k] = k < tasks.count() ? tasks.row(k) : 0;
@@ -118,14 +118,13 @@ class RowRing {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int64_t channel = channel_of<T>(v);
-      if (channel < p_.channels) cp_async_16(vector(shared, 0, v), row + channel, policy_);
+      if (channel < p_.channels) cp_async_16(vector(shared, 0, v), row + channel);
     }
   }
 
   const GatedMixBackwardParams& p_;
   const RowTasks& tasks_;
   const bool state_, context_;
-  const uint64_t policy_;
   uint32_t first_slot_, slot_ = 0;  // shared-memory addresses of this thread's vector 0
   int rows_[kStages];               // of the first tasks; then the last one is that of the task to be started next
 };

@@ -41,6 +41,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// Without a policy, where the shared address has a part that is the same for all threads and is no constant: beside a
+// policy CUDA 13.0 makes an illegal instruction of it (in SASS LDGSTS [R16+UR0], desc[UR1]).
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_16_or_zeros(uint32_t shared, const void* global, bool read) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(read ? 16 : 0) : "memory");
 }
