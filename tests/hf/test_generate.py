@@ -146,7 +146,7 @@ def quantised(backend: str, model) -> dict:
 
 @pytest.mark.parametrize("backend", ["own layers", "quanto", "hqq", "fp8"])
 def test_a_quantised_cache_keeps_the_slow_tokens_exact(backend):
-    """A step over its rounded rows is what it is over those rows in a dynamic cache, which keeps the slow tokens too."""
+    """A step over its rounded rows is one over those rows in a dynamic cache, whose slow tokens are the same."""
     model = slow_fast_model()
     _, videos, inputs = samples(model)
     given = {"video_features": [x for own in videos for x in own]}
