@@ -1,10 +1,11 @@
 """A released model from a video file to its answer, stage by stage: time, and memory on a GPU.
 
 Random weights of the released shape (Qwen2-7B, ConvNeXt-XXL at 576), with ``--dtype float16`` in the released type; on
-a CPU a tiny one with a SigLIP. One model takes the strides of each shape. Stages that follow each other are measured each alone, by the wall clock from a call to
-its answer: decoding the file, preprocessing (where the tower is, and on the host beside it), the tower, projector and
-pooling, keys and values of the hybrid layers, prefill (which does the last two itself), a token; and all of it in one.
-A decoded token is transformers' eager step with a dynamic cache; ``bench model`` has the captured one.
+a CPU a tiny one with a SigLIP. One model takes the strides of each shape. Stages that follow each other are measured
+each alone, by the wall clock from a call to its answer: decoding the file, preprocessing (where the tower is, and on
+the host beside it), the tower, projector and pooling, keys and values of the hybrid layers, prefill (which does the
+last two itself), a token; and all of it in one. A decoded token is transformers' eager step with a dynamic cache;
+``bench model`` has the captured one.
 """
 
 from __future__ import annotations
