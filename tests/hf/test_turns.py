@@ -60,6 +60,16 @@ def test_a_turn_of_text_goes_on_from_the_cache(family, kind, name):
     assert got == from_scratch(model, ids, mask, videos)
 
 
+def test_a_static_cache_whose_first_row_is_padded_goes_on():
+    """4.57 counts a static cache's length in its first row."""
+    model = slow_fast_model()
+    short, long = video(3), video()
+    cache = caches(model, "static")
+    ids, mask, cache = first_turn(model, [prompt(model, 1, short, 2), prompt(model, 4, long, 3)], [short, long], cache)
+    ids, mask, got = second_turn(model, ids, mask, [prompt(model, 3)] * 2, None, cache)
+    assert got == from_scratch(model, ids, mask, [[short], [long]])
+
+
 @pytest.mark.parametrize("draft", ["plain", "slow-fast", "early exit", "prompt lookup"])
 def test_a_draft_changes_nothing_in_a_later_turn(draft):
     """None of them has a cache then, nor the videos of the turns before."""
