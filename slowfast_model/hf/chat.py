@@ -102,7 +102,6 @@ class VideoChat:
         self.options = dict(options)
         if model.generation_config.max_new_tokens is None:
             self.options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-        self._static: StaticCache | None = None  # the same for every conversation, as compiled steps know its address
         self.reset()
 
     @classmethod
@@ -280,7 +279,9 @@ class VideoChat:
     def _generate(self, new: Tensor, features: list[Tensor], watch: Stopwatch, on_text):
         """The answer to ``new`` ids [1, n], and when the model began and each token was there."""
         ids = new if self._ids is None else torch.cat([self._ids, new], 1)
-        cache = self._new_cache() if self._cache is None else self._cache
+        cache = self._cache
+        if cache is None and self.static_rows is not None:
+            cache = StaticCache(config=self.model.config.text_config, max_cache_len=self.static_rows)
         given = {} if cache is None else {CACHE: cache}
         if features:
             given["video_features"] = features
@@ -307,16 +308,6 @@ class VideoChat:
         kept = ids.shape[1] + len(answer) - (answer[-1] in self._ends())
         self._ids = out.sequences[:, :kept]
         return answer, listener.times
-
-    def _new_cache(self) -> StaticCache | None:
-        """An empty one; None: transformers makes it."""
-        if self.static_rows is None:
-            return None
-        if self._static is None:
-            self._static = StaticCache(config=self.model.config.text_config, max_cache_len=self.static_rows)
-        else:
-            self._static.reset()
-        return self._static
 
     def _ends(self) -> Sequence[int]:
         ends = self.options.get("eos_token_id", self.model.generation_config.eos_token_id)
