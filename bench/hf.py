@@ -162,6 +162,8 @@ class Side(NamedTuple):
 
 def measure(runner: Runner, ops: str, shape: str, dtype: str, sides: list[Side], base: str, facts: dict) -> None:
     """Rows ``{ops}-prefill`` and ``{ops}-decode``, on a GPU ``{ops}-prefill-gpu`` too, of all sides in turns."""
+    torch.compiler.reset()  # or this shape's sizes, beside those of the shape before, would be dynamic
+    sides = [side for side in sides if side.kind != "peer" or runner.wants_peer(side.who)]
     made = {side.who: cache(side.make) for side in sides}
     points = [f"{ops}-prefill", f"{ops}-decode", *[f"{ops}-prefill-gpu"] * runner.is_gpu]
     short = 3 if runner.quick else 1

@@ -63,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--fps", type=_rate, metavar="R", help="frames a second, at most --frames; default: evenly")
     ask.add_argument("--device", help="default: cuda if there is one, else cpu")
     ask.add_argument("--dtype", choices=DTYPES, help="default: as the model was saved")
+    ask.add_argument(
+        "--compile",
+        type=_positive,
+        metavar="ROWS",
+        help="on a GPU: compile the decode step, over a cache with room for ROWS tokens of a conversation, answers "
+        "too; compiling takes longer than a short answer",
+    )
     ask.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the model's, or 512")
     ask.add_argument(
         "--temperature", type=_temperature, metavar="T", help="0: the likeliest token each time; default: the model's"

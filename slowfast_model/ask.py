@@ -61,6 +61,8 @@ def ask(given: Namespace) -> int:
 def _load(given: Namespace):
     """The ``VideoChat`` of ``given.model``."""
     device = _device(given.device)
+    if given.compile is not None and device.type == "cpu":
+        raise Failure("--compile: got it for a CPU, want a --device that transformers compiles decode steps on")
     directory = given.model
     if not os.path.isfile(os.path.join(directory, "config.json")):
         what = "no config.json in it" if os.path.isdir(directory) else "no such directory"
@@ -77,6 +79,8 @@ def _load(given: Namespace):
     settings = {"num_frames": given.frames, "system": given.system} | ({} if preset is None else dict(preset.frames))
     if given.fps is not None:
         settings["fps"] = given.fps
+    if given.compile is not None:
+        settings["static_rows"] = given.compile
     try:
         return VideoChat.from_pretrained(directory, device=device, dtype=given.dtype, **settings, **options)
     except torch.OutOfMemoryError:

@@ -191,13 +191,14 @@ def run_all(mutants: list[Mutant], make_tree, workers: int, extensions: Extensio
 
 
 def not_of_the_change(outcomes: list[Outcome], tree: Tree) -> list[str]:
-    """Killers that fail without the change too: they have noticed nothing."""
+    """Killers that fail without the change too: they have noticed nothing. Suites have fixtures of their own."""
     killers: dict[tuple, set[str]] = {}
     for outcome in outcomes:
         if outcome.what == "killed":
-            killers.setdefault(outcome.mutant.environment, set()).add(outcome.detail)
+            suite = Path(outcome.detail.partition("::")[0]).parent
+            killers.setdefault((outcome.mutant.environment, suite), set()).add(outcome.detail)
     wrong = []
-    for environment, tests in killers.items():
+    for (environment, _), tests in killers.items():
         done = tree.test(tuple(sorted(tests)), **dict(environment))
         wrong += FAILED.findall(done.said) if done else ["the killers together do not end in time"]
     return wrong

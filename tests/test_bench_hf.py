@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench_cases import CPU
 from model_cases import one_thread  # noqa: F401
+from torch._dynamo.testing import CompileCounter
 
 import slowfast_kernels as sk
 from bench import __main__ as cli
@@ -110,6 +111,23 @@ def test_prefill_and_decode_are_measured_in_turns_against_the_language_model(mea
         assert row.samples == rows[op, hf.BASE].samples > 0
     assert rows["hf-prefill", "slow-fast"].added["to"] == hf.BASE
     assert rows["hf-decode", "slow-fast"].floor_us > rows["hf-decode", hf.BASE].floor_us
+
+
+def test_a_shape_is_compiled_as_if_it_were_the_first(run):
+    counter = CompileCounter()
+    double = torch.compile(lambda x: 2 * x, backend=counter)
+    double(torch.ones(2))
+    hf.measure(run, "hf", "a shape", "float32", [], hf.BASE, {})
+    double(torch.ones(2))
+    assert counter.frame_count == 2
+
+
+def test_without_peers_plain_attention_is_left_out(run, monkeypatch):
+    monkeypatch.setattr(hf, "PAIRS", 3)
+    monkeypatch.setattr(hf, "model_shapes", lambda wanted, on_cpu: [SHAPE])
+    run.peers = set()
+    hf.run(run)
+    assert {row.who for row in run.journal.rows} == {"slow-fast", hf.BASE}
 
 
 def test_its_shape_is_128_frames_unless_others_are_named(run, monkeypatch):

@@ -24,6 +24,10 @@ def without_gradients():
         yield
 
 
+def a_pipeline(video: Path | None) -> released.Pipeline:
+    return released.Pipeline(SHAPE, released.make_model(SHAPE, "float32", CPU), video)
+
+
 @pytest.fixture
 def measured(run, monkeypatch):
     monkeypatch.setattr(released, "find_video", lambda: None)
@@ -62,7 +66,7 @@ def test_a_file_is_decoded_and_answered_about(run):
     video = find_video()
     if video is None:
         pytest.skip("no sample video")
-    pipeline = released.Pipeline(SHAPE, "float32", CPU, Path(video))
+    pipeline = a_pipeline(Path(video))
     stages = {stage.who: stage for stage in pipeline.stages()}
     whole = f"file to {released.ANSWER} tokens"
     assert next(iter(stages)) == f"decode {video.name}"
@@ -73,7 +77,7 @@ def test_a_file_is_decoded_and_answered_about(run):
 
 @needs_transformers
 def test_a_wrong_answer_is_seen():
-    pipeline = released.Pipeline(SHAPE, "float32", CPU, None)
+    pipeline = a_pipeline(None)
     right = {stage.who: stage.is_right for stage in pipeline.stages()}
     nothing = torch.tensor([float("nan")])
     assert not right["tower"]([nothing])
@@ -83,13 +87,26 @@ def test_a_wrong_answer_is_seen():
 
 @needs_transformers
 def test_a_token_follows_the_prompt_in_its_cache():
-    pipeline = released.Pipeline(SHAPE, "float32", CPU, None)
+    pipeline = a_pipeline(None)
     want = pipeline.model(
         torch.cat([pipeline.ids, pipeline.ids[:, -1:]], 1), video_features=[pipeline.features], logits_to_keep=1
     ).logits
     torch.testing.assert_close(pipeline.step(pipeline.cache), want, atol=1e-4, rtol=1e-4)
     layers = pipeline.keys_and_values()
     assert [len(kv) for kv in layers] == [len(pipeline.slow)] * 2
+
+
+@needs_transformers
+def test_one_model_takes_the_strides_of_each_shape(run, monkeypatch):
+    prompts, make = [], released.make_model
+    models = []
+    monkeypatch.setattr(released, "make_model", lambda *given: models.append(make(*given)) or models[-1])
+    monkeypatch.setattr(released.Pipeline, "stages", lambda self: prompts.append(self.ids.shape[1]) or [])
+    run.shapes = ["8-s1t2", "8-s1t1", "8-s2t1"]
+    released.run(run, None)
+    side, text = 56 // 14 // 2, released.BEFORE + released.AFTER
+    assert prompts == [text + fast_frames * side**2 for fast_frames in (4, 8, 4)]
+    assert len(models) == 1
 
 
 def test_what_is_missing_is_a_row(run, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from slowfast_kernels.numbers import as_int
 
@@ -68,12 +68,15 @@ class VideoChat:
         num_frames: frames taken of a video file; None: as the processor says.
         fps: frames a second to take, at most ``num_frames``, as ``load_video`` does; None: evenly over the clip.
         system: a system message; None: the template's own, if it has one.
+        static_rows: tokens of a whole conversation, answers too, for which a static cache has room: on a GPU
+            transformers then compiles the decode step, once, and runs it as a CUDA graph. None: the cache grows and
+            nothing is compiled.
         options: of ``model.generate``, for every turn (``max_new_tokens=``, ``do_sample=``, ``temperature=``); where
             they say nothing, ``model.generation_config`` holds, and answers end after 512 tokens.
 
     Raises:
         TypeError: a model or processor of another class.
-        ValueError: ``num_frames`` < 1.
+        ValueError: ``num_frames`` or ``static_rows`` < 1.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class VideoChat:
         num_frames: int | None = None,
         fps: float | None = None,
         system: str | None = None,
+        static_rows: int | None = None,
         **options,
     ) -> None:
         for name, value, kind in (
@@ -94,6 +98,7 @@ class VideoChat:
                 raise TypeError(f"{name}: got {type(value).__name__}, want a {kind.__name__}")
         self.model, self.processor, self.fps, self.system = model, processor, fps, system
         self.num_frames = processor.num_frames if num_frames is None else as_int("num_frames", num_frames, 1)
+        self.static_rows = None if static_rows is None else as_int("static_rows", static_rows, 1)
         self.options = dict(options)
         if model.generation_config.max_new_tokens is None:
             self.options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
@@ -171,7 +176,7 @@ class VideoChat:
             FileNotFoundError, ValueError, ImportError: as ``load_video``.
             ValueError: videos for a model without a vision tower; in a later turn, for one without
                 ``config.causal_slow_tokens``; a placeholder of a video in the question; a chat template that the
-                tokenizer does not have.
+                tokenizer does not have; more tokens than ``static_rows``.
             TypeError: a question that is no string, one video in place of a list.
         """
         self._check(question, videos)
@@ -183,6 +188,7 @@ class VideoChat:
             text = self._text(message)
             inputs = self.processor(text=[text], videos=frames or None, return_tensors="pt", add_special_tokens=False)
             new = inputs["input_ids"].to(self.model.device)
+            self._check_room(new.shape[1])
         with watch.stage("tower"):
             features = self._features(inputs.get("pixel_values_videos", []), watch, on_progress)
         counts = {"videos": len(frames), "frames": sum(map(len, frames))}
@@ -213,6 +219,15 @@ class VideoChat:
             raise ValueError(
                 "videos: got one after the first turn, which a model without causal_slow_tokens in its config cannot "
                 "add, want all videos in the first turn, or another conversation"
+            )
+
+    def _check_room(self, num_new: int) -> None:
+        answer = self.options.get("max_new_tokens", self.model.generation_config.max_new_tokens)
+        total = self._length() + num_new + answer
+        if self.static_rows is not None and total > self.static_rows:
+            raise ValueError(
+                f"static_rows: got {self.static_rows}, want at least {total} ({self._length()} tokens of the turns "
+                f"before, {num_new} of this one, and max_new_tokens={answer} of an answer), or another conversation"
             )
 
     def _frames(self, video, on_progress) -> Tensor:
@@ -264,7 +279,10 @@ class VideoChat:
     def _generate(self, new: Tensor, features: list[Tensor], watch: Stopwatch, on_text):
         """The answer to ``new`` ids [1, n], and when the model began and each token was there."""
         ids = new if self._ids is None else torch.cat([self._ids, new], 1)
-        given = {} if self._cache is None else {CACHE: self._cache}
+        cache = self._cache
+        if cache is None and self.static_rows is not None:
+            cache = StaticCache(config=self.model.config.text_config, max_cache_len=self.static_rows)
+        given = {} if cache is None else {CACHE: cache}
         if features:
             given["video_features"] = features
         self._is_stopped = False

@@ -374,8 +374,6 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             restarts, attention_mask, use_cache = packed(position_ids, attention_mask, valid, use_cache)
 
         held = held_by(past)
-        if eager and held is not None and length > 1 and cached_length(past) == 0:
-            past.videos = held = None  # a compiled call left it a class whose reset does not know of videos
         # A decode step does not ask, as a cache that counts on its device would be waited for.
         starts = past is None or (eager and held is None and length > 1 and cached_length(past) == 0)
         placeholders = self._placeholders(input_ids, inputs_embeds, bool(features) or (eager and starts)) & valid
@@ -471,7 +469,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         """The cache of this call, carrying ``videos``."""
         if past is None:
             past = DynamicVideoCache(config=self.language_model.config)
-        elif not torch.compiler.is_compiling():
+        else:
             carry_videos(past)
         past.videos = videos
         return past

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -278,9 +279,27 @@ DynamicVideoCache = carrier_class(DynamicCache)
 
 
 def carry_videos(cache: Cache) -> None:
-    """Let a cache of any class carry videos: it becomes an instance of its class's ``carrier_class``."""
-    if not isinstance(cache, _Carrier):
-        cache.__class__ = carrier_class(type(cache))
+    """Let a cache of any class carry videos: it becomes an instance of its class's ``carrier_class``.
+
+    While compiling, which cannot change a class, it does so when a method is called that videos must hear of.
+    """
+    if isinstance(cache, _Carrier):
+        return
+    if torch.compiler.is_compiling():
+        for name in _HEARD:
+            setattr(cache, name, partial(_call_as_carrier, cache, name))
+        return
+    for name in _HEARD:
+        vars(cache).pop(name, None)
+    cache.__class__ = carrier_class(type(cache))
+
+
+_HEARD = ("reset", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop")  # of _Carrier
+
+
+def _call_as_carrier(cache: Cache, name: str, *args, **kwargs):
+    carry_videos(cache)
+    return getattr(cache, name)(*args, **kwargs)
 
 
 def fix_addresses(videos: HeldVideos) -> None:

@@ -152,6 +152,19 @@ def test_sampling():
     assert _sampling(Namespace(**given | {"top_p": 0.9})) == {"do_sample": True, "top_p": 0.9}
 
 
+def test_a_compiled_step_has_a_static_cache(run, chat, monkeypatch):
+    want = chat.ask("what is this").text
+    monkeypatch.setattr("slowfast_model.ask._device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(VideoChat, "from_pretrained", lambda *_, device, dtype, **given: _with(chat, device, given))
+    assert run("--compile", 16, "what is this") == (0, want + "\n", "")
+    assert "static_rows: got 10, want at least 11" in one_line(*run("--compile", 10, "what is this"))
+
+
+def _with(chat, device, given):
+    assert device.type == "cuda"
+    return VideoChat(chat.model, chat.processor, **given)
+
+
 def test_a_seed_fixes_what_is_sampled(run):
     sampled = [run("--temperature", 9, "--max-new-tokens", 12, "--seed", seed, "what")[1] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -227,6 +240,10 @@ def test_a_device_that_is_not_there(run, device):
     assert f"--device: got {device}" in one_line(*run("--device", device, "what"))
 
 
+def test_nothing_is_compiled_on_a_cpu(run):
+    assert "--compile: got it for a CPU" in one_line(*run("--compile", 64, "what"))
+
+
 def test_out_of_memory_names_the_ways_out(run, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate")
@@ -246,6 +263,7 @@ def test_out_of_memory_names_the_ways_out(run, monkeypatch):
         ("--top-p", "0"),
         ("--fps", "inf"),
         ("--dtype", "int8"),
+        ("--compile", "what"),
         ("a", "b"),
     ],
 )

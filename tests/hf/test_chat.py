@@ -9,6 +9,7 @@ import torch
 from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model, open_gates, word_tokenizer
 from test_generate import recomputed
 from test_processor import WORDS, clip, frames  # noqa: F401
+from torch._dynamo.testing import CompileCounter
 from transformers import PreTrainedTokenizerFast
 
 from slowfast_model import PatchTower, encode_frames, load_video
@@ -115,6 +116,35 @@ def test_the_models_own_end_and_length_hold_where_the_user_says_none(make):
     assert chat.ask("a cat").counts["cached_tokens"] == 6 + len(first.ids) - 1
     model.generation_config.eos_token_id, model.generation_config.max_new_tokens = None, 4
     assert VideoChat(model, processor, do_sample=False).ask("what is this").ids == before[:4]
+
+
+@pytest.mark.slow
+def test_a_static_cache_gives_the_same_answers_from_one_compiled_step(make):
+    from transformers import CompileConfig
+
+    counter = CompileCounter()
+    config = CompileConfig(backend=lambda *graph: counter(*graph), mode=None)  # generate copies all but functions
+    config._compile_all_devices = True  # as on a GPU
+    torch.compiler.reset()
+    chat = make({"static_rows": 64, "compile_config": config}, causal_slow_tokens=True)
+    plain = VideoChat(chat.model, chat.processor, do_sample=False, max_new_tokens=5)
+    one, two = frames(8), frames(4)
+    compiled = []
+    for _ in range(2):
+        for question, videos in (("what is this", [one]), ("a cat", []), ("is this", [two])):
+            assert chat.ask(question, videos).ids == plain.ask(question, videos).ids
+            compiled.append(counter.frame_count)
+        chat.reset()
+        plain.reset()
+    assert compiled == [1, 1, 2, 2, 2, 2]  # once more for two videos; another conversation compiles nothing
+
+
+def test_a_conversation_that_outgrows_its_static_cache_is_told_so(make):
+    chat = make({"static_rows": 25})
+    first = chat.ask("what is this")
+    with pytest.raises(ValueError, match=r"static_rows: got 25, want at least 30 \(11 tokens.* 14 of this .*=5 of"):
+        chat.ask("a cat " * 5)
+    assert chat.ask("a cat").counts["cached_tokens"] == 6 + len(first.ids)
 
 
 def test_a_system_message_comes_first(make):

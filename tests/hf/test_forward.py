@@ -69,6 +69,27 @@ def test_text_alone_is_the_base_models_bit_for_bit_with_open_gates_too(family, a
         assert torch.equal(model(ids).logits, base(ids).logits)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "granite"])
+def test_fast_tokens_enter_the_first_layer_as_the_projector_gives_them(family):
+    """Though Gemma 2's decoder (4.57) and Granite's multiply what they are given."""
+    if family == "granite":
+        config = transformers.GraniteConfig(**FAMILIES["llama"][1], embedding_multiplier=3.0)
+        model = slow_fast_model(lm=transformers.AutoModelForCausalLM.from_config(config).eval())
+    else:
+        model = slow_fast_model(family)
+    features, entered = video(), []
+
+    def see(module, args, kwargs):
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    model.get_decoder().layers[0].register_forward_pre_hook(see, with_kwargs=True)
+    ids = torch.tensor([prompt(model, 3, features, 4)])
+    with torch.no_grad():
+        model(ids, video_features=[features])
+        _, fast, _ = project_and_pool(model.mm_projector, [features], model.slow_fast, None, None)
+    close(entered[0][ids == VIDEO], fast, 1e-6)
+
+
 @every_family
 def test_kv_starts_as_the_layers_own(family):
     lm = language_model(family)

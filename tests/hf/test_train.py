@@ -212,7 +212,8 @@ def test_adapters_on_every_linear_layer(family, tmp_path):
         logits = adapted(input_ids=ids, **call).logits
         new = adapted.generate(input_ids=ids, **call, max_new_tokens=4, do_sample=False)
         assert (logits - base(ids, **call).logits).abs().max() > 1e-3
-        adapted.save_pretrained(tmp_path)
+        close(adapted.train()(input_ids=ids, **call).logits, logits, 1e-6)
+        adapted.eval().save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
         close(loaded(input_ids=ids, **call).logits, logits, 1e-6)
         merged = adapted.merge_and_unload()

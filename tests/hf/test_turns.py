@@ -12,6 +12,7 @@ from test_generate import GREEDY, recomputed
 from transformers import DynamicCache, StaticCache
 
 from slowfast_model.hf._versions import CACHE, OTHER_CACHE
+from slowfast_model.hf.videos import held_by
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -57,6 +58,16 @@ def test_a_turn_of_text_goes_on_from_the_cache(family, kind, name):
     turn = [prompt(model, 3), prompt(model, 3), prompt(model, 3)]
     ids, mask, got = second_turn(model, ids, mask, turn, None, cache, name)
     assert got == from_scratch(model, ids, mask, videos)
+
+
+def test_a_static_cache_whose_first_row_is_padded_goes_on():
+    """4.57 counts a static cache's length in its first row."""
+    model = slow_fast_model()
+    short, long = video(3), video()
+    cache = caches(model, "static")
+    ids, mask, cache = first_turn(model, [prompt(model, 1, short, 2), prompt(model, 4, long, 3)], [short, long], cache)
+    ids, mask, got = second_turn(model, ids, mask, [prompt(model, 3)] * 2, None, cache)
+    assert got == from_scratch(model, ids, mask, [[short], [long]])
 
 
 @pytest.mark.parametrize("draft", ["plain", "slow-fast", "early exit", "prompt lookup"])
@@ -269,12 +280,49 @@ def test_a_cache_that_is_reset_is_empty():
     assert out[0, 5:].tolist() == recomputed(model, row, None)
 
 
-def test_a_cache_that_a_compiled_call_filled_is_empty_after_its_reset():
+@pytest.mark.parametrize("again", ["eager", "compiled"])
+def test_a_cache_that_a_compiled_call_filled_is_empty_after_its_reset(again):
+    torch.compiler.reset()
     model = slow_fast_model()
     cache = StaticCache(config=model.config.text_config, max_cache_len=40)
-    ids, features = torch.tensor([prompt(model, 2, x := video(), 3)]), [x]
-    text = torch.tensor([prompt(model, 6)])
+    features, other = video(), video()
+    ids, text = torch.tensor([prompt(model, 2, features, 3)]), torch.tensor([prompt(model, 6)])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    second = compiled if again == "compiled" else model
+
+    def place(rows):
+        return {CACHE: cache} if CACHE == "cache" else {CACHE: cache, "cache_position": torch.arange(rows.shape[1])}
+
     with torch.no_grad():
-        torch.compile(model, backend="eager", fullgraph=True)(ids, video_features=features, **{CACHE: cache})
+        compiled(ids, video_features=[features], **place(ids))
         cache.reset()
-        close(model(text, **{CACHE: cache}).logits, model(text).logits)
+        assert held_by(cache) is None
+        close(second(text, **place(text)).logits, model(text).logits)
+        cache.reset()
+        close(second(ids, video_features=[other], **place(ids)).logits, model(ids, video_features=[other]).logits)
+        assert cache.videos.total.tolist() == [32]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "rows", "copied"),
+    [
+        ("reorder_cache", torch.tensor([1, 0]), [1, 0], False),
+        ("batch_select_indices", torch.tensor([1, 1]), [1, 1], False),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1], True),
+    ],
+)
+def test_videos_follow_the_rows_of_a_cache_that_a_compiled_call_filled(name, argument, rows, copied):
+    torch.compiler.reset()
+    model = slow_fast_model()
+    cache, features = DynamicCache(config=model.config.text_config), video()
+    inputs = batch([prompt(model, 2, features, 3), prompt(model, 13)])
+    with torch.no_grad():
+        torch.compile(model, backend="eager")(**inputs, video_features=[features], **{CACHE: cache})
+    if copied:
+        cache = pickle.loads(pickle.dumps(cache))
+    getattr(cache, name)(argument)
+    assert cache.videos.total.tolist() == [32 * (row == 0) for row in rows]
+    more = torch.randint(3, VIDEO - 1, (len(rows), 2))
+    videos = [[features] if row == 0 else [] for row in rows]
+    taken = {key: x[rows] for key, x in inputs.items()}
+    close(continued(model, taken, cache, more), alone(model, taken, videos, more), 1e-4)
