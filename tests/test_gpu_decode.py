@@ -13,6 +13,7 @@ from slowfast_kernels.dtypes import KERNEL_DTYPES
 from slowfast_kernels.triton import _common, gemv
 from slowfast_kernels.triton.gemv import Projection
 from slowfast_model import DecodeSession
+from slowfast_model.decode import cublas_pays
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")]
 
@@ -78,8 +79,10 @@ def sessions(*gemv: bool | None, dtype: torch.dtype = torch.bfloat16) -> tuple:
 
 @torch.no_grad()
 def test_a_step_takes_the_kernels_of_itself():
-    _, session = sessions(None)
-    assert session.gemv_limit() is None
+    model, several = sessions(None)
+    assert several.gemv_limit() == cublas_pays(len(several.position))
+    ids = torch.tensor([[1, 2], [3, 4]], device="cuda")
+    assert DecodeSession(model, ids, max_new_tokens=1).gemv_limit() is None
 
 
 @DTYPES

@@ -269,7 +269,7 @@ def test_capture_needs_a_gpu():
 
 def as_on_a_gpu(session):
     """A session whose step is asked as if its position were on a GPU; every tensor is still here."""
-    session.position = SimpleNamespace(device=torch.device("cuda"))
+    session.position = SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
     return session
 
 
