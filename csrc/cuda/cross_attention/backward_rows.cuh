@@ -91,6 +91,7 @@ template <typename T, int kHeadDim, bool kRanges>
 __global__ void __launch_bounds__(256)
     write_dq_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
   constexpr int kFragments = kHeadDim / 16, kVectors = kHeadDim / 8;
+  constexpr int kGroups = 4;  // read together: few tiles are few CTAs, and each waits for memory
   __shared__ __align__(16) T rows[kBackwardBlockM * kHeadDim];
   const int tile = blockIdx.x, kv_head = blockIdx.y, warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   BackwardSequence sequence(p, plan);
@@ -100,16 +101,24 @@ __global__ void __launch_bounds__(256)
   ptx::wait_for_previous_kernel();
   float4 sum[kFragments] = {};
   const int64_t first = int64_t{kv_head} * plan.max_sums + sequence.first_sum + tile - sequence.first_tile;
-  for (int group = 0; group < sequence.num_groups; ++group) {
-    if (kRanges && __ldcg(plan.turns + first + group * sequence.num_tiles) == 0) continue;  // nobody has added to it
-    const float4* part = reinterpret_cast<const float4*>(plan.sums + (first + group * sequence.num_tiles) * (kBackwardBlockM * kHeadDim)) +
-                         warpgroup * kFragments * 128 + thread;
-    float4 x[kFragments];
+  for (int begin = 0; begin < sequence.num_groups; begin += kGroups) {
+    float4 x[kGroups][kFragments] = {};
 #pragma unroll
-    for (int i = 0; i < kFragments; ++i) x[i] = __ldcs(part + i * 128);
+    for (int j = 0; j < kGroups; ++j) {
+      const int group = begin + j;
+      if (group >= sequence.num_groups) break;
+      if (kRanges && __ldcg(plan.turns + first + group * sequence.num_tiles) == 0) continue;  // nobody has added to it
+      const float4* part = reinterpret_cast<const float4*>(plan.sums + (first + group * sequence.num_tiles) * (kBackwardBlockM * kHeadDim)) +
+                           warpgroup * kFragments * 128 + thread;
 #pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-      sum[i] = make_float4(sum[i].x + x[i].x, sum[i].y + x[i].y, sum[i].z + x[i].z, sum[i].w + x[i].w);
+      for (int i = 0; i < kFragments; ++i) x[j][i] = __ldcs(part + i * 128);
+    }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) {
+        sum[i] = make_float4(sum[i].x + x[j][i].x, sum[i].y + x[j][i].y, sum[i].z + x[j][i].z, sum[i].w + x[j][i].w);
+      }
     }
   }
   const int row = thread / 32 * 16 + thread % 32 / 4, column = warpgroup * (kHeadDim / 2) + thread % 4 * 2;
