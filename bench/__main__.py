@@ -3,12 +3,14 @@ table, write JSON, plots. ``all`` leaves out the last four, which need other lib
 ``--backward`` measures the gradients of attention, pool and mix instead.
 
 The measuring happens in a worker process that journals each row. If it dies (a peer's segmentation fault, a lost CUDA
-context) this parent starts another on the same journal, which records the crash and goes on with the next row.
+context) this parent starts another on the same journal, which records the crash and goes on with the next row. A run
+that is stopped writes what it has measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 MAX_WORKERS = 12
+STOPPED = 130  # exit status after Ctrl-C or SIGTERM
 OF_ALL = ("model", "attention", "ranges", "pool", "mix", "train")
 BENCHMARKS = (*OF_ALL, "released", "decode", "hf", "mllama")
 WITH_GRADIENTS = ("attention", "pool", "mix")
@@ -231,6 +234,11 @@ def supervise(argv: list[str], journal: Path) -> int:
     return code
 
 
+def _interrupt(*_) -> NoReturn:
+    """Of SIGTERM: as Ctrl-C, which writes what has been measured."""
+    raise KeyboardInterrupt
+
+
 def _draw(directory: Path, meta: dict, rows: list) -> bool:
     """Plots, where matplotlib is there; what was measured is written already."""
     from . import plots
@@ -286,16 +294,23 @@ def main(argv: list[str]) -> int:
 
     from .runner import Journal
 
+    signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "journal.jsonl"
-        code = supervise(argv, path)
+        try:
+            code = supervise(argv, path)
+        except KeyboardInterrupt:
+            code = STOPPED
         journal = Journal(path)
     if journal.meta is None:
         return code or 1
+    if code == STOPPED:
+        journal.meta["stopped"] = True
     if not any(row.shape != "all" for row in journal.rows):
         print(f"no shape matches --shapes {args.shapes}", file=sys.stderr)
         return 2
-    return finish(args, journal.meta, journal.rows, argv) or (1 if code else 0)
+    failed = finish(args, journal.meta, journal.rows, argv)
+    return STOPPED if code == STOPPED else failed or (1 if code else 0)
 
 
 if __name__ == "__main__":

@@ -334,6 +334,7 @@ def _headline(meta: dict) -> list[str]:
         f"{meta['device']}, {versions}, {meta['date']}",
         f"Ceilings measured in this run: {bandwidth}, {gemm}",
         *([f"`{meta['command']}`"] if "command" in meta else []),
+        *(["Stopped before its end: rows are missing."] if "stopped" in meta else []),
     ]
 
 

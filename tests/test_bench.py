@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from bench_cases import CPU
 
 from bench import __main__ as cli
-from bench import attention, device, model, peers, runner, timing
+from bench import attention, device, model, peers, report, runner, timing
 from bench.runner import Contender, Journal, Row, Runner, Variant
 from bench.shapes import AttentionShape, Cost, Heads
 
@@ -178,6 +180,29 @@ def test_a_worker_that_gets_nowhere_is_not_restarted(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: (calls.append(1), types.SimpleNamespace(returncode=-11))[1])
     assert cli.supervise(["pool"], tmp_path / "journal.jsonl") == -11
     assert len(calls) == 1
+
+
+def test_a_run_that_is_stopped_writes_what_it_has_measured(tmp_path):
+    """By SIGTERM, as of a job that has used up its time; the worker goes too."""
+    target = tmp_path / "result.json"
+    options = ["--quick", "--device", "cpu", "--dtype", "float32", "--peers", "none", "--shapes"]
+    shapes = ",".join(["1of1@64", *(f"{n}of{n}@64" for n in range(20, 400))])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench", "mix", *options, shapes, "--json", str(target), "--plot", str(tmp_path)],
+        cwd=Path(cli.__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        seen = next(line for line in process.stdout if " us " in line)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+    assert process.returncode == cli.STOPPED
+    assert "1of1@64" in seen
+    assert "Stopped before its end" in rest
+    meta, rows = report.load_json(target)
+    assert meta["stopped"]
+    assert any(row.shape == "1of1@64" and row.ok for row in rows)
 
 
 def test_an_attention_run_on_a_cpu_names_each_absent_peer(run, capsys, monkeypatch):
