@@ -64,7 +64,7 @@ class Shares {
 
   // By all threads: blocks of the longest group; 0: there is no room to cut units otherwise. `scratch` has room for kScratch
   // words, and is free again when this returns.
-  static constexpr int kScratch = 3 * Traits::kThreads;
+  static constexpr int kScratch = 4 * Traits::kThreads;
   __device__ __forceinline__ int choose_length(int* scratch) const {
     if (!kIsBytes) return choose_best_length(scratch);
     // Groups that saturate the memory are enough. A unit has a group more than its blocks fill, or none.
@@ -79,6 +79,7 @@ class Shares {
     const int length = lane_ < kShares ? static_cast<int>(share * (12 + 2 * lane_) * (1.0f / 24)) + 1
                                        : groups_of(longest_, lane_ - kShares + 1);
     int groups = 0, parts = 0, single = 0;
+    unsigned part_blocks = 0;  // of the units that have several groups
     for (int first = 0; first < p_.batch; first += 32) {
       const Work mine = load(first);
       for (int source = threadIdx.x / 32; source < min(32, p_.batch - first); source += kWarps) {
@@ -87,6 +88,7 @@ class Shares {
         groups += units * each;
         if (each > 1) {
           parts += units * each;
+          part_blocks += static_cast<unsigned>(units) * blocks;
         } else if (units > 0) {
           single = max(single, blocks);
         }
@@ -95,17 +97,20 @@ class Shares {
     scratch[threadIdx.x] = groups;
     scratch[Traits::kThreads + threadIdx.x] = parts;
     scratch[2 * Traits::kThreads + threadIdx.x] = single;
+    scratch[3 * Traits::kThreads + threadIdx.x] = part_blocks;
     __syncthreads();
     groups = parts = single = 0;
+    part_blocks = 0;
 #pragma unroll 1
     for (int i = lane_; i < Traits::kThreads; i += 32) {
       groups += scratch[i];
       parts += scratch[Traits::kThreads + i];
       single = max(single, scratch[2 * Traits::kThreads + i]);
+      part_blocks += scratch[3 * Traits::kThreads + i];
     }
     __syncthreads();  // the scratch is free
     const bool fits = length >= shortest_length() && groups <= room() && parts <= 2 * plan_.share_slots;
-    const unsigned time = fits ? static_cast<unsigned>(fminf(time_of(length, groups, parts, single), 6e7f)) : kNoTime;
+    const unsigned time = fits ? static_cast<unsigned>(fminf(time_of(length, groups, parts, part_blocks, single), 6e7f)) : kNoTime;
     const unsigned best = __reduce_min_sync(0xffffffffu, time * 32 + lane_);
     return best / 32 == kNoTime ? 0 : __shfl_sync(0xffffffffu, length, best % 32);
   }
@@ -179,25 +184,34 @@ class Shares {
     return 2 * blocks > length ? 1 : 4 * blocks > length ? 2 : 3;
   }
 
-  // In sixteenths of the time that a CTA takes for a block. Groups of units that have several are one length, and run wave
-  // after wave; the others fill what these leave.
-  __device__ __forceinline__ float time_of(int length, int groups, int parts, int single) const {
+  // In sixteenths of the time that a CTA takes for a block. Groups of units that have several are one length, and come first.
+  // Where they take one wave, the others fill what it leaves, or run aside on the slots that it does not need, whichever is
+  // sooner; the last of them ends alone. Else wave after wave. Against schedules played out over 800 random batches, the
+  // length that this likes best takes 2% longer than the best candidate (25% in one of a hundred).
+  __device__ __forceinline__ float time_of(int length, int groups, int parts, unsigned part_blocks, int single) const {
     // Start and end of a CTA, more of them in a cluster, and where gates outlast a short loop; a level of the tree in which
     // groups add up.
     constexpr bool kIsWide = Traits::kHeadDim == 128;
     constexpr float kCta = kIsWide ? 80 : 130, kCluster = kIsWide ? 43 : 70, kGates = kIsWide ? 32 : 52, kLevel = kIsWide ? 32 : 53;
+    const int slots = plan_.share_slots;
     const bool are_clusters = plan_.cluster_size > 1;
     const float cta = kCta + (are_clusters ? kCluster : 0.0f) + (p_.state != nullptr ? kGates : 0.0f);
-    const float block = __fdividef(16.0f, plan_.cluster_size), slot = __fdividef(1.0f, plan_.share_slots);
-    const float one = block * min(length, longest_);
-    const float long_group = parts > 0 ? one + cta : 0.0f;
-    const float most = fmaxf(ceilf(parts * slot - 1e-3f) * long_group, block * single + cta);
-    const float tail = groups <= plan_.share_slots ? 0.0f : are_clusters ? block * single + cta : 0.25f * one;
-    const float even = (block * total_ + groups * cta) * slot + tail;
+    const float block = __fdividef(16.0f, plan_.cluster_size), slot = __fdividef(1.0f, slots);
+    const float long_group = parts > 0 ? block * min(length, longest_) + cta : 0.0f;
+    const float other = groups > parts ? block * single + cta : 0.0f;
+    const float even = (block * total_ + groups * cta) * slot;
+    float time = fmaxf(long_group, other);
+    if (parts > slots) {
+      time = fmaxf(fmaxf(ceilf(parts * slot - 1e-3f) * long_group, other), even + 0.25f * long_group);
+    } else if (groups > slots) {
+      const float others = block * (total_ - part_blocks) + (groups - parts) * cta;
+      const float aside = parts < slots ? __fdividef(others, slots - parts) + 0.25f * other : 1e9f;
+      time = fmaxf(time, fminf(even + 0.75f * other, aside));
+    }
     const int most_groups = groups_of(longest_, length);
     float sum = most_groups == 1 ? 0.0f : kLevel * (32 - __clz(most_groups - 1));
     if (most_groups > 1 && are_clusters) sum = 2 * kLevel + 2.0f * most_groups;
-    return fmaxf(most, even) + sum;
+    return time + sum;
   }
 
   __device__ __forceinline__ void take(const Sequence& sequence, int groups, int units, int begin, int group, int source,
