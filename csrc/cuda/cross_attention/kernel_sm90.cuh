@@ -77,6 +77,7 @@ __device__ __forceinline__ bool find_work(const CrossAttentionParams& p, const S
   if (Traits::kShares && plan.share_slots > 0 && !look_even<Traits>(p, plan, sequence, lane)) {
     const Shares<Traits> shares(p, plan, sequence, lane);
     if (!shares.are_even()) {
+      static_assert(Shares<Traits>::kScratch * sizeof(int) <= sizeof(shared.state));
       const int length = shares.choose_length(reinterpret_cast<int*>(shared.state));
       if (length > 0) return shares.find(length, unit, tile);
     }
