@@ -59,7 +59,7 @@ def _parts_kept(tiles, full, has_rest, KV_HEADS: tl.constexpr, DIRECT: tl.conste
 
 @triton.jit
 def _choose_length(
-    tiles, blocks, num_slots, max_programs, max_parts, KV_HEADS: tl.constexpr, BLOCK_B: tl.constexpr,
+    tiles, blocks, num_slots, num_programs, max_parts, KV_HEADS: tl.constexpr, BLOCK_B: tl.constexpr,
     DIRECT: tl.constexpr,
 ):  # fmt: skip
     """Of some lengths the one whose time, in blocks of a program, a model likes best; of equals the longest.
@@ -67,7 +67,7 @@ def _choose_length(
     Candidates are fractions of the longest sequence, which alone always fits, and what a slot would get of an even
     deal, up to twice that.
     """
-    COUNT: tl.constexpr = max(4, min(32, 4096 // BLOCK_B))
+    COUNT: tl.constexpr = 32 if BLOCK_B <= 128 else 4096 // BLOCK_B
     FRACTIONS: tl.constexpr = COUNT // 4
     tiles, blocks = tiles[None, :], blocks[None, :]
     units = tiles * KV_HEADS  # that are cut alike
@@ -82,7 +82,7 @@ def _choose_length(
     num_full = tl.sum(units * full, 1)
     num_rests = tl.sum(tl.where(has_rest, units, 0), 1)
     kept = tl.sum(_parts_kept(tiles, full, has_rest, KV_HEADS, DIRECT), 1)
-    fits = (num_full + num_rests <= max_programs) & (kept <= max_parts) & (tl.cdiv(longest, length) <= _MAX_PARTS)
+    fits = (num_full + num_rests <= num_programs) & (kept <= max_parts) & (tl.cdiv(longest, length) <= _MAX_PARTS)
 
     full_time = tl.where(num_full > 0, length + _START, 0.0)
     rest_time = tl.where(num_rests > 0, tl.max(rest, 1) + _START, 0.0)
@@ -142,11 +142,11 @@ def _dealt(
 
 @triton.jit
 def work_of(
-    program, cu_text, cu_slow, batch, num_tiles, num_splits, even_tiles, num_slots, max_parts,
+    program, num_programs, cu_text, cu_slow, batch, num_tiles, num_splits, even_tiles, num_slots, max_parts,
     HEADS_PER_KV: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """(sequence, tile within it, KV head, first block, last block, split, slot, length of parts) of a program.
+    """Of a program: (sequence, tile within it, KV head, first block, last block, split, slot, length of parts).
 
     sequence >= batch: it has nothing to do. length 0: the batch is even, and the plan's ``split`` it is. Otherwise
     ``slot`` of the workspace, which is -1 for a tile in one part where ``DIRECT`` writes its context at once.
@@ -162,7 +162,7 @@ def work_of(
         sequence = tl.where(split < num_splits, sequence, BLOCK_B)
     else:
         split = 0
-        length = _choose_length(tiles, blocks, num_slots, tl.num_programs(0), max_parts, KV_HEADS, BLOCK_B, DIRECT)
+        length = _choose_length(tiles, blocks, num_slots, num_programs, max_parts, KV_HEADS, BLOCK_B, DIRECT)
         sequence, tile, kv_head, first, last, slot = _dealt(program, length, tiles, blocks, KV_HEADS, BLOCK_B, DIRECT)
     return (
         uniform(sequence), uniform(tile), uniform(kv_head), uniform(first), uniform(last), uniform(split),

@@ -130,7 +130,7 @@ def _attention(
     if DEAL:
         num_q_heads *= DEAL_HEADS
         sequence, tile, kv_head, first_block, last_block, split, slot, length = work_of(
-            tile, cu_text, cu_slow, batch, num_tiles, num_splits, even_tiles, num_slots, max_parts,
+            tile, tl.num_programs(0), cu_text, cu_slow, batch, num_tiles, num_splits, even_tiles, num_slots, max_parts,
             HEADS_PER_KV, DEAL_HEADS, BLOCK_M, BLOCK_N, BLOCK_B, not SPLIT,
         )  # fmt: skip
         if tl.program_id(0) == 0:
