@@ -252,10 +252,14 @@ def triton_attention_backward_config(
 def triton_combine_config(
     num_text: int, num_q_heads: int, head_dim: int, num_splits: int, num_sms: int, dependent: bool
 ) -> CombineConfig:
-    """More heads a program save repeated gates; fewer fill the GPU where text rows are few."""
+    """More heads a program save repeated gates; fewer fill the GPU where text rows are few.
+
+    Of one split it adds up what an uneven batch has in parts. An even batch has none, and few programs are soon done.
+    """
+    most, programs_an_sm = (4, 2) if num_splits > 1 else (32, 16)
     block_s, block_d = min(next_power_of_2(num_splits), 64), padded_head_dim(head_dim)
     block_h = 1
-    while block_h < 4 and num_text * -(-num_q_heads // (2 * block_h)) >= 2 * num_sms:
+    while block_h < most and num_text * -(-num_q_heads // (2 * block_h)) >= programs_an_sm * num_sms:
         block_h *= 2
     block_s = min(block_s, max(1, 16384 // (block_h * block_d)))
     return CombineConfig(block_s, block_h, 4 if block_s * block_h * block_d <= 8192 else 8, dependent)
