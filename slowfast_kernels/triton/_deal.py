@@ -152,7 +152,8 @@ def work_of(
     ``slot`` of the workspace, which is -1 for a tile in one part where ``DIRECT`` writes its context at once.
     """
     tiles, blocks = _weigh(cu_text, cu_slow, batch, HEADS_PER_KV, BLOCK_M, BLOCK_N, BLOCK_B)
-    if _are_even(tiles, blocks, even_tiles):
+    # A branch that a warp's threads might take apart would cost the loop behind it its uniform registers.
+    if uniform(_are_even(tiles, blocks, even_tiles).to(tl.int32)) > 0:
         length, slot = 0, -1
         split = program // (num_tiles * KV_HEADS)
         kv_head = program // num_tiles % KV_HEADS
