@@ -8,6 +8,7 @@ Roofline: a decoded token reads K and V once (Ns * Hkv * 2 * D elements at memor
   * ``num_splits`` programs share one tile's slow tokens. Each writes a normalised float32 partial and its base-2
     log-sum-exp; ``_combine`` adds them in a fixed order and, for the fused op, forms the gate and mixes, so that a
     whole layer's slow path is two launches.
+  * Splits are cut for even lengths. Where a batch has others, programs find it out and share blocks anew (``_deal``).
 """
 
 from __future__ import annotations
