@@ -20,7 +20,7 @@ from slowfast_kernels.heuristics.backends import (
     unsupported_reason,
 )
 from slowfast_kernels.heuristics.cuda import hopper_attention_config
-from slowfast_kernels.heuristics.triton import triton_attention_config, triton_row_config
+from slowfast_kernels.heuristics.triton import triton_attention_config, triton_deal_config, triton_row_config
 from slowfast_kernels.ops.explain import FUNCTIONS
 from slowfast_kernels.ops.op import OPS
 
@@ -170,6 +170,22 @@ def test_the_triton_plan_is_that_of_the_heuristics(op, num_splits, hopper, rng):
     assert (config.num_splits > 1) == (num_splits == 0)
     partials, context = 4 * config.num_splits * 2 * 4 * (64 + 1), 2 * 2 * 4 * 64 * (op == FUSED)
     assert found.workspace_bytes == (partials if config.num_splits > 1 else context)
+
+
+@pytest.mark.parametrize("op", [ATTEND, FUSED])
+@pytest.mark.parametrize("batch", [2, 66])
+def test_a_batch_that_triton_may_deal_out_says_so(op, batch, hopper, rng):
+    shape = Shape(((1, 100),) * batch, (4, 2), 64)
+    found = sk.explain(op, *arguments_of(op, rng(), shape, torch.bfloat16)[0], backend="triton")
+    config = triton_attention_config(batch, 100 * batch, batch, 4, 2, 64, 2, 132)
+    deal = triton_deal_config(config, batch, 100 * batch, batch, 4, 2, 132)
+    assert found.grid == (deal.num_programs,)
+    assert found.num_splits == config.num_splits
+    assert "deals out" in str(found)
+    rows = max(deal.max_parts * config.block_m, config.num_splits * batch * 4)
+    context = batch * 4 * (64 * 2 + 4) * (op == FUSED and config.num_splits == 1)
+    assert found.workspace_bytes == 4 * (rows * (64 + 1) + 1) + context
+    assert (config.num_splits == 1) == (batch == 66)
 
 
 @pytest.mark.parametrize("op", [ATTEND, FUSED])

@@ -61,16 +61,27 @@ def attention_tensors(num_slow=48):
     return AttentionTensors(q, slow_kv, numbers(0, num_slow), numbers(0), numbers(0, 1))
 
 
-def plain(num_splits):
-    tensors = attention_tensors()
+def batch_tensors(batch):
+    """So many sequences of one block each, save the last."""
+    num_slow = 40 * 64
+    q, slow_kv = torch.zeros(batch, 2, 64).half(), torch.zeros(num_slow, 1, 2, 64).half()
+    begins = numbers(*range(batch))
+    return AttentionTensors(
+        q, slow_kv, numbers(*range(0, 64 * batch, 64), num_slow), begins, numbers(*range(batch + 1))
+    )
+
+
+def plain(num_splits, tensors=None):
+    tensors = tensors or attention_tensors()
     return "text_cross_attention", tensors, AttentionOptions(None, True, num_splits, "triton")
 
 
 GATING = (torch.zeros(128).half(), torch.zeros(1).half(), torch.zeros(1).half(), None)
 
 
-def fused(num_splits):
-    tensors = FusedTensors(torch.zeros(1, 128).half(), *attention_tensors(), *GATING)
+def fused(num_splits, tensors=None):
+    tensors = tensors or attention_tensors()
+    tensors = FusedTensors(torch.zeros(len(tensors.q), 128).half(), *tensors, *GATING)
     return "cross_attention", tensors, FusedOptions(None, num_splits, "tanh", True, "triton")
 
 
@@ -116,6 +127,9 @@ def prepared(name, tensors, options):
 OPS = {
     "attention": (lambda: plain(1), ["_attention"]),
     "attention in parts": (lambda: plain(2), ["_attention", "_combine"]),
+    "batch": (lambda: plain(0, batch_tensors(2)), ["_attention", "_combine"]),
+    "fused batch": (lambda: fused(0, batch_tensors(2)), ["_attention", "_combine"]),
+    "fused batch in a wave": (lambda: fused(0, batch_tensors(40)), ["_attention", "_combine", "_gated_mix"]),
     "fused": (lambda: fused(1), ["_attention", "_gated_mix"]),
     "fused in parts": (lambda: fused(2), ["_attention", "_combine"]),
     "mix": (mix, ["_gated_mix"]),

@@ -49,6 +49,16 @@ class CombineConfig:
 
 
 @dataclass(frozen=True)
+class DealConfig:
+    """Of a batch whose lengths may be uneven: what the device needs to cut its row tiles into parts of one length."""
+
+    num_slots: int  # programs that run at once
+    even_tiles: int  # row tiles, were all sequences alike
+    num_programs: int  # of the grid: enough for the plan, and for any deal
+    max_parts: int  # that the workspace holds
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """A program holds a row of ``block_c`` channels."""
 
@@ -120,6 +130,11 @@ def _attention_tile(rows: int, block_d: int, dtype_bytes: int, shared_bytes: int
     return tile
 
 
+def _slots(rows: int, num_warps: int, num_sms: int) -> int:
+    """One program of 4 warps an SM streams at the memory's rate; where products rule, a second one fills its gaps."""
+    return num_sms * (2 if rows > 16 and num_warps == 4 else 1)
+
+
 @lru_cache(maxsize=4096)
 def triton_attention_config(
     num_text: int,
@@ -145,10 +160,44 @@ def triton_attention_config(
     if num_splits == 0:
         programs = batch * -(-rows // block_m) * num_kv_heads
         num_blocks = max(1, -(-num_slow // (batch * block_n)))
-        # One program of 4 warps an SM streams at the memory's rate; where products rule, a second one fills its gaps.
-        slots = num_sms * (2 if rows > 16 and num_warps == 4 else 1)
+        slots = _slots(rows, num_warps, num_sms)
         num_splits = _fewest_waves(programs, slots, min(num_blocks, _MAX_SPLITS))
     return AttentionConfig(block_m, block_n, num_splits, num_warps, num_stages)
+
+
+_MOST_DEALT = 1024  # sequences, all of whose lengths a program looks at
+_WORTH_A_LAUNCH = 32  # blocks that one sequence may have, until parts are worth a launch that adds them up
+
+
+@lru_cache(maxsize=4096)
+def triton_deal_config(
+    config: AttentionConfig,
+    num_text: int,
+    num_slow: int,
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    num_sms: int,
+) -> DealConfig | None:
+    """For the device to deal out the batch where it is uneven; None: ``config`` it is, whatever the lengths.
+
+    A part is no shorter than an even share of a slot, unless that is what the longest sequence is cut into: so there
+    are no more full parts than slots, each tile has a rest at most, and no more tiles than slots are cut.
+    """
+    if batch == 1 or batch > _MOST_DEALT:
+        return None
+    if config.num_splits == 1 and -(-num_slow // config.block_n) <= _WORTH_A_LAUNCH:
+        return None
+    heads_per_kv = num_q_heads // num_kv_heads
+    rows = -(-num_text // batch) * heads_per_kv
+    slots = _slots(rows, config.num_warps, num_sms)
+    tiles = config.num_tiles(num_text, batch, heads_per_kv) * num_kv_heads
+    return DealConfig(
+        num_slots=slots,
+        even_tiles=batch * -(-rows // config.block_m),
+        num_programs=max(tiles * config.num_splits, tiles + slots),
+        max_parts=slots + (slots if config.num_splits == 1 else tiles),  # alone, a tile that is not cut has no part
+    )
 
 
 # Of the backward, by bytes an element and padded head dimension: (block_m and block_n, num_warps, num_stages, step) of
@@ -203,13 +252,22 @@ def triton_attention_backward_config(
 def triton_combine_config(
     num_text: int, num_q_heads: int, head_dim: int, num_splits: int, num_sms: int, dependent: bool
 ) -> CombineConfig:
-    """More heads a program save repeated gates; fewer fill the GPU where text rows are few."""
+    """More heads a program save repeated gates; fewer fill the GPU where text rows are few.
+
+    Of one split it adds up what an uneven batch has in parts. An even batch has none, and few programs are soon done.
+    """
+    most, programs_an_sm = (4, 2) if num_splits > 1 else (32, 16)
     block_s, block_d = min(next_power_of_2(num_splits), 64), padded_head_dim(head_dim)
     block_h = 1
-    while block_h < 4 and num_text * -(-num_q_heads // (2 * block_h)) >= 2 * num_sms:
+    while block_h < most and num_text * -(-num_q_heads // (2 * block_h)) >= programs_an_sm * num_sms:
         block_h *= 2
     block_s = min(block_s, max(1, 16384 // (block_h * block_d)))
     return CombineConfig(block_s, block_h, 4 if block_s * block_h * block_d <= 8192 else 8, dependent)
+
+
+def triton_parts_at_a_time(block_h: int, block_d: int) -> int:
+    """Of an uneven batch, by a program of the combine kernel: a tile may have many where the plan has few."""
+    return max(1, min(32, 4096 // (block_h * block_d)))
 
 
 def triton_pieces_config(num_pieces: int) -> tuple[int, int]:

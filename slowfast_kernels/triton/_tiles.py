@@ -21,7 +21,7 @@ def uniform(x):
 
 
 @triton.jit
-def _lengths(cu, batch, BLOCK_B: tl.constexpr):
+def lengths(cu, batch, BLOCK_B: tl.constexpr):
     b = tl.arange(0, BLOCK_B)
     begin = tl.load(cu + b, mask=b < batch, other=0)
     end = tl.load(cu + b + 1, mask=b < batch, other=0)
@@ -29,17 +29,28 @@ def _lengths(cu, batch, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def sequence_of(tile, cu_text, batch, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
-    """(sequence, tile within it) of a grid tile; sequence == BLOCK_B for the tiles that the upper bound adds."""
-    tiles = tl.cdiv(_lengths(cu_text, batch, BLOCK_B) * HEADS_PER_KV, BLOCK_M)
+def tiles_of(cu_text, batch, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Tiles of each sequence."""
+    return tl.cdiv(lengths(cu_text, batch, BLOCK_B) * HEADS_PER_KV, BLOCK_M)
+
+
+@triton.jit
+def find_tile(tiles, tile):
+    """(sequence, tile within it) of a grid tile, where sequences have ``tiles``; behind the last one past them all."""
     before = tl.cumsum(tiles, 0) <= tile
     return tl.sum(before.to(tl.int32), 0), tile - tl.sum(tl.where(before, tiles, 0), 0)
 
 
 @triton.jit
+def sequence_of(tile, cu_text, batch, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+    """(sequence, tile within it) of a grid tile; sequence == BLOCK_B for the tiles that the upper bound adds."""
+    return find_tile(tiles_of(cu_text, batch, HEADS_PER_KV, BLOCK_M, BLOCK_B), tile)
+
+
+@triton.jit
 def rows_in_tiles(sequence, cu_text, batch, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
     """(first, last) packed row of a sequence, its first row being that of its first tile: ``sequence_of``'s inverse."""
-    rows = _lengths(cu_text, batch, BLOCK_B) * HEADS_PER_KV
+    rows = lengths(cu_text, batch, BLOCK_B) * HEADS_PER_KV
     b = tl.arange(0, BLOCK_B)
     first = tl.sum(tl.where(b < sequence, tl.cdiv(rows, BLOCK_M), 0), 0) * BLOCK_M
     return uniform(first), uniform(first + tl.sum(tl.where(b == sequence, rows, 0), 0))

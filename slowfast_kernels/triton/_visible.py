@@ -123,7 +123,7 @@ def _end_of(end):
 
 
 @triton.jit
-def _share_of(split, num_splits, num_blocks):
+def share_of(split, num_splits, num_blocks):
     """(first, last) of the blocks that a split gets; they are dealt out evenly."""
     share, extra = num_blocks // num_splits, num_blocks % num_splits
     first = split * share + tl.minimum(split, extra)
@@ -144,7 +144,7 @@ def visible_share(
             low, high = _segment(position, begin, end)
             num_blocks += _count_blocks(slow_pieces, first_slow, last_slow, low, high, BLOCK_N, SCAN)
             position = high
-        return _share_of(split, num_splits, num_blocks)
+        return share_of(split, num_splits, num_blocks)
     else:
         return 0, tl.where(stop > 0, NEVER, 0)
 

@@ -8,6 +8,7 @@ Roofline: a decoded token reads K and V once (Ns * Hkv * 2 * D elements at memor
   * ``num_splits`` programs share one tile's slow tokens. Each writes a normalised float32 partial and its base-2
     log-sum-exp; ``_combine`` adds them in a fixed order and, for the fused op, forms the gate and mixes, so that a
     whole layer's slow path is two launches.
+  * Splits are cut for even lengths. Where a batch has others, programs find it out and share blocks anew (``_deal``).
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ from ..calls import AttentionOptions, AttentionTensors, FusedOptions, FusedTenso
 from ..gate import Gate
 from ..heuristics.triton import (
     AttentionConfig,
+    DealConfig,
     next_power_of_2,
     padded_head_dim,
     triton_attention_config,
     triton_combine_config,
+    triton_deal_config,
     triton_pieces_config,
 )
 from ._block import attend_block
-from ._common import describe, gate_of, gdc_launch_dependents, gdc_wait, on_device_of
+from ._combine import LN2, combine_launch
+from ._common import describe, gdc_launch_dependents, on_device_of
+from ._deal import work_of
 from ._launch import Launch
-from ._tiles import sequence_of
-from ._visible import count_tokens, visible_rows, visible_share, visit_visible
+from ._tiles import sequence_of, uniform
+from ._visible import count_tokens, share_of, visible_rows, visible_share, visit_visible
 from .gated_mix import copied_or_empty, mix_launch
 
-_LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -56,13 +60,13 @@ def _prefetch(tile, tokens_left, STRIDE: tl.constexpr, D: tl.constexpr, TOKENS: 
 
 @triton.jit
 def _store_nothing(
-    out, lse, text, head, is_row, split, num_text, num_splits, num_q_heads,
+    out, lse, partials, text, head, is_row, split, num_text, num_partials, num_q_heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, WRITE_EMPTY: tl.constexpr,
 ):  # fmt: skip
     """The result of a tile whose rows see nothing, or nothing of this split."""
     out_row = text.to(tl.int64) * num_q_heads + head
     if SPLIT:
-        lse = out + num_splits.to(tl.int64) * num_text * num_q_heads * D
+        lse = partials + num_partials.to(tl.int64) * D
         tl.store(lse + split.to(tl.int64) * num_text * num_q_heads + out_row, float("-inf"), mask=is_row)
     else:
         if lse is not None:
@@ -72,7 +76,27 @@ def _store_nothing(
             tl.store(out + out_row[:, None] * D + cols[None, :], 0.0, mask=is_row[:, None] & (cols < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_text", "batch", "num_splits"])
+@triton.jit
+def _store_partial(partials, num_partials, partial, acc, lse2, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``partial`` of the workspace: normalised sums and their log-sum-exp in base 2."""
+    cols = tl.arange(0, BLOCK_D)
+    tl.store(partials + num_partials.to(tl.int64) * D + partial, lse2, mask=is_row)
+    tl.store(partials + partial[:, None] * D + cols[None, :], acc, mask=is_row[:, None] & (cols < D)[None, :])
+
+
+@triton.jit
+def _store_context(out, lse, out_row, acc, lse2, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    if lse is not None:
+        tl.store(lse + out_row, lse2 * LN2, mask=is_row)
+    cols = tl.arange(0, BLOCK_D)
+    out_ptrs = out + out_row[:, None] * D + cols[None, :]
+    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=is_row[:, None] & (cols < D)[None, :])
+
+
+_NUMBERS = ["num_text", "batch", "num_splits", "num_partials", "num_tiles", "even_tiles", "num_slots", "max_parts"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _attention(
     q,
     keys, values,  # [Ns, Hkv, D] each; values None: they lie value_offset elements behind the keys, at the same strides
@@ -80,14 +104,18 @@ def _attention(
     text_rows, cu_text,
     slow_begin, slow_end,  # [Nt], or None: rows see their sequence from its start, and to its end
     slow_pieces,  # [P, 2], or None
-    out,  # SPLIT: float32 workspace, partials [num_splits, Nt, Hq, D] then lse [num_splits, Nt, Hq]; else context
+    out,  # context [Nt, Hq, D], or None: all of it is in parts
     lse,  # [Nt, Hq] or None
+    partials,  # or None; float32 [num_partials, D], then their lse, then with DEAL the length of parts as an int32
     num_text, batch, num_splits,
+    num_partials,  # rows of the workspace; of the plan they are [num_splits, Nt, Hq]
+    num_tiles, even_tiles, num_slots, max_parts,  # of a deal
     q_row_stride, q_head_stride, k_head_stride, v_head_stride, value_offset, softmax_scale,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,  # elements a token: constants make the loop's addresses immediates
     NEGATIVE: tl.constexpr,  # softmax_scale < 0
     HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    DEAL_HEADS: tl.constexpr,  # KV heads of a batch that may be dealt out, whose grid has one dimension; else 0
     WRITE_EMPTY: tl.constexpr,  # the context of tiles that see nothing too; not where who reads it looks at lse first
     SCAN: tl.constexpr, CHUNK: tl.constexpr,  # pieces that are counted, and that are walked, at a time
 ):  # fmt: skip
@@ -96,10 +124,23 @@ def _attention(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     num_q_heads = tl.num_programs(1) * HEADS_PER_KV
+    DEAL: tl.constexpr = DEAL_HEADS > 0
     if PDL:
         gdc_launch_dependents()
 
-    if BLOCK_B == 1:
+    if DEAL:
+        num_q_heads *= DEAL_HEADS
+        sequence, tile, kv_head, first_block, last_block, split, slot, length = work_of(
+            tile, tl.num_programs(0), cu_text, cu_slow, batch, num_tiles, num_splits, even_tiles, num_slots, max_parts,
+            HEADS_PER_KV, DEAL_HEADS, BLOCK_M, BLOCK_N, BLOCK_B, not SPLIT,
+        )  # fmt: skip
+        if tl.program_id(0) == 0:
+            tl.store((partials + num_partials.to(tl.int64) * (D + 1)).to(tl.pointer_type(tl.int32)), length)
+        if sequence >= batch:
+            return
+        first_text = tl.load(cu_text + sequence)
+        num_rows = (tl.load(cu_text + sequence + 1) - first_text) * HEADS_PER_KV
+    elif BLOCK_B == 1:
         sequence, first_text, num_rows = 0, 0, num_text * HEADS_PER_KV
     else:
         sequence, tile = sequence_of(tile, cu_text, batch, HEADS_PER_KV, BLOCK_M, BLOCK_B)
@@ -118,10 +159,11 @@ def _attention(
     if (slow_begin is None and slow_end is None) and slow_pieces is None:
         # Blocks are dealt out evenly; the masked block is always the last one of the last split.
         num_slow = last_slow - first_slow
-        num_blocks = tl.cdiv(num_slow, BLOCK_N)
-        share, extra = num_blocks // num_splits, num_blocks % num_splits
-        lo = (split * share + tl.minimum(split, extra)) * BLOCK_N
-        hi = tl.minimum(lo + (share + (split < extra).to(tl.int32)) * BLOCK_N, num_slow)
+        if not DEAL:
+            first_block, last_block = share_of(split, num_splits, tl.cdiv(num_slow, BLOCK_N))
+        lo, hi = first_block * BLOCK_N, tl.minimum(last_block * BLOCK_N, num_slow)
+        if DEAL:
+            hi = uniform(hi)
         first_token = (first_slow + lo).to(tl.int64)
     else:
         begin, end = None, None
@@ -135,8 +177,9 @@ def _attention(
         )
         if first_block >= last_block:
             _store_nothing(
-                out, lse, text, head, is_row, split, num_text, num_splits, num_q_heads, D, BLOCK_D, SPLIT, WRITE_EMPTY
-            )
+                out, lse, partials, text, head, is_row, split, num_text, num_partials, num_q_heads,
+                D, BLOCK_D, SPLIT, WRITE_EMPTY,
+            )  # fmt: skip
             return
         lo, hi, first_token = 0, 0, 0
     keys += first_token * K_STRIDE + kv_head.to(tl.int64) * k_head_stride
@@ -210,77 +253,19 @@ def _attention(
     lse2 = tl.where(empty, float("-inf"), top + tl.log2(total))
     out_row = text.to(tl.int64) * num_q_heads + head
     if SPLIT:
-        out_row += split.to(tl.int64) * num_text * num_q_heads
-        tl.store(out + num_splits.to(tl.int64) * num_text * num_q_heads * D + out_row, lse2, mask=is_row)
-    elif lse is not None:
-        tl.store(lse + out_row, lse2 * _LN2, mask=is_row)
-    out_ptrs = out + out_row[:, None] * D + cols[None, :]
-    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
-
-
-@triton.jit(do_not_specialize=["num_text", "num_splits"])
-def _combine(
-    partials,  # what _attention wrote with SPLIT
-    out,  # context [Nt, Hq, D]; with ``state``: the mixed state [rows, C]
-    lse,  # [Nt, Hq] or None
-    state, text_rows, weight, bias, warm_up, value,  # None: combine only
-    num_text, num_splits, state_row_stride,
-    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr, GATE: tl.constexpr, TANH_WARM_UP: tl.constexpr, PDL: tl.constexpr,
-    SPARSE: tl.constexpr,  # a part whose lse is -inf may not have been written
-):  # fmt: skip
-    text = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    cols = tl.arange(0, BLOCK_D)
-    is_head = head < HQ
-    inside = is_head[:, None] & (cols < D)[None, :]
-    element = head[:, None] * D + cols[None, :]
-    if state is not None:
-        # Nothing here comes from the launch before, so a dependent launch does it while that one still runs.
-        row = tl.load(text_rows + text).to(tl.int64)
-        c = tl.arange(0, BLOCK_C)
-        state_row = state + row * state_row_stride
-        x = tl.load(state_row + c, mask=c < HQ * D, other=0.0).to(tl.float32)
-        g = gate_of(x, weight, bias, warm_up, value, text, c, HQ * D, GATE, TANH_WARM_UP)
-        residual = tl.load(state_row + element, mask=inside, other=0.0)
-    if PDL:
-        gdc_wait()
-
-    stride = num_text.to(tl.int64) * HQ  # heads a split
-    lse_partials = partials + num_splits * stride * D
-    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    for first in tl.range(0, num_splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        is_split = split < num_splits
-        slot = split.to(tl.int64)[:, None] * stride + text * HQ + head[None, :]
-        part_lse = tl.load(lse_partials + slot, mask=is_split[:, None] & is_head[None, :], other=float("-inf"))
-        ptrs = partials + slot[:, :, None] * D + cols[None, None, :]
-        is_part = is_split[:, None, None] & inside[None, :, :]
-        if SPARSE:
-            is_part = is_part & (part_lse != float("-inf"))[:, :, None]
-        part = tl.load(ptrs, mask=is_part, other=0.0)
-        new_top = tl.maximum(top, tl.max(part_lse, 0))
-        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
-        w = tl.exp2(part_lse - origin[None, :])
-        shrink = tl.exp2(top - origin)
-        total = total * shrink + tl.sum(w, 0)
-        acc = acc * shrink[:, None] + tl.sum(w[:, :, None] * part, 0)
-        top = new_top
-
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    context = acc / total[:, None]
-    if lse is not None:
-        lse_row = tl.where(empty, float("-inf"), (top + tl.log2(total)) * _LN2)
-        tl.store(lse + text * HQ + head, lse_row, mask=is_head)
-    if state is not None:
-        mixed = (residual.to(tl.float32) + g * context).to(out.dtype.element_ty)
-        mixed = tl.where(empty[:, None], residual, mixed)  # nothing to mix: the same bits, -0 and NaN too
-        tl.store(out + row * (HQ * D) + element, mixed, mask=inside)
+        partial = out_row + split.to(tl.int64) * num_text * num_q_heads
+        if DEAL:
+            in_slot = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            partial = tl.where(length > 0, in_slot, partial)
+        _store_partial(partials, num_partials, partial, acc, lse2, is_row, D, BLOCK_D)
+    elif DEAL:
+        if slot >= 0:
+            in_slot = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            _store_partial(partials, num_partials, in_slot, acc, lse2, is_row, D, BLOCK_D)
+        else:
+            _store_context(out, lse, out_row, acc, lse2, is_row, D, BLOCK_D)
     else:
-        tl.store(out + text * (HQ * D) + element, context.to(out.dtype.element_ty), mask=inside)
+        _store_context(out, lse, out_row, acc, lse2, is_row, D, BLOCK_D)
 
 
 _NO_GATE = Gate("none", None, None, None, False, None)
@@ -290,7 +275,7 @@ class Attention:
     """The launches of calls alike: tiles, splits and what kernels are compiled for. There is at least one text row.
 
     ``gate``: of the fused op, whose ``sample`` has a state: ``attend_and_mix`` is called, else ``attend``. ``config``
-    overrides the heuristics, for tuning.
+    overrides the heuristics, for tuning, and with it ``deal``.
     """
 
     def __init__(
@@ -300,6 +285,7 @@ class Attention:
         num_splits: int = 0,
         gate: Gate | None = None,
         config: AttentionConfig | None = None,
+        deal: DealConfig | None = None,
     ):
         q, slow_kv, pieces = sample.q, sample.slow_kv, sample.slow_pieces
         (_, num_q_heads, head_dim), (num_slow, num_kv_heads) = q.shape, slow_kv.shape[:2]
@@ -313,29 +299,44 @@ class Attention:
         scan, chunk = triton_pieces_config(0 if pieces is None else pieces.shape[0])
         heads_per_kv = num_q_heads // num_kv_heads
         device = describe(q.device)
+        selects = sample.selects
         self.num_text, self.num_q_heads, self.head_dim = num_text, num_q_heads, head_dim
-        self.config = config = config or triton_attention_config(
-            num_text, num_slow, batch, num_q_heads, num_kv_heads, head_dim, q.element_size(),
-            device.num_sms, num_splits, device.shared_bytes,
-        )  # fmt: skip
+        if config is None:
+            config = triton_attention_config(
+                num_text, num_slow, batch, num_q_heads, num_kv_heads, head_dim, q.element_size(),
+                device.num_sms, num_splits, device.shared_bytes,
+            )  # fmt: skip
+            if num_splits == 0 and not selects:
+                deal = triton_deal_config(config, num_text, num_slow, batch, num_q_heads, num_kv_heads, device.num_sms)
+        self.config, self.deal = config, deal
+        self.is_split = config.num_splits > 1
         self.combine = triton_combine_config(
             num_text, num_q_heads, head_dim, config.num_splits, device.num_sms, device.dependent_launch
         )
-        self.is_split = config.num_splits > 1
-        self.grid = (config.num_tiles(num_text, batch, heads_per_kv), num_kv_heads, config.num_splits)
+        num_tiles = config.num_tiles(num_text, batch, heads_per_kv)
+        self.grid = (num_tiles, num_kv_heads, config.num_splits)
+        self.num_partials = num_text * num_q_heads * config.num_splits if self.is_split else 0  # workspace rows
+        deal_numbers = (0, 0, 0, 0)
+        if deal is not None:
+            self.grid = (deal.num_programs,)
+            self.num_partials = max(self.num_partials, deal.max_parts * config.block_m)
+            deal_numbers = (num_tiles, deal.even_tiles, deal.num_slots, deal.max_parts)
         scale = scale_of(q, softmax_scale)
         self.numbers = (
-            num_text, batch, config.num_splits, q.stride(0), q.stride(1),
+            num_text, batch, config.num_splits, self.num_partials, *deal_numbers, q.stride(0), q.stride(1),
             k_stride[1], v_stride[1], value_offset, scale,
         )  # fmt: skip
-        selects = sample.selects
         self.may_be_empty = selects or batch > 1 or num_slow == 0  # rows without a slow token
         # The launch after this one may start early: it waits for this one's results by itself.
-        dependent = self.combine.dependent if self.is_split else gate is not None and device.dependent_launch
+        combines = self.is_split or deal is not None
+        dependent = self.combine.dependent if combines else gate is not None and device.dependent_launch
+        in_batch = {
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_B": next_power_of_2(batch),
+            "DEAL_HEADS": 0 if deal is None else num_kv_heads,
+        }  # fmt: skip
         constants = {
             "K_STRIDE": k_stride[0], "V_STRIDE": v_stride[0], "NEGATIVE": scale < 0, "HEADS_PER_KV": heads_per_kv,
-            "D": head_dim, "BLOCK_D": padded_head_dim(head_dim),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_B": next_power_of_2(batch),
+            "D": head_dim, "BLOCK_D": padded_head_dim(head_dim), **in_batch,
             "SPLIT": self.is_split, "PEEL": config.peel_tail, "PDL": dependent,
             "PREFETCH": device.prefetch and not (selects or config.peel_tail), "SCAN": scan, "CHUNK": chunk,
             "WRITE_EMPTY": gate is None and not self.is_split,  # else who reads the context looks at lse first
@@ -343,21 +344,31 @@ class Attention:
         }  # fmt: skip
         self.first = Launch(_attention, self.grid, constants)
         state_stride = None if gate is None else sample.state.stride(0)
-        if self.is_split:
-            self.second = self._combine_launch(gate or _NO_GATE, selects)
-            self.second_numbers = (num_text, config.num_splits, state_stride)
-        elif gate is not None:
+        if combines:
+            gate_here = gate if gate is not None and self.is_split else _NO_GATE
+            self.second = combine_launch(
+                self.combine, num_text, num_q_heads, head_dim, gate_here,
+                sparse=selects, direct=not self.is_split, in_batch=in_batch,
+            )  # fmt: skip
+            self.second_numbers = (
+                num_text, batch, config.num_splits, self.num_partials, state_stride if self.is_split else None,
+            )  # fmt: skip
+        if gate is not None and not self.is_split:
             channels = num_q_heads * head_dim
-            self.second = mix_launch(num_text, channels, gate, dependent)
-            self.second_numbers = (state_stride, channels, num_q_heads if self.may_be_empty else 0)
+            self.mix = mix_launch(num_text, channels, gate, dependent)
+            self.mix_numbers = (state_stride, channels, num_q_heads if self.may_be_empty else 0)
 
     def describe(self) -> CallPlan:
-        """The workspace is what ``_partials`` makes."""
-        tiles, floats = asdict(self.config), 0
-        if self.is_split:
+        """The workspace is what ``_workspace`` makes."""
+        tiles, notes = asdict(self.config), ()
+        if self.is_split or self.deal is not None:
             tiles |= {f"combine_{name}": value for name, value in asdict(self.combine).items()}
-            floats = self.config.num_splits * self.num_text * self.num_q_heads * (self.head_dim + 1)
-        return CallPlan(tiles=tiles, num_splits=self.config.num_splits, grid=self.grid, workspace_bytes=4 * floats)
+        if self.deal is not None:
+            notes = ("where lengths are uneven, the device deals out blocks instead",)
+        return CallPlan(
+            tiles=tiles, num_splits=self.config.num_splits, grid=self.grid,
+            workspace_bytes=4 * self._workspace_words(), notes=notes,
+        )  # fmt: skip
 
     def describe_with_mix(self, dtype: torch.dtype) -> CallPlan:
         """Without splits the context, and if some may be empty their lse, lie in memory between the two launches."""
@@ -365,60 +376,57 @@ class Attention:
         if self.is_split:
             return plan
         head_bytes = self.head_dim * dtype.itemsize + (4 if self.may_be_empty else 0)
-        return replace(plan, workspace_bytes=self.num_text * self.num_q_heads * head_bytes)
+        context_bytes = self.num_text * self.num_q_heads * head_bytes
+        return replace(plan, workspace_bytes=plan.workspace_bytes + context_bytes)
 
     def attend(self, tensors: AttentionTensors | FusedTensors, context: Tensor, lse: Tensor | None) -> None:
         """Into ``context`` [Nt, Hq, D] and ``lse`` [Nt, Hq]."""
-        if self.is_split:
-            self._combine(self._partials(tensors), context, lse)
-        else:
-            self._attend(tensors, context, lse)
+        partials = self._workspace(tensors)
+        self._attend(tensors, None if self.is_split else context, None if self.is_split else lse, partials)
+        if partials is not None:
+            self._combine(tensors, partials, context, lse)
 
     def attend_and_mix(self, tensors: FusedTensors, gate: Gate) -> Tensor:
-        """The fused op's result, in two launches (three where rows that are no text rows must be copied)."""
+        """The fused op's result, in two launches; one more where rows that are no text rows must be copied, and one
+        where tiles may be in parts and the context not."""
         state, q = tensors.state, tensors.q
         out = copied_or_empty(state, self.num_text)
         if self.is_split:
-            self._combine(self._partials(tensors), out, None, state, tensors.text_rows, gate)
+            partials = self._workspace(tensors)
+            self._attend(tensors, None, None, partials)
+            self._combine(tensors, partials, out, None, state, tensors.text_rows, gate)
             return out
         context = torch.empty((self.num_text, *q.shape[1:]), dtype=q.dtype, device=q.device)
         lse = None
         if self.may_be_empty:
             lse = torch.empty(context.shape[:2], dtype=torch.float32, device=q.device)
-        self._attend(tensors, context, lse)
-        self.second((state, context, tensors.text_rows, out, *gate.read_tensors, lse), self.second_numbers)
+        self.attend(tensors, context, lse)
+        self.mix((state, context, tensors.text_rows, out, *gate.read_tensors, lse), self.mix_numbers)
         return out
 
-    def _attend(self, tensors: AttentionTensors | FusedTensors, out: Tensor, lse: Tensor | None) -> None:
+    def _attend(
+        self, tensors: AttentionTensors | FusedTensors, out: Tensor | None, lse: Tensor | None, partials: Tensor | None
+    ) -> None:
         arguments = (
             tensors.q, tensors.slow_kv, tensors.slow_values, tensors.cu_slow, tensors.text_rows, tensors.cu_text,
-            tensors.slow_begin, tensors.slow_end, tensors.slow_pieces, out, lse,
+            tensors.slow_begin, tensors.slow_end, tensors.slow_pieces, out, lse, partials,
         )  # fmt: skip
         self.first(arguments, self.numbers)
 
-    def _partials(self, tensors: AttentionTensors | FusedTensors) -> Tensor:
-        heads = self.config.num_splits * self.num_text * self.num_q_heads
-        partials = torch.empty(heads * (self.head_dim + 1), dtype=torch.float32, device=tensors.q.device)
-        self._attend(tensors, partials, None)
-        return partials
+    def _workspace_words(self) -> int:
+        """Parts and their lse; and the length that the device gave them."""
+        return self.num_partials * (self.head_dim + 1) + (self.deal is not None)
 
-    def _combine_launch(self, gate: Gate, selects: bool) -> Launch:
-        config = self.combine
-        constants = {
-            "HQ": self.num_q_heads, "D": self.head_dim, "BLOCK_D": padded_head_dim(self.head_dim),
-            "BLOCK_S": config.block_s, "BLOCK_H": config.block_h,
-            "BLOCK_C": next_power_of_2(self.num_q_heads * self.head_dim), "GATE": gate.kind,
-            "TANH_WARM_UP": gate.warm_up_tanh, "PDL": config.dependent, "SPARSE": selects,
-            "num_warps": config.num_warps, "enable_fp_fusion": True,
-        }  # fmt: skip
-        grid = (self.num_text, -(-self.num_q_heads // config.block_h))
-        return Launch(_combine, grid, constants, waits=config.dependent)
+    def _workspace(self, tensors: AttentionTensors | FusedTensors) -> Tensor | None:
+        words = self._workspace_words()
+        return torch.empty(words, dtype=torch.float32, device=tensors.q.device) if words else None
 
     def _combine(
-        self, partials: Tensor, out: Tensor, lse: Tensor | None,
+        self, tensors: AttentionTensors | FusedTensors, partials: Tensor, out: Tensor, lse: Tensor | None,
         state: Tensor | None = None, text_rows: Tensor | None = None, gate: Gate = _NO_GATE,
     ) -> None:  # fmt: skip
-        self.second((partials, out, lse, state, text_rows, *gate.read_tensors), self.second_numbers)
+        cu = (None, None) if self.deal is None else (tensors.cu_text, tensors.cu_slow)
+        self.second((partials, *cu, out, lse, state, text_rows, *gate.read_tensors), self.second_numbers)
 
 
 def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOptions) -> Callable:
