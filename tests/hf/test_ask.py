@@ -287,7 +287,15 @@ def test_without_the_extra_it_says_what_is_missing(directory):
 # -------------------------------------------------------------------------------------------------- interrupts
 
 
-def test_an_interrupt_ends_the_answer_and_a_second_one_the_program():
+@pytest.fixture
+def interruptible():
+    """As a program in a terminal: one in the background of a shell may be born deaf to SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_answer_and_a_second_one_the_program(interruptible):
     stopped = []
     before = signal.getsignal(signal.SIGINT)
     with _interrupt_ends_answer(SimpleNamespace(stop=lambda: stopped.append(True))):
