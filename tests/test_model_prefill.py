@@ -6,17 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_cases import MODEL_TARGETS, PROMPT_VIDEOS, PROMPTS, features, one_thread, padded, tiny_model  # noqa: F401
+from model_cases import PROMPT_VIDEOS, PROMPTS, features, one_thread, padded, tiny_model  # noqa: F401
+from prefill_cases import MIXED, assert_as_exact, either_order, every_target, tokens
 from torch import nn
 
 import slowfast_kernels as sk
 from slowfast_model import DecodeSession
 from slowfast_model.prefill import pools_first, projects_at_once, use_order
-from slowfast_model.vision import project_and_pool
 
-every_target = pytest.mark.parametrize("target", MODEL_TARGETS)
-either_order = pytest.mark.parametrize("first", [False, True], ids=["project_first", "pool_first"])
-MIXED = ((5, 4), (4, 6), (1, 3), (7, 4), (1, 4))  # (frames, side): two grids of videos, images on these and another
 PROJECTORS = {
     "linear": {"mm_projector_type": "linear"},
     "two_layers": {},
@@ -43,24 +40,16 @@ def pool_calls(monkeypatch):
 # ------------------------------------------------------------------------------------------ pooling
 
 
-def tokens(model, videos, first, norm_eps=1e-6):
-    with use_order(pool_first=first):
-        return project_and_pool(model.model.mm_projector, videos, model.config, norm_eps, model.backend)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("changes", PROJECTORS.values(), ids=PROJECTORS)
 @torch.no_grad()
 def test_pooling_first_is_as_exact_as_projecting_first(changes, dtype):
     """Errors against float64 from the same numbers, as norms: at most 2 times those of the other order."""
     model, videos = tiny_model(**changes).to(dtype), [x.to(dtype) for x in features(*MIXED)]
-    found = {first: tokens(model, videos, first) for first in (False, True)}
-    exact = tokens(model.double(), [x.double() for x in videos], False)
+    found = {first: tokens(model, videos, pool_first=first) for first in (False, True)}
+    exact = tokens(model.double(), [x.double() for x in videos], pool_first=False)
     assert found[True][2] == found[False][2] == exact[2]
-    for pooled_first, projected_first, wanted in zip(found[True][:2], found[False][:2], exact[:2], strict=True):
-        errors = [(x.double() - wanted).norm() for x in (pooled_first, projected_first)]
-        assert pooled_first.dtype == dtype
-        assert errors[0] <= 2 * errors[1]
+    assert_as_exact(found[True], found[False], exact, dtype)
 
 
 @every_target
@@ -82,7 +71,7 @@ def test_gradients_are_those_of_the_other_order(changes):
     def gradients(first):
         model = tiny_model(**changes).double()
         videos = [x.double().requires_grad_() for x in features(*MIXED)]
-        slow, fast, _ = tokens(model, videos, first, norm_eps=None)
+        slow, fast, _ = tokens(model, videos, norm_eps=None, pool_first=first)
         (slow.pow(2).sum() + fast.pow(3).sum()).backward()
         return [x.grad for x in (*model.model.mm_projector.parameters(), *videos)]
 
@@ -95,7 +84,7 @@ def test_pooling_first_leaves_the_last_linear_layer_the_slow_tokens_alone(monkey
     rows = []
     linear = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda x, *args: rows.append(len(x)) or linear(x, *args))
-    tokens(tiny_model(), features((4, 4)), True)
+    tokens(tiny_model(), features((4, 4)), pool_first=True)
     assert rows == [4 * 16, 4 * 4]
     (first, spatial), (second, temporal) = pool_calls
     assert (first, second) == ((4, 16, 32), (4, 4, 32))
@@ -124,7 +113,7 @@ def _ends_with_another_layer(projector):
 def test_a_projector_that_does_not_end_with_a_plain_linear_layer_is_called_whole(change, pool_calls):
     model, videos = tiny_model(), features(*MIXED)
     change(model.model.mm_projector)
-    for a, b in zip(tokens(model, videos, True)[:2], tokens(model, videos, False)[:2], strict=True):
+    for a, b in zip(*(tokens(model, videos, pool_first=first)[:2] for first in (True, False)), strict=True):
         assert torch.equal(a, b)
     assert [options["norm_eps"] for _, options in pool_calls] == [1e-6] * len(pool_calls)
 
@@ -140,7 +129,7 @@ def test_a_projector_that_does_not_end_with_a_plain_linear_layer_is_called_whole
 )
 @torch.no_grad()
 def test_where_there_is_nothing_to_save_the_projector_is_called_whole(changes, shapes, pool_calls):
-    tokens(tiny_model(**changes), features(*shapes, width=changes.get("mm_hidden_size", 12)), True)
+    tokens(tiny_model(**changes), features(*shapes, width=changes.get("mm_hidden_size", 12)), pool_first=True)
     assert [options["norm_eps"] for _, options in pool_calls] == [1e-6] * len(pool_calls)
 
 

@@ -7,18 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_cases import MODEL_TARGETS, PROMPT_VIDEOS, PROMPTS, features, one_thread, padded, tiny_model  # noqa: F401
+from model_cases import PROMPT_VIDEOS, PROMPTS, features, one_thread, padded, tiny_model  # noqa: F401
+from prefill_cases import MIXED, assert_as_exact, either_order, every_target, tokens
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slowfast_model.prefill import rows_at_once, use_order
-from slowfast_model.vision import _runs, project_and_pool
+from slowfast_model.vision import _runs
 
-every_target = pytest.mark.parametrize("target", MODEL_TARGETS)
-either_order = pytest.mark.parametrize("first", [False, True], ids=["project_first", "pool_first"])
-MIXED = ((5, 4), (4, 6), (1, 3), (7, 4), (1, 4))  # (frames, side): two grids of videos, images on these and another
 # Windows of these cross every place where runs could be cut, or leave frames out.
 WINDOWS = {
     "released": {"min_fast_frames": 3, "fast_token_temporal_stride": 2**20},  # 7 frames to 3 windows, which overlap
@@ -41,11 +39,6 @@ WIDTH = 32  # of the tiny model's projector
 def working(rows: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes in which so many feature tokens are projected at a time."""
     return rows * 2 * WIDTH * dtype.itemsize
-
-
-def tokens(model, videos, norm_eps=1e-6, **order):
-    with use_order(**order):
-        return project_and_pool(model.model.mm_projector, videos, model.config, norm_eps, model.backend)
 
 
 @pytest.fixture
@@ -93,10 +86,7 @@ def test_runs_are_as_exact_as_all_frames_at_once(changes, dtype, first):
     found = tokens(model, videos, pool_first=first, working_bytes=working(50, dtype))
     whole = tokens(model, videos, pool_first=False)
     exact = tokens(model.double(), [x.double() for x in videos], pool_first=False)
-    for in_runs, at_once, wanted in zip(found[:2], whole[:2], exact[:2], strict=True):
-        errors = [(x.double() - wanted).norm() for x in (in_runs, at_once)]
-        assert in_runs.dtype == dtype
-        assert errors[0] <= 2 * errors[1]
+    assert_as_exact(found, whole, exact, dtype)
 
 
 @every_target
