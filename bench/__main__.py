@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "attention and ranges BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL], mix TEXTofROWS[@C], "
         "model and hf FRAMES, train BATCHxTEXTxFRAMESf, released FRAMES-sSAMPLINGtTEMPORAL, decode BATCHxCACHED, "
         "mllama TEXTxIMAGESi; "
-        "'ragged' of attention: uneven batches, which run only when named",
+        "'batches' and 'ragged' of attention: a sweep, and uneven batches against even ones, which run only when named",
     )
     p.add_argument(
         "--backward",
@@ -174,7 +174,12 @@ def worker(args: argparse.Namespace, error) -> int:
     steps = {
         "model": [lambda: model.run(runner, args.video, args.parts)],
         "decode": [lambda: decode.run(runner)],
-        "attention": [lambda: attention.run(runner), lambda: layer.run(runner), lambda: ragged.run(runner)],
+        "attention": [
+            lambda: attention.run(runner),
+            lambda: attention.run_sweep(runner),
+            lambda: layer.run(runner),
+            lambda: ragged.run(runner),
+        ],
         "ranges": [lambda: ranges.run(runner)],
         "pool": [lambda: pool.run(runner)],
         "mix": [lambda: mix.run(runner)],

@@ -16,10 +16,10 @@ import slowfast_kernels as sk
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
 from .peers import PEERS
 from .runner import Contender, Runner, Variant, relative_error
-from .selection import parse_attention, select
+from .selection import parse_attention, select, swept_batches
 from .shapes import ATTENTION, AttentionShape, attention_cost
 
-OP = "attention"
+OP, SWEEP = "attention", "batches"
 HOST_SHAPE = AttentionShape.even(1, 1, 256)  # so little work that the host alone sets the pace
 
 
@@ -78,9 +78,23 @@ def run(runner: Runner) -> None:
         _run_host(runner, dtype, backends)
 
 
-def _run_shape(runner: Runner, shape: AttentionShape, dtype: str, backends: list[str], peers: list) -> None:
+def run_sweep(runner: Runner) -> None:
+    """The same for a sweep of batches, where it is asked for."""
+    shapes = swept_batches(runner.shapes)
+    if not shapes:
+        return
+    backends = [name for name in our_backends(runner, SWEEP) if name != "eager"]  # which takes seconds of each
+    peers = runner.present(SWEEP, PEERS)
+    for shape in shapes:
+        for dtype in runner.dtypes:
+            _run_shape(runner, shape, dtype, backends, peers, SWEEP)
+
+
+def _run_shape(
+    runner: Runner, shape: AttentionShape, dtype: str, backends: list[str], peers: list, op: str = OP
+) -> None:
     names = [*backends, *(peer.name for peer in peers)]
-    if all(runner.is_done(OP, shape.name, dtype, name) for name in names):
+    if all(runner.is_done(op, shape.name, dtype, name) for name in names):
         return
     sets = make_inputs(shape, dtype, runner.device, runner.journal.meta["cache_bytes"])
     context = reference_context(sets[0])
@@ -95,7 +109,7 @@ def _run_shape(runner: Runner, shape: AttentionShape, dtype: str, backends: list
 
     contenders = [ours(backend) for backend in backends]
     contenders += [Contender(peer.name, peer.variants(sets, context), alone) for peer in peers]
-    runner.compare(OP, shape.name, dtype, contenders, sustained=True)
+    runner.compare(op, shape.name, dtype, contenders, sustained=True)
 
 
 def _run_host(runner: Runner, dtype: str, backends: list[str]) -> None:

@@ -17,6 +17,7 @@ from .runner import Row, format_us, short
 
 OP_TITLES = {
     "attention": "Attention over slow tokens (ours with gate and mix, peers attention alone)",
+    "batches": "A sweep of batches (ours with gate and mix, peers attention alone)",
     "layer": "Slow path of one hybrid layer",
     "kv": "Keys and values of one hybrid layer",
     "ranges": "Growing prefixes: text row i of n sees i / n of the slow tokens (attention alone)",
@@ -78,7 +79,7 @@ NOT_PAIRED = (
     "Slow-fast and base LLM were not measured in pairs here, but minutes apart: what the slow path adds can't be told "
     "from these times. `python -m bench model` measures it."
 )
-BRIEF_OPS = ("attention", "layer", "pool", "mix")  # those with a choice of backends and peers
+BRIEF_OPS = ("attention", "batches", "layer", "pool", "mix")  # those with a choice of backends and peers
 
 
 def save_json(path: Path, meta: dict, rows: list[Row]) -> None:

@@ -13,6 +13,7 @@ from .released_shapes import RELEASED, RELEASED_ON_CPU, ReleasedShape
 from .shapes import (
     ATTENTION,
     ATTENTION_BACKWARD,
+    BATCHES,
     DECODE,
     DECODE_ON_CPU,
     MIX,
@@ -34,6 +35,7 @@ from .shapes import (
     ModelShape,
     PoolShape,
     RaggedMix,
+    SweptBatch,
     TrainShape,
 )
 
@@ -187,6 +189,12 @@ def ragged_mixes(wanted: Iterable[str], on_cpu: bool) -> list[RaggedMix]:
     return [mix for mix in found if mix.on_cpu or not on_cpu or "ragged" not in wanted]
 
 
+def swept_batches(wanted: Iterable[str]) -> list[SweptBatch]:
+    """Those that ``wanted`` names ("batches", or as ``ragged_mixes`` takes it): no run has them unasked."""
+    wanted = [text for text in wanted if text.startswith("batches")]
+    return select(BATCHES, wanted, lambda text: None, on_cpu=False) if wanted else []
+
+
 def select(registry: Sequence, wanted: Iterable[str], parse: Callable, on_cpu: bool) -> list:
     """Shapes of a registry for one run.
 
@@ -208,7 +216,7 @@ def select(registry: Sequence, wanted: Iterable[str], parse: Callable, on_cpu: b
 
 
 OPS = {
-    "attention": ([*ATTENTION, *RAGGED], parse_attention),
+    "attention": ([*ATTENTION, *BATCHES, *RAGGED], parse_attention),
     "ranges": ([*RANGES, *PIECES], parse_attention),
     "pool": (POOL, parse_pool),
     "mix": (MIX, parse_mix),

@@ -128,6 +128,15 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class SweptBatch(AttentionShape):
+    """One of a sweep of batches."""
+
+    @property
+    def name(self) -> str:
+        return f"batches {super().name}"
+
+
+@dataclass(frozen=True)
 class RaggedMix:
     """A batch of uneven sequences, and the even batch with as much work that it is held to."""
 
@@ -489,6 +498,23 @@ RAGGED: list[RaggedMix] = [
     _random_mix(8, 128, 41472),
     _random_mix(16, 256, 20736),
 ]
+
+
+# Batches that users have: 8 to 32 sequences, 8 to 128 text rows over 2k to 20k slow tokens each; two of random lengths.
+def _random_batch(batch: int) -> SweptBatch:
+    draw = random.Random(batch)
+    rows, slow = ([draw.randint(*most) for _ in range(batch)] for most in ((8, 128), (2048, 20736)))
+    return SweptBatch(tuple(rows), tuple(slow))
+
+
+BATCHES: list[SweptBatch] = [
+    SweptBatch.even(batch, text, slow)
+    for batch in (8, 16, 32)
+    for text in (8, 32, 64, 128)
+    for slow in (2048, 5184, 20736)
+]
+BATCHES += [SweptBatch.even(4, 128, 20736, HEADS["Llama-3-8B"]), SweptBatch.even(32, 1, 5184)]
+BATCHES += [_random_batch(8), _random_batch(16)]
 
 # Growing prefixes (text row i of n sees (i + 1) / n of its video), and one video in pieces of so many tokens.
 RANGES: list[AttentionShape] = [

@@ -162,19 +162,23 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().max() if x.numel() else x.new_zeros(())
 
 
-def excess(actual: Tensor, eager: Tensor | None, exact: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Error over what is allowed, as a tensor on the device (no sync): the rule holds if it is <= 1. NaN breaks it.
+def allowed(actual: Tensor, eager: Tensor | None, exact: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The largest error that the rule grants, as a tensor on the device (no sync).
 
     ``eager`` None: ``actual`` is the eager op's, and rounding alone is allowed.
     """
-    error = _largest(actual.double() - exact)
     if actual.dtype == torch.float32 and (eager is None or eager.dtype == torch.float32):
-        return error / FLOAT32_TOLERANCE
+        return exact.new_full((), FLOAT32_TOLERANCE)
     scale = _largest(exact) if noise is None else _largest(exact) + _largest(noise)
     rounding = unit_roundoff(actual.dtype) * scale
     if eager is not None:
         rounding = torch.maximum(2 * _largest(eager.double() - exact), rounding)
-    return error / (rounding + 1e-6)
+    return rounding + 1e-6
+
+
+def excess(actual: Tensor, eager: Tensor | None, exact: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Error over what is allowed: the rule holds if it is <= 1. NaN breaks it."""
+    return _largest(actual.double() - exact) / allowed(actual, eager, exact, noise)
 
 
 def assert_accurate(actual: Tensor, eager: Tensor | None, exact: Tensor, noise: Tensor | None = None) -> None:

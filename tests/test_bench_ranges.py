@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend
 from bench import attention, masked_peers, peers, plots, ragged, ranges, report, selection, verdicts
 from bench.inputs import make_inputs, reference_context, visible
 from bench.runner import Row
-from bench.shapes import AttentionShape, Heads, RaggedMix
+from bench.shapes import AttentionShape, Heads, RaggedMix, SweptBatch
 
 TINY = AttentionShape.even(1, 6, 300, Heads(4, 2, 16))
 
@@ -105,6 +105,18 @@ def test_uneven_batches_run_on_a_cpu_beside_even_ones(run, monkeypatch):
     rows = by_who(run, "ragged")
     assert {who: row.status for who, row in rows.items()} == {"cpu": "ok", "cpu-even": "ok"}
     assert {row.op for row in run.journal.rows} == {"ragged"}
+
+
+def test_a_sweep_of_batches_runs_on_a_cpu_without_eager(run, monkeypatch):
+    monkeypatch.setattr(selection, "BATCHES", [SweptBatch((2, 1), (50, 9), Heads(4, 2, 16))])
+    run.shapes = ["batches"]
+    for step in (attention.run, attention.run_sweep):
+        step(run)
+    rows = by_who(run, "batches")
+    assert rows["cpu"].ok
+    assert rows["cpu"].shape == "batches 2x1..2x9..50@4/2/16"
+    assert "eager" not in rows
+    assert {row.op for row in run.journal.rows} == {"batches"}
 
 
 def test_what_is_in_the_journal_is_not_measured_again(run):

@@ -292,6 +292,22 @@ def test_random_mixes_are_the_same_in_every_run():
     assert again in shapes.RAGGED
 
 
+def test_the_sweep_of_batches_runs_only_when_it_is_named():
+    assert selection.swept_batches([]) == []
+    assert selection.swept_batches(["8x8x2048", "28/4/128", "*"]) == []
+    assert selection.swept_batches(["batches"]) == shapes.BATCHES
+    found = selection.swept_batches(["batches 16x32x5184*"])
+    assert [(batch.text, batch.slow) for batch in found] == [((32,) * 16, (5184,) * 16)]
+    assert not set(shapes.BATCHES) & set(selection.select(shapes.ATTENTION, ["batches"], lambda text: None, False))
+    selection.check_shapes(["batches"], ["attention"])
+    with pytest.raises(ValueError, match="batches"):
+        selection.check_shapes(["batches"], ["attention"], backward=True)
+
+
+def test_the_sweep_has_forty_batches_of_its_own():
+    assert len({batch.name for batch in shapes.BATCHES}) == 40
+
+
 def test_uneven_batches_run_only_when_they_are_named():
     assert selection.ragged_mixes([], on_cpu=False) == []
     assert selection.ragged_mixes(["1x1x*", "41472", "*"], on_cpu=False) == []

@@ -155,7 +155,7 @@ def test_a_batch_leaves_room_for_groups_that_uneven_lengths_ask_for(num_text, nu
     if (selects and config.consumers == 2) or batch > 256:
         assert config.share_slots == 0
         return
-    if config.consumers == 1 and not selects and batch == 2:  # two videos keep the plan that is best for even ones
+    if config.consumers == 1 and not selects and batch == 2 <= num_text:  # two videos keep the plan for even ones
         assert config.share_slots == 0
         return
     width, heads, layers = config.grid(4)
@@ -178,6 +178,13 @@ def test_a_batch_leaves_room_for_groups_that_uneven_lengths_ask_for(num_text, nu
 def test_uneven_groups_say_of_how_many_blocks_they_are_a_share(num_text, batch):
     config = hopper_attention_config(num_text, 10368 * batch, batch, 28, 4, 128)
     assert 0 < config.long_blocks < config.even_blocks == 81
+
+
+def test_sequences_that_can_have_no_row_are_not_planned_for():
+    alone, beside = (hopper_attention_config(1, 10368 * batch, batch, 28, 4, 128) for batch in (1, 2))
+    assert (alone.cluster_size, alone.num_groups) == (beside.cluster_size, beside.num_groups)
+    assert beside.even_units == 4, "one row has a tile a KV head, wherever it is"
+    assert beside.share_slots > 0, "which of the two it is, and how long, only the device knows"
 
 
 def test_lengths_that_are_known_are_not_looked_at():

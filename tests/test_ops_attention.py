@@ -35,7 +35,8 @@ def check_huge(target, inputs, **options):
     error, plain_error = ((x.double() - exact.context).abs().max() for x in (context, plain))
     rounded = reference.unit_roundoff(torch.float32) * exact.lse.abs().max()
     rounded = 2 * rounded * inputs.slow_kv[:, :, 1].double().abs().max()
-    assert error <= 2 * plain_error + reference.FLOAT32_TOLERANCE + rounded
+    allowed = max(2 * plain_error, reference.allowed(context, plain, exact.context, exact.noise))
+    assert error <= allowed + rounded, f"{error:.3g} > {allowed:.3g} + {rounded:.3g}, eager's is {plain_error:.3g}"
     assert (lse.double() - exact.lse).abs().max() <= 1e-6 * exact.lse.abs().max()
 
 

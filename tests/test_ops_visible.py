@@ -80,7 +80,8 @@ class Call:
         context, lse = target.run(partial(run, sk.text_cross_attention, return_lse=True), *mine)
         wide = [x.detach().double().requires_grad_() for x in mine]
         exact = run(reference.visible_attention, *wide)
-        up, up_lse = torch.randn_like(exact.context), torch.randn_like(exact.lse)
+        up = torch.randn_like(exact.context).to(context.dtype).double()  # as the op will get it
+        up_lse = torch.randn_like(exact.lse).to(lse.dtype).double()
         sees = exact.lse > -torch.inf
         grads = torch.autograd.grad((context.double() * up).sum() + (lse.double() * up_lse)[sees].sum(), mine)
         if not sees.any():

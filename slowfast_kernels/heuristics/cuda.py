@@ -115,7 +115,8 @@ def hopper_attention_config(
         cluster_size = max(size for size in HOPPER_CLUSTER_SIZES if num_splits % size == 0)
         return HopperConfig(consumers, cluster_size, num_splits // cluster_size, max_tiles, kv_evict_first=evict_first)
 
-    units = min(max_tiles, batch * -(-rows // block_m)) * num_kv_heads
+    live = min(batch, num_text)  # sequences that can have rows
+    units = min(max_tiles, live * -(-rows // block_m)) * num_kv_heads
     blocks = max(1, -(-(num_slow // batch) // block_n))
     clusters = _hopper_clusters(num_sms)
     if consumers == 1:
