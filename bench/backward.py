@@ -258,8 +258,8 @@ def compiled(function: Callable, part: str) -> Callable:
     torch.compiler.reset()
     inner = torch.compile(function, dynamic=False)
 
-    def call(*arguments):
+    def call(*arguments, **options):
         with config.patch(donated_buffer=part == STEP):
-            return inner(*arguments)
+            return inner(*arguments, **options)
 
     return call

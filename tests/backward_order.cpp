@@ -1,4 +1,5 @@
-// The order in which the Hopper backward adds up dQ where rows see ranges (backward_order.cuh), on the host.
+// The order in which the Hopper backward adds up dQ (backward_schedule.cuh; backward_order.cuh where rows see ranges), on the
+// host.
 //
 //   backward_order SEED CASES    plays random calls: all CTAs come to an end whoever goes first, and each sum gets what it is
 //                                to get, once, in one order
@@ -74,11 +75,12 @@ using namespace slowfast::cuda;
 
 struct Addition {
   int64_t sum;
-  int before, block;
+  int before, after;  // of the sum's turns
+  int block;
 };
 
-// What CTA `cta` adds, in its order, as `produce` and the warp of the turns go about it.
-std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, int cta) {
+// What CTA `cta` adds, in its order, as `produce` and the warp of the turns go about it; without `ranges` all rows see all.
+std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, int cta, bool ranges) {
   std::vector<Addition> found;
   const int heads = p.forward.num_kv_heads, total = count_blocks(p), last_round = total / plan.num_ctas;
   const int rest = total - last_round * plan.num_ctas;
@@ -97,14 +99,29 @@ std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const 
     const int begin = sequence.first_of_round(round, kv_head);
     const int half_tiles = (sequence.num_tiles + 1) / 2, tile_begin = half == 1 ? half_tiles : 0;
     const int num_tiles = half < 0 ? sequence.num_tiles : half == 0 ? half_tiles : sequence.num_tiles - half_tiles;
+    const int group = (n - begin) / sequence.group_size, rank = (n - begin) % sequence.group_size;
+    CHECK(group < sequence.num_groups || num_tiles == 0);
+    const int64_t first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles;
+    if (!ranges) {
+      const int end = sequence.first_of_round(round + 1, kv_head);
+      int earlier = 0;
+      for (int r = sequence.first_block * heads / plan.num_ctas; r < round; ++r) {
+        const int count = sequence.first_of_round(r + 1, kv_head) - sequence.first_of_round(r, kv_head);
+        earlier += max(0, min(sequence.group_size, count - group * sequence.group_size));
+      }
+      const BackwardTurns turns = {earlier, rank, min(sequence.group_size, end - begin - group * sequence.group_size), num_tiles};
+      for (int i = 0; i < num_tiles; ++i) {
+        const int tile = (turns.start() + i) % num_tiles, before = turns.before(tile);
+        found.push_back({first_sum + tile_begin + tile, before, before + 1, sequence.first_block + n});
+      }
+      continue;
+    }
     const BlockSight sight{plan, sequence.first_block + n};
     const int steps = SeenTiles(sight, tile_begin, num_tiles).count();
     int expected = 0;
     for (int tile = tile_begin; tile < tile_begin + num_tiles; ++tile) expected += sight.is_seen_by(tile);
     CHECK(steps == expected);
     if (steps == 0) continue;
-    const int group = (n - begin) / sequence.group_size, rank = (n - begin) % sequence.group_size;
-    CHECK(group < sequence.num_groups);
     const BackwardOrder order = {round, kv_head, sequence.first_block + n, group, rank, tile_begin, num_tiles};
     SeenTiles seen(sight, tile_begin, num_tiles, order.start(sequence) - tile_begin);
     std::vector<bool> visited(sequence.num_tiles);
@@ -113,9 +130,8 @@ std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const 
       CHECK(tile_begin <= tile && tile < tile_begin + num_tiles && sight.is_seen_by(tile) && !visited[tile]);
       visited[tile] = true;
       const int before = by_warp([&](int lane) { return order.previous(sequence, tile, lane); });
-      const int64_t sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles + tile;
-      CHECK(sum < int64_t{kv_head + 1} * plan.max_sums);
-      found.push_back({sum, before + 1, order.block});
+      CHECK(first_sum + tile < int64_t{kv_head + 1} * plan.max_sums);
+      found.push_back({first_sum + tile, before + 1, order.block + 1, order.block});
     }
   }
 }
@@ -135,7 +151,7 @@ std::map<int64_t, std::vector<int>> play(const std::vector<std::vector<Addition>
         const Addition& x = ctas[cta][at[cta]];
         if (turns[x.sum] != x.before) break;
         CHECK((x.before == 0) == sums[x.sum].empty());
-        turns[x.sum] = x.block + 1;
+        turns[x.sum] = x.after;
         sums[x.sum].push_back(x.block);
         ++at[cta];
         moved = true;
@@ -169,7 +185,8 @@ void play_case(std::mt19937& random) {
   std::vector<uint32_t> seeing((cu_slow.back() / 128 + batch) * plan.tile_words);
   plan.seeing_tiles = seeing.data();
 
-  const int kind = pick(0, 3);
+  const int kind = pick(0, 4);
+  const bool ranges = kind != 4;
   BackwardSequence sequence(p, plan);
   std::map<int64_t, std::vector<int>> expected;  // blocks of each (KV head, tile), in any order
   while (sequence.next()) {
@@ -179,7 +196,8 @@ void play_case(std::mt19937& random) {
         const bool sees = kind == 0   ? tile >= place
                           : kind == 1 ? abs(tile - place) < 3
                           : kind == 2 ? pick(0, 9) == 0
-                                      : pick(0, 9) != 0 && n % 5 != 0 && tile % 7 != 0;
+                          : kind == 3 ? pick(0, 9) != 0 && n % 5 != 0 && tile % 7 != 0
+                                      : true;
         if (!sees) continue;
         BlockSight sight{plan, sequence.first_block + n};
         *sight.seeing(tile) |= 1u << tile % 32;
@@ -189,7 +207,7 @@ void play_case(std::mt19937& random) {
   }
 
   std::vector<std::vector<Addition>> ctas;
-  for (int cta = 0; cta < plan.num_ctas; ++cta) ctas.push_back(additions_of(p, plan, cta));
+  for (int cta = 0; cta < plan.num_ctas; ++cta) ctas.push_back(additions_of(p, plan, cta, ranges));
   const auto sums = play(ctas, random);
   CHECK(sums == play(ctas, random));
 

@@ -1,6 +1,6 @@
-"""The Hopper backward where rows see ranges: CTAs add up dQ in one order, and none waits for ever (on the host).
+"""The Hopper backward: CTAs add up dQ in one order, and none waits for ever (on the host).
 
-``backward_order.cpp`` plays the header that the kernel is made of over random calls, plans and sights.
+``backward_order.cpp`` plays the headers that the kernel is made of over random calls, plans and sights.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ ONE = Shape(((40, 1380),), (14, 2), 128)
 RAGGED = Shape(((24, 1380), (1, 60), (0, 300), (40, 0), (3, 200), (60, 768)), (14, 2), 128)
 MANY = Shape(((5, 40),) * 37, (6, 2), 64)
 ROUNDS = Shape(((40, 4000),), (8, 8), 64)
+# Two groups a sequence, of which the second has no block wherever a round ends within the sequence.
+SHORT = Shape(((40, 512),) * 5, (14, 2), 128)
 
 
 def config_of(shape: Shape, num_ctas: int, max_groups: int, spread: int, splits: bool, spare: int = 64):
@@ -53,6 +55,8 @@ PLANS = {
     "ragged, rounds, halves": (RAGGED, (15, 2, 1, True)),
     "many sequences": (MANY, (132, 4, 2, False)),
     "many sequences, rounds": (MANY, (13, 4, 2, True)),
+    "a group without a block": (SHORT, (10, 8, 2, False)),
+    "a group without a block, rounds of halves": (SHORT, (11, 8, 2, True)),
     "rounds": (ROUNDS, (100, 3, 2, True)),
     "more rounds": (ROUNDS, (17, 2, 2, True)),
 }
@@ -125,10 +129,30 @@ def test_a_tensor_for_keys_and_one_for_values_have_the_bits_of_both_in_one(rng):
     assert reference.same_bits(values[2], found[2])
 
 
+# Whole training batches: several sequences in every round, and their ends anywhere in it.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(((64, 5184),) * 4, (28, 4), 128),
+        Shape(((512, 2000),) * 8, (28, 4), 128),
+        Shape(((32, 5184),) * 6, (14, 2), 64),
+        Shape(((16, 1296), (100, 10368), (64, 700), (1, 5184), (256, 40), (30, 3000)), (32, 8), 128),
+    ],
+    ids=["4x64x5184", "8x512x2000", "6x32x5184 of 0.5B", "6 ragged"],
+)
+@pytest.mark.parametrize("ranges", [None, "growing prefix"])
+def test_gradients_of_a_training_batch_are_accurate(shape, ranges, rng):
+    call = make_call(shape, rng("cuda"), ranges)
+    found = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+    assert_accurate(found, call)
+
+
 @pytest.mark.parametrize("ranges", [None, "window", "nothing"])
-def test_a_workspace_may_hold_anything(ranges, rng, monkeypatch):
-    call = make_call(RAGGED, rng("cuda"), ranges)
-    want = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+@pytest.mark.parametrize("plan", ["ragged", "a group without a block"])
+def test_a_workspace_may_hold_anything(plan, ranges, rng, monkeypatch):
+    shape, choices = PLANS[plan]
+    call, config = make_call(shape, rng("cuda"), ranges), config_of(shape, *choices)
+    want = cuda.AttentionBackward(call.inputs, None, (True, True, False), config)(call)
     make = torch.empty
 
     def poisoned(*size, **options):
@@ -136,7 +160,7 @@ def test_a_workspace_may_hold_anything(ranges, rng, monkeypatch):
         return x.fill_(float("nan")) if x.dtype.is_floating_point else x
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    found = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+    found = cuda.AttentionBackward(call.inputs, None, (True, True, False), config)(call)
     assert all(reference.same_bits(x, y) for x, y in zip(want[:2], found[:2], strict=True))
 
 

@@ -103,11 +103,13 @@ __global__ void __launch_bounds__(256)
   const int64_t first = int64_t{kv_head} * plan.max_sums + sequence.first_sum + tile - sequence.first_tile;
   for (int begin = 0; begin < sequence.num_groups; begin += kGroups) {
     float4 x[kGroups][kFragments] = {};
+    bool is_there[kGroups] = {};  // somebody has added to the sum: a group may have no block in any round, or none that is seen
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       const int group = begin + j;
       if (group >= sequence.num_groups) break;
-      if (kRanges && __ldcg(plan.turns + first + group * sequence.num_tiles) == 0) continue;  // nobody has added to it
+      is_there[j] = __ldcg(plan.turns + first + group * sequence.num_tiles) != 0;
+      if (kRanges && !is_there[j]) continue;  // else rare, and nothing waits for the answer
       const float4* part = reinterpret_cast<const float4*>(plan.sums + (first + group * sequence.num_tiles) * (kBackwardBlockM * kHeadDim)) +
                            warpgroup * kFragments * 128 + thread;
 #pragma unroll
@@ -115,6 +117,7 @@ __global__ void __launch_bounds__(256)
     }
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
+      if (!is_there[j]) continue;
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
         sum[i] = make_float4(sum[i].x + x[j][i].x, sum[i].y + x[j][i].y, sum[i].z + x[j][i].z, sum[i].w + x[j][i].w);

@@ -205,11 +205,7 @@ struct BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < 64; i += kRows) {
       const int row = warpgroup * 64 + i + thread / kVectors;
-#ifdef NOSTORE
-      if (row < block.num_tokens && block.num_tokens == 1) {
-#else
       if (row < block.num_tokens) {
-#endif
         T* at = static_cast<T*>(out) + (int64_t{block.token} + row) * p.grad_kv_token_stride + block.kv_head * p.grad_kv_head_stride + vector * 8;
         *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(staged + swizzled<kBlockN>(row, vector));
       }
