@@ -68,7 +68,7 @@ def _run_shape(
 ) -> None:
     sets = make_inputs(shape, dtype, runner.device, runner.journal.meta["cache_bytes"])
     mine = choices(sets[0], backends)
-    names = [choice.who for choice in mine] + [name for peer in peers for name, _ in modes(peer)]
+    names = [choice.who for choice in mine] + [mode.name for peer in peers for mode in modes(peer)]
     if backward.is_done(runner, "attention", shape.name, dtype, names):
         return
     upstream = [torch.randn_like(x.q) for x in sets]

@@ -1,8 +1,8 @@
 """The peers of attention's gradients: SDPA's FlashAttention-2 and cuDNN, FlashAttention 2, 3 and 4.
 
-Each gets K and V apart, in the layout that it likes best, and gives dK and dV. Query heads stay in groups (``gqa``) or
-become rows of their KV head (``packed``: no sum over heads is left); K and V are never repeated, which could only lose.
-A deterministic mode is a peer of its own, named after the other.
+Each gets K and V apart, in the layout that it likes best, and gives dK and dV. Query heads stay in groups, as the
+package takes them (``gqa``), or are made rows of their KV head by hand (``packed``: no sum over heads is left), which is a
+peer of its own, as is a deterministic mode; K and V are never repeated, which could only lose.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .backward import STEP, Competitor, Differentiated, Way, deterministic_algor
 from .inputs import AttentionInputs, Gradients
 from .peers import PEERS, SPLITS, Sets, accepted, first_of, sdpa_context, sdpa_inputs, splits_keys
 
-DETERMINISTIC = " deterministic"  # after a peer's name
-GROUPINGS = ("gqa", "packed")
+DETERMINISTIC, PACKED = " deterministic", " packed"  # after a peer's name
+GROUPINGS = {"gqa": "", "packed": PACKED}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of [B, H, length, D] each
 
@@ -101,22 +101,36 @@ GRADIENT_PEERS = (
 )
 
 
-def modes(peer: GradientPeer) -> list[tuple[str, bool]]:
-    """(name, deterministic) of what a peer takes part as."""
-    return [(peer.name, False)] + [(peer.name + DETERMINISTIC, True)] * peer.has_mode
+class Mode(NamedTuple):
+    """What a peer takes part as."""
+
+    name: str
+    grouping: str
+    deterministic: bool
+
+
+def modes(peer: GradientPeer) -> list[Mode]:
+    both = (False, True) if peer.has_mode else (False,)
+    return [
+        Mode(peer.name + suffix + DETERMINISTIC * deterministic, grouping, deterministic)
+        for grouping, suffix in GROUPINGS.items()
+        for deterministic in both
+    ]
 
 
 def competitors(peer: GradientPeer, sets: Sets, upstream: list[Tensor]) -> list[Competitor]:
     """``upstream``: of each set the gradient of its context [Nt, Hq, D]."""
 
-    def ways(part: str, deterministic: bool) -> Iterator[Way]:
-        for way in peer.ways(sets[0], part, deterministic):
-            yield Way(way.label, lambda part, way=way: _build(way, sets, upstream))
+    def ways(part: str, mode: Mode) -> Iterator[Way]:
+        for way in peer.ways(sets[0], part, mode.deterministic):
+            if way.grouping == mode.grouping:
+                yield Way(way.label, lambda part, way=way: _build(way, sets, upstream))
 
-    return [
-        Competitor(name, partial(ways, deterministic=mode), facts={"deterministic": True} if mode else {})
-        for name, mode in modes(peer)
-    ]
+    def facts(mode: Mode) -> dict[str, bool]:
+        told = {"deterministic": mode.deterministic, "packed": mode.grouping == "packed"}
+        return {name: True for name, holds in told.items() if holds}
+
+    return [Competitor(mode.name, partial(ways, mode=mode), facts=facts(mode)) for mode in modes(peer)]
 
 
 def _build(way: AttendWay, sets: Sets, upstream: list[Tensor]) -> tuple[list[Differentiated], Callable]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .cells import ADDED, added_cells, best_of, by_shape, milliseconds, time_or_status
 from .runner import Row, format_us
 
-TEXT_COLUMNS = ("who", "how", "step", "deterministic peer", "same bits", "ours: same bits")
+TEXT_COLUMNS = ("who", "how", "step", "deterministic peer", "unpacked peer", "same bits", "ours: same bits")
 # What a call may add to its inputs on a GPU: a little more than its results, and something for small ones.
 MEMORY_FACTOR, MEMORY_BYTES = 1.15, 64 << 20
 
@@ -68,9 +68,11 @@ def _brief(rows: Sequence[Row], op: str) -> list[list[str]]:
     names = list(dict.fromkeys(row.who for row in every if row.kind == "ours"))
     several = len({dtype for _, dtype in groups}) > 1
     has_modes = any(row.extra.get("deterministic") for row in every)
+    has_packed = any(row.extra.get("packed") for row in every)
     has_peak = any("peak_bytes" in row.extra for row in every)
     header = ["shape", *["dtype"] * several, *(f"{name} us" for name in names), "best peer", "peer us"]
-    header += ["deterministic peer", "its us"] * has_modes + ["floor us", "% of ceiling", "best peer / auto"]
+    header += ["unpacked peer", "unpacked us"] * has_packed + ["deterministic peer", "its us"] * has_modes
+    header += ["floor us", "% of ceiling", "best peer / auto"]
     header += ["auto MiB", "allowed MiB", "peer MiB"] * has_peak + ["ours: same bits"]
     cells = [header]
     for (shape, dtype), members in groups.items():
@@ -79,6 +81,7 @@ def _brief(rows: Sequence[Row], op: str) -> list[list[str]]:
         auto = auto if auto and auto.ok else None
         mode = best_of([row for row in members if row.extra.get("deterministic")], "peer")
         line = [shape, *[dtype] * several, *(time_or_status(of.get(name)) for name in names), *_named(peer)]
+        line += _named(best_of([row for row in members if not row.extra.get("packed")], "peer")) * has_packed
         line += _named(mode) * has_modes
         line += [format_us(auto.floor_us) if auto else "", f"{auto.percent:.0f}%" if auto and auto.percent else ""]
         line.append(f"{peer.median_us / auto.median_us:.2f}x" if auto and peer else "")

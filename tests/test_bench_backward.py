@@ -55,12 +55,13 @@ def test_the_reference_is_the_eager_formula_in_float64(shape):
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_every_way_to_differentiate_sdpa_gives_the_reference(attention, part, deterministic):
+@pytest.mark.parametrize("grouping", ["gqa", "packed"])
+def test_every_way_to_differentiate_sdpa_gives_the_reference(attention, part, deterministic, grouping):
     sets, upstream, reference = attention
     peer = PEERS["torch"]._replace(has_mode=True)
-    competitor = backward_peers.competitors(peer, sets, upstream)[deterministic]
+    competitor = backward_peers.competitors(peer, sets, upstream)[2 * (grouping == "packed") + deterministic]
     found = errors(competitor, part, reference)
-    assert set(found) == {f"{grouping} {layout}" for grouping in ("gqa", "packed") for layout in ("hnd", "nhd")}
+    assert set(found) == {f"{grouping} {layout}" for layout in ("hnd", "nhd")}
     assert max(found.values()) < 1e-5
 
 
@@ -89,9 +90,14 @@ def test_a_deterministic_mode_is_a_peer_of_its_own_that_pytorch_is_asked_for_in_
             yield way._replace(attend=partial(attend, **way.attend.keywords))
 
     peer = PEERS["sdpa-flash"]._replace(ways=ways)
-    plain, mode = backward_peers.competitors(peer, sets, upstream)
-    assert (plain.who, mode.who, mode.facts) == ("sdpa-flash", "sdpa-flash deterministic", {"deterministic": True})
-    for competitor, want in ((plain, False), (mode, True)):
+    found = backward_peers.competitors(peer, sets, upstream)
+    assert [(competitor.who, competitor.facts) for competitor in found] == [
+        ("sdpa-flash", {}),
+        ("sdpa-flash deterministic", {"deterministic": True}),
+        ("sdpa-flash packed", {"packed": True}),
+        ("sdpa-flash packed deterministic", {"deterministic": True, "packed": True}),
+    ]
+    for competitor, want in zip(found, (False, True) * 2, strict=True):
         way = next(iter(competitor.ways(STEP)))
         (passes, *_), _ = way.build(STEP)
         _, (kept,) = passes.forward()
@@ -133,21 +139,23 @@ def package(monkeypatch):
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
 def test_flash_attention_packages_are_differentiated_their_own_way(attention, package, name):
     sets, upstream, reference = attention
-    plain, mode = backward_peers.competitors(PEERS[name], sets, upstream)
-    for competitor, deterministic in ((plain, False), (mode, True)):
+    for competitor in backward_peers.competitors(PEERS[name], sets, upstream):
         package.asked.clear()
         found = errors(competitor, STEP, reference)
         assert max(found.values()) < 1e-5
-        assert {"gqa", "packed", "gqa num_splits=33", "packed num_splits=0"} < set(found)
+        grouping = "packed" if competitor.facts.get("packed") else "gqa"
+        assert {grouping, f"{grouping} num_splits=33", f"{grouping} num_splits=0"} < set(found)
+        assert all(label.startswith(grouping) for label in found)
+        deterministic = competitor.facts.get("deterministic", False)
         assert {asked for _, asked in package.asked[1:]} == {deterministic}  # the first asks whether keys are split
-        assert set(errors(competitor, BACKWARD, reference)) == {"gqa", "packed"}  # splits are of the forward pass
+        assert set(errors(competitor, BACKWARD, reference)) == {grouping}  # splits are of the forward pass
 
 
 def test_a_release_without_a_deterministic_mode_says_so(attention, package, run):
     sets, upstream, reference = attention
     attend = package.flash_attn_func
     package.flash_attn_func = lambda q, k, v: attend(q, k, v)
-    plain, mode = backward_peers.competitors(PEERS["fa4"], sets, upstream)
+    plain, mode, *_ = backward_peers.competitors(PEERS["fa4"], sets, upstream)
     costs = dict.fromkeys(PARTS, Cost(1, 1, 0))
     rows = backward.compare(run, "attention", "shape", "float32", [plain, mode], reference, costs)
     assert [(row.op, row.who, row.status.split(":")[-1].strip()) for row in rows] == [
@@ -435,6 +443,13 @@ def test_the_brief_table_holds_the_automatic_choice_against_the_best_peer_and_th
     assert (cells["deterministic peer"], cells["its us"]) == ("fa4 deterministic", "400.0")
     assert (cells["auto MiB"], cells["allowed MiB"], cells["peer MiB"]) == ("30", "87", "50")
     assert cells["ours: same bits"] == "yes"
+
+
+def test_the_brief_table_names_the_best_peer_whose_heads_are_not_packed_too(rows):
+    next(row for row in rows if row.who == "fa4").extra["packed"] = True
+    (cells,) = cells_of(backward_tables.gradients_table(rows, "attention-step", brief=True))
+    assert (cells["best peer"], cells["peer us"]) == ("fa4", "250.0")
+    assert (cells["unpacked peer"], cells["unpacked us"]) == ("sdpa-flash", "330.0")
 
 
 def test_the_brief_table_says_if_any_of_ours_gave_other_bits(rows):
