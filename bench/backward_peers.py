@@ -1,8 +1,8 @@
 """The peers of attention's gradients: SDPA's FlashAttention-2 and cuDNN, FlashAttention 2, 3 and 4.
 
 Each gets K and V apart, in the layout that it likes best, and gives dK and dV. Query heads stay in groups, as the
-package takes them (``gqa``), or are made rows of their KV head by hand (``packed``: no sum over heads is left), which is a
-peer of its own, as is a deterministic mode; K and V are never repeated, which could only lose.
+package takes them (``gqa``), or become rows of their KV head by hand (``packed``: no sum over heads is left), which
+is a peer of its own, as is a deterministic mode; K and V are never repeated, which could only lose.
 """
 
 from __future__ import annotations
