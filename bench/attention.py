@@ -15,9 +15,10 @@ import slowfast_kernels as sk
 
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
 from .peers import PEERS
+from .registry import ATTENTION
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import parse_attention, select, swept_batches
-from .shapes import ATTENTION, AttentionShape, attention_cost
+from .shapes import AttentionShape, attention_cost
 
 OP, SWEEP = "attention", "batches"
 HOST_SHAPE = AttentionShape.even(1, 1, 256)  # so little work that the host alone sets the pace

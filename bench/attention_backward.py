@@ -23,9 +23,10 @@ from .backward import BACKWARD, STEP, Choice, Competitor, Passes, differentiated
 from .backward_peers import GRADIENT_PEERS, GradientPeer, competitors, modes
 from .inputs import AttentionInputs, Gradients, make_inputs, reference_gradients
 from .peers import Sets
+from .registry import ATTENTION_BACKWARD
 from .runner import Runner
 from .selection import parse_attention, select
-from .shapes import ATTENTION_BACKWARD, AttentionShape, attention_backward_cost, attention_cost
+from .shapes import AttentionShape, attention_backward_cost, attention_cost
 
 NAME = "text_cross_attention"
 IN_PARTS = "auto+triton"  # the automatic forward pass, Triton's backward pass

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .attention import fused_call, our_backends
 from .inputs import AttentionInputs, make_inputs, reference_context, reference_mixed
+from .registry import LAYER
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import parse_attention, select
-from .shapes import LAYER, AttentionShape, attention_cost, projection_cost
+from .shapes import AttentionShape, attention_cost, projection_cost
 
 OP = "layer"
 EPS = 1e-6

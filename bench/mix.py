@@ -21,9 +21,10 @@ from . import backward
 from .attention import our_backends
 from .backward import BACKWARD, STEP, Choice, Competitor, Way, differentiated
 from .peers import compositions
+from .registry import MIX
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import parse_mix, select
-from .shapes import BYTES, MIX, MixShape, mix_backward_cost, mix_cost
+from .shapes import BYTES, MixShape, mix_backward_cost, mix_cost
 from .timing import num_input_sets
 
 OP = "mix"

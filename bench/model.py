@@ -32,12 +32,11 @@ from torch import nn
 
 from . import parts
 from .backward import peak_and_left_bytes
+from .registry import CLOSER_FRAMES, TINY_MODEL
 from .runner import Contender, Row, Runner, Variant, relative_error
 from .selection import model_shapes
 from .shapes import (
     BYTES,
-    CLOSER_FRAMES,
-    TINY_MODEL,
     Heads,
     ModelShape,
     language_model_keys,

@@ -22,9 +22,10 @@ from . import backward
 from .attention import our_backends
 from .backward import BACKWARD, STEP, Choice, Competitor, Way, differentiated
 from .peers import compositions
+from .registry import POOL
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import parse_pool, select
-from .shapes import BYTES, POOL, PoolShape, pool_backward_cost, pool_cost
+from .shapes import BYTES, PoolShape, pool_backward_cost, pool_cost
 from .timing import num_input_sets
 
 OP = "pool"

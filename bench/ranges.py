@@ -21,9 +21,10 @@ from .attention import our_backends
 from .inputs import AttentionInputs, make_inputs, prefix_sums, reference_context
 from .masked_peers import MaskedPeer, Prefixes, masked_peers
 from .peers import Sets
+from .registry import PIECES, RANGES
 from .runner import Contender, Runner, Variant, relative_error
 from .selection import parse_attention, select
-from .shapes import PIECES, RANGES, AttentionShape, Cost, attention_cost
+from .shapes import AttentionShape, Cost, attention_cost
 from .verdicts import EMPTY, FULL, ONE_RANGE, beside
 
 BLOCK = 128  # tokens; pieces are counted in whole ones

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .shapes import QWEN2_7B_MODEL, TINY_MODEL, ModelShape, language_model_keys
+from .registry import QWEN2_7B_MODEL, TINY_MODEL
+from .shapes import ModelShape, language_model_keys
 
 
 @dataclass(frozen=True)

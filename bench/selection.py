@@ -9,8 +9,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from .mllama_shapes import MLLAMA, MLLAMA_ON_CPU, MllamaShape
-from .released_shapes import RELEASED, RELEASED_ON_CPU, ReleasedShape
-from .shapes import (
+from .registry import (
     ATTENTION,
     ATTENTION_BACKWARD,
     BATCHES,
@@ -21,13 +20,16 @@ from .shapes import (
     MODEL_FRAMES_ON_CPU,
     PIECES,
     POOL,
-    QWEN2_7B,
     QWEN2_7B_MODEL,
     RAGGED,
     RANGES,
     TINY_MODEL,
     TRAIN,
     TRAIN_ON_CPU,
+)
+from .released_shapes import RELEASED, RELEASED_ON_CPU, ReleasedShape
+from .shapes import (
+    QWEN2_7B,
     AttentionShape,
     DecodeShape,
     Heads,

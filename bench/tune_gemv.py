@@ -27,7 +27,7 @@ from slowfast_kernels.triton import gemv
 from slowfast_kernels.triton.gemv import Norm, Projection
 
 from . import tuning
-from .shapes import DECODE
+from .registry import DECODE
 from .timing import num_input_sets, time_calls
 
 MODEL = DECODE[0].model

@@ -10,9 +10,10 @@ from bench_cases import CPU
 from model_cases import one_thread  # noqa: F401
 
 import slowfast_model
-from bench import decode, decode_peers, model, report, selection, shapes
+from bench import decode, decode_peers, model, registry, report, selection, shapes
+from bench.registry import DECODE, TINY_MODEL
 from bench.runner import Row
-from bench.shapes import DECODE, TINY_MODEL, DecodeShape, Heads
+from bench.shapes import DecodeShape, Heads
 from slowfast_model import DecodeSession
 
 SMALL = replace(
@@ -41,7 +42,7 @@ def test_the_floor_of_the_kernels_is_that_of_the_benchmark_s_weights():
 
 
 def test_slow_tokens_are_held_to_the_read_of_their_cache():
-    assert shapes.slow_read_bytes(replace(shapes.QWEN2_7B_MODEL, frames=1536), "bfloat16") == 805306368
+    assert shapes.slow_read_bytes(replace(registry.QWEN2_7B_MODEL, frames=1536), "bfloat16") == 805306368
 
 
 @pytest.mark.parametrize(

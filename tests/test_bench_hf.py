@@ -15,7 +15,8 @@ import slowfast_kernels as sk
 from bench import __main__ as cli
 from bench import hf, mllama, mllama_shapes, report, runner, selection, timing
 from bench.mllama_shapes import MLLAMA_ON_CPU
-from bench.shapes import TINY_MODEL, Heads
+from bench.registry import TINY_MODEL
+from bench.shapes import Heads
 
 pytestmark = pytest.mark.skipif(hf.why_absent() is not None, reason=str(hf.why_absent()))
 

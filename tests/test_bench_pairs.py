@@ -11,8 +11,9 @@ import torch
 from bench_cases import CPU
 
 from bench import attention, layer, mix, model, parts, pool, shapes, timing
+from bench.registry import TINY_MODEL
 from bench.runner import Contender, DeviceLost, Journal, Runner, Variant
-from bench.shapes import TINY_MODEL, Cost, PoolShape
+from bench.shapes import Cost, PoolShape
 
 SHAPES = [replace(TINY_MODEL, frames=frames, hidden=64, intermediate=128, vocab=64) for frames in (2, 5)]
 SHAPES = [replace(shape, heads=shapes.Heads(4, 2, 16), fast_frames=2, text=9) for shape in SHAPES]

@@ -9,9 +9,10 @@ import torch
 from bench_cases import CPU
 
 from bench import __main__ as cli
-from bench import model, parts, parts_tables, plots, report, shapes
+from bench import model, parts, parts_tables, plots, registry, report
+from bench.registry import TINY_MODEL
 from bench.runner import Row
-from bench.shapes import TINY_MODEL, Heads
+from bench.shapes import Heads
 from slowfast_model.prefill import use_order
 
 SHAPE = replace(
@@ -165,12 +166,12 @@ def test_the_picture_stacks_the_parts_and_shows_time_and_flop(rows):
 
 
 def test_the_floors_of_the_parts_are_those_of_the_operations():
-    costs = parts.part_costs(shapes.QWEN2_7B_MODEL, "bfloat16", pools_twice=False)
+    costs = parts.part_costs(registry.QWEN2_7B_MODEL, "bfloat16", pools_twice=False)
     num_slow = 128 * 64
     assert costs["K and V"].flops == 4 * 2 * num_slow * 3584 * 1024
     assert costs["pool"].read == 128 * 256 * 3584 * 2
     assert costs["projector"].flops == 2 * 3584 * (128 * 256 * 3072 + num_slow * 3584)
-    twice = parts.part_costs(shapes.QWEN2_7B_MODEL, "bfloat16", pools_twice=True)
+    twice = parts.part_costs(registry.QWEN2_7B_MODEL, "bfloat16", pools_twice=True)
     slow = num_slow * 3584 * 2  # bytes, written by the first call and read by the second
     assert (twice["pool"].read, twice["pool"].written) == (costs["pool"].read + slow, costs["pool"].written + slow)
     assert all(twice[who] == costs[who] for who in parts.PARTS if who != "pool")

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed; installed packages keep winning
 
-from bench import selection, shapes
+from bench import registry, selection, shapes
 from bench.shapes import AttentionShape, Ceilings, Cost, Heads, MixShape, PoolShape
 
 H100 = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 762})
@@ -18,17 +18,17 @@ TINY_HEADS = Heads(4, 2, 16)
 
 
 @pytest.mark.parametrize(
-    "registry", ["ATTENTION", "POOL", "MIX", "LAYER", "RAGGED", "RANGES", "PIECES", "ATTENTION_BACKWARD"]
+    "name", ["ATTENTION", "POOL", "MIX", "LAYER", "RAGGED", "RANGES", "PIECES", "ATTENTION_BACKWARD"]
 )
-def test_a_registry_names_each_shape_once_and_has_some_for_a_cpu(registry):
-    registered = getattr(shapes, registry)
+def test_a_registry_names_each_shape_once_and_has_some_for_a_cpu(name):
+    registered = getattr(registry, name)
     names = [shape.name for shape in registered]
     assert len(names) == len(set(names))
     assert any(shape.on_cpu for shape in registered)
 
 
 def test_the_registry_covers_the_heads_of_all_published_models():
-    assert {shape.heads for shape in shapes.ATTENTION} == set(shapes.HEADS.values())
+    assert {shape.heads for shape in registry.ATTENTION} == set(shapes.HEADS.values())
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_registry_covers_the_heads_of_all_published_models():
 )
 def test_attention_floors_are_those_of_the_target_table(batch, text, slow, floor_us):
     shape = AttentionShape.even(batch, text, slow)
-    assert shape in shapes.ATTENTION
+    assert shape in registry.ATTENTION
     assert shapes.attention_cost(shape, "bfloat16", fused=False).floor_us(H100, "bfloat16") == pytest.approx(
         floor_us, rel=0.02
     )
@@ -91,7 +91,7 @@ def test_pooling_is_not_charged_for_rows_that_floor_pooling_drops():
 )
 def test_floors_of_forward_and_backward_are_those_of_the_target_table(batch, text, slow, heads, floor_us):
     shape = selection.parse_attention(f"{batch}x{text}x{slow}@{heads}")
-    assert shape in shapes.ATTENTION_BACKWARD
+    assert shape in registry.ATTENTION_BACKWARD
     step = shapes.attention_cost(shape, "bfloat16", fused=False) + shapes.attention_backward_cost(shape, "bfloat16")
     ceilings = Ceilings(read_gbps=3122, copy_gbps=3018, gemm_tflops={"bfloat16": 720})
     assert step.floor_us(ceilings, "bfloat16") == pytest.approx(floor_us, rel=0.02)
@@ -156,7 +156,7 @@ def test_a_floor_is_the_larger_of_arithmetic_and_bytes_and_writing_lowers_the_ba
 
 
 def test_a_decoded_token_of_the_7b_model_is_bound_by_its_weights():
-    shape = shapes.QWEN2_7B_MODEL
+    shape = registry.QWEN2_7B_MODEL
     cost = shapes.model_cost(shape, "bfloat16", 1360, shape.num_slow, decode=True)
     assert cost.read == pytest.approx(14.2e9, rel=0.03)  # 7.6e9 parameters less the embedding, two bytes each
     assert cost.bytes / H100.read_gbps / 1e3 > cost.flops / H100.gemm_tflops["bfloat16"] / 1e6
@@ -184,17 +184,17 @@ def test_slow_tokens_cost_a_small_part_of_what_self_attention_over_them_costs():
 
 
 @pytest.mark.parametrize(
-    ("registry", "parse", "text", "name"),
+    ("known", "parse", "text", "name"),
     [
-        (shapes.ATTENTION, selection.parse_attention, "2x3x77", "2x3x77@28/4/128"),
-        (shapes.ATTENTION, selection.parse_attention, "1x1x9@4/2/16", "1x1x9@4/2/16"),
-        (shapes.POOL, selection.parse_pool, "7x6x6/p3", "7x6x6/p3/t4@3584"),
-        (shapes.MIX, selection.parse_mix, "3of5@64", "3of5@64"),
-        (shapes.TRAIN, selection.parse_train, "2x9x8f", "2x9x8f"),
+        (registry.ATTENTION, selection.parse_attention, "2x3x77", "2x3x77@28/4/128"),
+        (registry.ATTENTION, selection.parse_attention, "1x1x9@4/2/16", "1x1x9@4/2/16"),
+        (registry.POOL, selection.parse_pool, "7x6x6/p3", "7x6x6/p3/t4@3584"),
+        (registry.MIX, selection.parse_mix, "3of5@64", "3of5@64"),
+        (registry.TRAIN, selection.parse_train, "2x9x8f", "2x9x8f"),
     ],
 )
-def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, name):
-    assert [shape.name for shape in selection.select(registry, [text], parse, on_cpu=True)] == [name]
+def test_an_explicit_shape_need_not_be_in_the_registry(known, parse, text, name):
+    assert [shape.name for shape in selection.select(known, [text], parse, on_cpu=True)] == [name]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_an_explicit_shape_need_not_be_in_the_registry(registry, parse, text, na
 def test_among_all_benchmarks_a_shape_of_one_is_enough_and_the_others_pass_it_by(text, takers):
     selection.check_shapes([text], selection.OPS)
     chosen = {
-        op: selection.select(registry, [text], parse, on_cpu=True) for op, (registry, parse) in selection.OPS.items()
+        op: selection.select(known, [text], parse, on_cpu=True) for op, (known, parse) in selection.OPS.items()
     }
     chosen["model"] = selection.model_shapes([text], on_cpu=True)
     assert {op for op, found in chosen.items() if found} == takers
@@ -239,7 +239,7 @@ def test_a_size_that_cannot_be_is_refused_by_name(op, text):
 
 def test_shapes_are_selected_by_pattern_or_part_of_the_name_even_those_too_large_for_a_cpu():
     def names(text):
-        return [s.name for s in selection.select(shapes.ATTENTION, [text], selection.parse_attention, on_cpu=True)]
+        return [s.name for s in selection.select(registry.ATTENTION, [text], selection.parse_attention, on_cpu=True)]
 
     assert names("1x1024x*") == ["1x1024x98304@28/4/128"]
     assert names("14/2/64") == ["1x1x10368@14/2/64", "1x64x10368@14/2/64"]
@@ -263,12 +263,12 @@ def test_training_is_of_the_1_5b_model_on_a_gpu_and_of_a_tiny_one_on_a_cpu():
 
 
 def test_a_cpu_run_keeps_only_the_shapes_that_a_cpu_finishes():
-    chosen = selection.select(shapes.POOL, [], selection.parse_pool, on_cpu=True)
-    assert chosen == [shape for shape in shapes.POOL if shape.on_cpu]
+    chosen = selection.select(registry.POOL, [], selection.parse_pool, on_cpu=True)
+    assert chosen == [shape for shape in registry.POOL if shape.on_cpu]
 
 
 def test_an_uneven_batch_is_held_to_an_even_one_of_as_much_work():
-    for mix in shapes.RAGGED:
+    for mix in registry.RAGGED:
         assert not mix.mix.is_even
         assert mix.even.is_even
         assert 0 <= mix.even.num_pairs / mix.mix.num_pairs - 1 < 1e-3 * mix.even.num_text
@@ -288,31 +288,31 @@ def test_the_even_batch_has_the_same_sequences_with_rows_and_the_same_pairs(text
 
 
 def test_random_mixes_are_the_same_in_every_run():
-    again = shapes._random_mix(8, 1, 20736)
-    assert again in shapes.RAGGED
+    again = registry._random_mix(8, 1, 20736)
+    assert again in registry.RAGGED
 
 
 def test_the_sweep_of_batches_runs_only_when_it_is_named():
     assert selection.swept_batches([]) == []
     assert selection.swept_batches(["8x8x2048", "28/4/128", "*"]) == []
-    assert selection.swept_batches(["batches"]) == shapes.BATCHES
+    assert selection.swept_batches(["batches"]) == registry.BATCHES
     found = selection.swept_batches(["batches 16x32x5184*"])
     assert [(batch.text, batch.slow) for batch in found] == [((32,) * 16, (5184,) * 16)]
-    assert not set(shapes.BATCHES) & set(selection.select(shapes.ATTENTION, ["batches"], lambda text: None, False))
+    assert not set(registry.BATCHES) & set(selection.select(registry.ATTENTION, ["batches"], lambda text: None, False))
     selection.check_shapes(["batches"], ["attention"])
     with pytest.raises(ValueError, match="batches"):
         selection.check_shapes(["batches"], ["attention"], backward=True)
 
 
 def test_the_sweep_has_forty_batches_of_its_own():
-    assert len({batch.name for batch in shapes.BATCHES}) == 40
+    assert len({batch.name for batch in registry.BATCHES}) == 40
 
 
 def test_uneven_batches_run_only_when_they_are_named():
     assert selection.ragged_mixes([], on_cpu=False) == []
     assert selection.ragged_mixes(["1x1x*", "41472", "*"], on_cpu=False) == []
-    assert selection.ragged_mixes(["ragged"], on_cpu=False) == shapes.RAGGED
-    assert selection.ragged_mixes(["ragged"], on_cpu=True) == [mix for mix in shapes.RAGGED if mix.on_cpu]
+    assert selection.ragged_mixes(["ragged"], on_cpu=False) == registry.RAGGED
+    assert selection.ragged_mixes(["ragged"], on_cpu=True) == [mix for mix in registry.RAGGED if mix.on_cpu]
     assert [mix.label for mix in selection.ragged_mixes(["ragged*x 1296*"], on_cpu=True)] == ["98304 + 3 x 1296 @ 64"]
     selection.check_shapes(["ragged"], ["attention"])
     for op in ("pool", "ranges", "model"):

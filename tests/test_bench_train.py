@@ -9,8 +9,9 @@ import torch
 from bench_cases import CPU
 
 from bench import backward_tables, plots, report, selection, timing, train
+from bench.registry import TINY_MODEL
 from bench.runner import Row
-from bench.shapes import TINY_MODEL, Heads, TrainShape
+from bench.shapes import Heads, TrainShape
 
 MODEL = replace(TINY_MODEL, frames=4, hidden=64, intermediate=96, vocab=64, heads=Heads(4, 2, 16), text=9)
 SHAPE = TrainShape(replace(MODEL, fast_frames=2, vision_channels=24), 2)
