@@ -196,7 +196,7 @@ def prepare_text_cross_attention_backward(
 ) -> Callable:
     """A function of tensors alike: gradients of q, slow_kv and slow_values, None where ``needs`` says so."""
     inputs = sample.inputs
-    is_empty = inputs.text_rows.shape[0] == 0 or inputs.slow_kv.shape[0] == 0
+    is_empty = 0 in (len(x) for x in (inputs.text_rows, inputs.slow_kv, inputs.slow_pieces) if x is not None)
     if is_empty or all(grad is None for grad in sample.grads):
 
         @described(nothing_to_attend)
@@ -322,7 +322,7 @@ class Attention:
 
 
 class AttentionBackward:
-    """The gradients of Hopper attention calls alike, whose sequences are each one run of tokens.
+    """The gradients of Hopper attention calls alike.
 
     ``needs``: of q, slow_kv and slow_values. ``config`` overrides the heuristics, for tests and tuning. There is at
     least one text row and one slow token.
@@ -351,16 +351,22 @@ class AttentionBackward:
         self.params = attention_backward_params(sample, scale_of(q, softmax_scale), workspace_bytes=0)
         self.plan = BackwardPlan(**asdict(config), tile_words=config.tile_words)
         self.workspace = config.workspace(slow_kv.shape[1], q.shape[2])
-        has_ranges = sample.slow_begin is not None or sample.slow_end is not None
-        self.sights = config.sights(slow_kv.shape[0], sample.cu_text.shape[0] - 1) if has_ranges else None
+        sizes = slow_kv.shape[0], sample.cu_text.shape[0] - 1
+        pieces = sample.slow_pieces
+        self.pieces = None if pieces is None else config.pieces(pieces.shape[0], *sizes)
+        self.sights = config.sights(*sizes) if sample.selects else None
         self.kernel = extension().cuda_cross_attention_backward
 
     def describe(self) -> CallPlan:
         return CallPlan(
             tiles={"block_m": 64, "block_n": 128, **asdict(self.config)},
             grid=(self.config.num_ctas,),
-            workspace_bytes=sum(self.workspace) + sum(self.sights or ()),
+            workspace_bytes=self.workspace_bytes,
         )
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(self.workspace) + sum(self.pieces or ()) + sum(self.sights or ())
 
     def __call__(self, tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
         inputs, (grad_context, grad_lse) = tensors.inputs, tensors.grads
@@ -373,16 +379,23 @@ class AttentionBackward:
         held = fill_attention_backward(params, tensors)  # noqa: F841  until the kernels are launched
         fill_attention_gradients(params, inputs, gradients)
         tiles, sums, parts, turns, pair_turns = self.workspace
-        num_bytes = sum(self.workspace) + sum(self.sights or ())
-        workspace = torch.empty(num_bytes // 4, dtype=torch.float32, device=self.device)
+        workspace = torch.empty(self.workspace_bytes // 4, dtype=torch.float32, device=self.device)
         plan.tiles = workspace.data_ptr()
         plan.sums = plan.tiles + tiles
         plan.pair_parts = plan.sums + sums
         plan.turns = plan.pair_parts + parts
         plan.pair_turns = plan.turns + turns
+        end = plan.pair_turns + pair_turns
+        if self.pieces is not None:
+            uses, block_uses, tile_sequences, reach = self.pieces
+            plan.uses = end
+            plan.block_uses = plan.uses + uses
+            plan.tile_sequences = plan.block_uses + block_uses
+            plan.reach = plan.tile_sequences + tile_sequences
+            end = plan.reach + reach
         if self.sights is not None:
             rows, tokens, bits, _ = self.sights
-            plan.row_ranges = plan.pair_turns + pair_turns
+            plan.row_ranges = end
             plan.seen_tokens = plan.row_ranges + rows
             plan.seeing_tiles = plan.seen_tokens + tokens
             plan.masked_tiles = plan.seeing_tiles + bits

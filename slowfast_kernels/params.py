@@ -129,6 +129,7 @@ class BackwardPlan(ctypes.Structure):
         ("splits_last_round", c_bool),
         *_fields(c_void_p, "tiles sums turns pair_turns pair_parts seen_tokens seeing_tiles masked_tiles row_ranges"),
         ("tile_words", c_int32),
+        *_fields(c_void_p, "uses block_uses tile_sequences reach"),
     ]
 
 

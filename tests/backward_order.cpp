@@ -1,72 +1,14 @@
-// The order in which the Hopper backward adds up dQ (backward_schedule.cuh; backward_order.cuh where rows see ranges), on the
-// host.
+// The order in which the Hopper backward adds up dQ (backward_schedule.cuh; backward_order.cuh where rows see ranges or sequences
+// are in pieces), on the host.
 //
 //   backward_order SEED CASES    plays random calls: all CTAs come to an end whoever goes first, and each sum gets what it is
 //                                to get, once, in one order
 //
-// A CTA is played without buffers: it does nothing until its turn has come. Lanes of a warp are run one after another, over
-// again from the start for each value that they exchange.
-#include <algorithm>
-#include <csetjmp>
-#include <cstdio>
-#include <cstdlib>
+// A CTA is played without buffers: it does nothing until its turn has come.
 #include <map>
 #include <random>
-#include <vector>
 
-#define __device__
-#define __forceinline__ inline
-template <typename T>
-T __ldg(const T* p) {
-  return *p;
-}
-using std::max;
-using std::min;
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(x); }
-
-#define CHECK(condition) \
-  if (!(condition)) { \
-    std::printf("seed %d, case %d, line %d: %s\n", seed, number_of_case, __LINE__, #condition); \
-    std::exit(1); \
-  }
-
-int seed, number_of_case;
-
-struct Warp {
-  std::vector<int> exchanged;  // so far
-  size_t next;                 // of these, for the lane that runs
-  int lane, waiting;           // of 32 lanes that run
-  int value;                   // exchanged by those that wait
-  int result;
-  std::jmp_buf back;
-} warp;
-
-inline int __reduce_max_sync(unsigned, int x) {
-  if (warp.next < warp.exchanged.size()) return warp.exchanged[warp.next++];
-  warp.value = std::max(warp.value, x);
-  ++warp.waiting;
-  std::longjmp(warp.back, 1);
-}
-
-template <typename Function>
-int by_warp(const Function& function) {
-  warp.exchanged.clear();
-  while (true) {
-    warp.value = INT32_MIN;
-    warp.waiting = 0;
-    for (warp.lane = 0; warp.lane < 32; ++warp.lane) {
-      warp.next = 0;
-      if (setjmp(warp.back) != 0) continue;
-      const int result = function(warp.lane);
-      CHECK(warp.lane == 0 || result == warp.result);
-      warp.result = result;
-    }
-    if (warp.waiting == 0) return warp.result;
-    CHECK(warp.waiting == 32);
-    warp.exchanged.push_back(warp.value);
-  }
-}
+#include "host_warp.h"
 
 #include "cuda/cross_attention/backward_order.cuh"
 
@@ -76,16 +18,19 @@ using namespace slowfast::cuda;
 struct Addition {
   int64_t sum;
   int before, after;  // of the sum's turns
-  int block;
+  int mark;           // unlike for each addition to the sum
 };
 
+std::map<int64_t, int> tokens_written;  // of each (KV head, first token), of the call; where a block is halved twice
+
 // What CTA `cta` adds, in its order, as `produce` and the warp of the turns go about it; without `ranges` all rows see all.
+template <bool kPieces>
 std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, int cta, bool ranges) {
   std::vector<Addition> found;
-  const int heads = p.forward.num_kv_heads, total = count_blocks(p), last_round = total / plan.num_ctas;
+  const int heads = p.forward.num_kv_heads, total = kPieces ? count_blocks_in_memory(p) : count_blocks(p), last_round = total / plan.num_ctas;
   const int rest = total - last_round * plan.num_ctas;
   const bool splits = plan.splits_last_round && 2 * rest <= plan.num_ctas;
-  BackwardSequence sequence(p, plan);
+  std::conditional_t<kPieces, BackwardWhole, BackwardSequence> sequence(p, plan);
   bool more = sequence.next();
   for (int round = 0;; ++round) {
     int number = round * plan.num_ctas + cta, half = -1;
@@ -99,6 +44,7 @@ std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const 
     const int begin = sequence.first_of_round(round, kv_head);
     const int half_tiles = (sequence.num_tiles + 1) / 2, tile_begin = half == 1 ? half_tiles : 0;
     const int num_tiles = half < 0 ? sequence.num_tiles : half == 0 ? half_tiles : sequence.num_tiles - half_tiles;
+    tokens_written[int64_t{kv_head} << 32 | (sequence.slow_begin + n * kBackwardBlockN)] += min(kBackwardBlockN, sequence.num_slow - n * kBackwardBlockN) * (half < 0 ? 2 : 1);
     const int group = (n - begin) / sequence.group_size, rank = (n - begin) % sequence.group_size;
     CHECK(group < sequence.num_groups || num_tiles == 0);
     const int64_t first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles;
@@ -122,21 +68,30 @@ std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const 
     for (int tile = tile_begin; tile < tile_begin + num_tiles; ++tile) expected += sight.is_seen_by(tile);
     CHECK(steps == expected);
     if (steps == 0) continue;
-    const BackwardOrder order = {round, kv_head, sequence.first_block + n, group, rank, tile_begin, num_tiles};
-    SeenTiles seen(sight, tile_begin, num_tiles, order.start(sequence) - tile_begin);
-    std::vector<bool> visited(sequence.num_tiles);
-    for (int i = 0; i < steps; ++i) {
-      const int tile = seen.next();
-      CHECK(tile_begin <= tile && tile < tile_begin + num_tiles && sight.is_seen_by(tile) && !visited[tile]);
-      visited[tile] = true;
-      const int before = by_warp([&](int lane) { return order.previous(sequence, tile, lane); });
-      CHECK(first_sum + tile < int64_t{kv_head + 1} * plan.max_sums);
-      found.push_back({first_sum + tile, before + 1, order.block + 1, order.block});
+    const int laps = kPieces ? sight.laps() : 1;
+    for (int lap = 0; lap < laps; ++lap) {
+      std::conditional_t<kPieces, BackwardLapOrder, BackwardOrder> order;
+      static_cast<BackwardOrder&>(order) = {round, kv_head, sequence.first_block + n, group, rank, tile_begin, num_tiles};
+      if constexpr (kPieces) {
+        order.lap = lap;
+        order.num_blocks = sequence.num_blocks;
+      }
+      SeenTiles seen(sight, tile_begin, num_tiles, order.start(sequence) - tile_begin);
+      std::vector<bool> visited(sequence.num_tiles);
+      for (int i = 0; i < steps; ++i) {
+        const int tile = seen.next();
+        CHECK(tile_begin <= tile && tile < tile_begin + num_tiles && sight.is_seen_by(tile) && !visited[tile]);
+        visited[tile] = true;
+        const auto before = by_warp([&](int lane) { return order.previous(sequence, tile, lane); });
+        for (int x : before) CHECK(x == before[0]);
+        CHECK(first_sum + tile < int64_t{kv_head + 1} * plan.max_sums);
+        found.push_back({first_sum + tile, before[0] + 1, order.mark() + 1, order.mark()});
+      }
     }
   }
 }
 
-// Lets CTAs go on in a random order until none can; returns the blocks that were added to each sum.
+// Lets CTAs go on in a random order until none can; returns the marks of what was added to each sum.
 std::map<int64_t, std::vector<int>> play(const std::vector<std::vector<Addition>>& ctas, std::mt19937& random) {
   std::map<int64_t, std::vector<int>> sums;
   std::map<int64_t, int> turns;
@@ -152,7 +107,7 @@ std::map<int64_t, std::vector<int>> play(const std::vector<std::vector<Addition>
         if (turns[x.sum] != x.before) break;
         CHECK((x.before == 0) == sums[x.sum].empty());
         turns[x.sum] = x.after;
-        sums[x.sum].push_back(x.block);
+        sums[x.sum].push_back(x.mark);
         ++at[cta];
         moved = true;
       }
@@ -161,6 +116,70 @@ std::map<int64_t, std::vector<int>> play(const std::vector<std::vector<Addition>
   }
   for (size_t cta = 0; cta < ctas.size(); ++cta) CHECK(at[cta] == ctas[cta].size());  // else some wait for ever
   return sums;
+}
+
+template <bool kPieces>
+void play_plan(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, std::mt19937& random) {
+  using Span = std::conditional_t<kPieces, BackwardWhole, BackwardSequence>;
+  const auto pick = [&](int low, int high) { return low + static_cast<int>(random() % (high - low + 1)); };
+  const int kv_heads = p.forward.num_kv_heads, kind = pick(0, kPieces ? 3 : 4);
+  const bool ranges = kind != 4;
+  std::map<int64_t, std::vector<int>> expected;  // marks for each (KV head, tile), in any order
+  Span sequence(p, plan);
+  while (sequence.next()) {
+    for (int n = 0; n < sequence.num_blocks; ++n) {
+      for (int tile = 0; tile < sequence.num_tiles; ++tile) {
+        const int place = sequence.num_tiles * n / sequence.num_blocks;
+        const bool sees = kind == 0   ? tile >= place
+                          : kind == 1 ? abs(tile - place) < 3
+                          : kind == 2 ? pick(0, 9) == 0
+                          : kind == 3 ? pick(0, 9) != 0 && n % 5 != 0 && tile % 7 != 0
+                                      : true;
+        if (!sees) continue;
+        const BlockSight sight{plan, sequence.first_block + n};
+        *sight.seeing(tile) |= 1u << tile % 32;
+        for (int h = 0; h < kv_heads; ++h) {
+          auto& marks = expected[int64_t{h} * plan.max_tiles + sequence.first_tile + tile];
+          for (int lap = 0; lap < (kPieces ? sight.laps() : 1); ++lap) marks.push_back(lap * sequence.num_blocks * kPieces + sight.block);
+        }
+      }
+    }
+  }
+
+  std::vector<std::vector<Addition>> ctas;
+  tokens_written.clear();
+  for (int cta = 0; cta < plan.num_ctas; ++cta) ctas.push_back(additions_of<kPieces>(p, plan, cta, ranges));
+  for (int h = 0; h < kv_heads; ++h) {
+    int64_t end = int64_t{h} << 32;
+    for (auto x = tokens_written.lower_bound(end); x != tokens_written.end() && x->first >> 32 == h; ++x) {
+      CHECK(x->first == end && x->second > 0 && x->second <= 2 * kBackwardBlockN && x->second % 2 == 0);
+      end += x->second / 2;
+    }
+    CHECK(end == (int64_t{h} << 32 | p.forward.num_slow));
+  }
+  const auto sums = play(ctas, random);
+  CHECK(sums == play(ctas, random));
+
+  Span again(p, plan);
+  size_t num_sums = 0;
+  while (again.next()) {
+    for (int h = 0; h < kv_heads; ++h) {
+      for (int tile = 0; tile < again.num_tiles; ++tile) {
+        std::vector<int> marks;  // that write_dq_kernel finds
+        for (int group = 0; group < again.num_groups; ++group) {
+          const auto found = sums.find(int64_t{h} * plan.max_sums + again.first_sum + group * again.num_tiles + tile);
+          if (found == sums.end()) continue;
+          ++num_sums;
+          marks.insert(marks.end(), found->second.begin(), found->second.end());
+        }
+        auto& wanted = expected[int64_t{h} * plan.max_tiles + again.first_tile + tile];
+        std::sort(marks.begin(), marks.end());
+        std::sort(wanted.begin(), wanted.end());
+        CHECK(marks == wanted);
+      }
+    }
+  }
+  CHECK(num_sums == sums.size());
 }
 
 void play_case(std::mt19937& random) {
@@ -185,50 +204,15 @@ void play_case(std::mt19937& random) {
   std::vector<uint32_t> seeing((cu_slow.back() / 128 + batch) * plan.tile_words);
   plan.seeing_tiles = seeing.data();
 
-  const int kind = pick(0, 4);
-  const bool ranges = kind != 4;
-  BackwardSequence sequence(p, plan);
-  std::map<int64_t, std::vector<int>> expected;  // blocks of each (KV head, tile), in any order
-  while (sequence.next()) {
-    for (int n = 0; n < sequence.num_blocks; ++n) {
-      for (int tile = 0; tile < sequence.num_tiles; ++tile) {
-        const int place = sequence.num_tiles * n / sequence.num_blocks;
-        const bool sees = kind == 0   ? tile >= place
-                          : kind == 1 ? abs(tile - place) < 3
-                          : kind == 2 ? pick(0, 9) == 0
-                          : kind == 3 ? pick(0, 9) != 0 && n % 5 != 0 && tile % 7 != 0
-                                      : true;
-        if (!sees) continue;
-        BlockSight sight{plan, sequence.first_block + n};
-        *sight.seeing(tile) |= 1u << tile % 32;
-        for (int h = 0; h < kv_heads; ++h) expected[int64_t{h} * plan.max_tiles + sequence.first_tile + tile].push_back(sequence.first_block + n);
-      }
-    }
-  }
-
-  std::vector<std::vector<Addition>> ctas;
-  for (int cta = 0; cta < plan.num_ctas; ++cta) ctas.push_back(additions_of(p, plan, cta, ranges));
-  const auto sums = play(ctas, random);
-  CHECK(sums == play(ctas, random));
-
-  BackwardSequence again(p, plan);
-  size_t num_sums = 0;
-  while (again.next()) {
-    for (int h = 0; h < kv_heads; ++h) {
-      for (int tile = 0; tile < again.num_tiles; ++tile) {
-        std::vector<int> blocks;  // that write_dq_kernel finds
-        for (int group = 0; group < again.num_groups; ++group) {
-          const auto found = sums.find(int64_t{h} * plan.max_sums + again.first_sum + group * again.num_tiles + tile);
-          if (found == sums.end()) continue;
-          ++num_sums;
-          blocks.insert(blocks.end(), found->second.begin(), found->second.end());
-        }
-        std::sort(blocks.begin(), blocks.end());
-        CHECK(blocks == expected[int64_t{h} * plan.max_tiles + again.first_tile + tile]);
-      }
-    }
-  }
-  CHECK(num_sums == sums.size());
+  const bool in_pieces = pick(0, 1);
+  p.forward.num_slow = cu_slow.back();
+  const int num_blocks = count_blocks_in_memory(p) / kv_heads;
+  std::vector<BlockUses> uses(num_blocks);
+  for (BlockUses& x : uses) x.laps = pick(0, 2) == 0 ? pick(1, 4) : 1;
+  plan.block_uses = uses.data();
+  uint64_t reach[2] = {static_cast<uint64_t>(pick(0, 400)), static_cast<uint64_t>(pick(0, 4))};
+  plan.reach = reach;
+  in_pieces ? play_plan<true>(p, plan, random) : play_plan<false>(p, plan, random);
 }
 
 int main(int, char** arguments) {

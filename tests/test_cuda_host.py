@@ -293,9 +293,15 @@ def test_without_slow_tokens_the_context_is_zero_and_lse_minus_infinity(rng, lau
 # ------------------------------------------------------------------------------------------- attention's backward
 
 
-@pytest.mark.parametrize("sides", [(), ("slow_begin",), ("slow_end",), ("slow_begin", "slow_end")], ids=str)
-def test_what_rows_see_has_its_place_in_the_workspace_where_they_see_ranges(sides, inputs, launched, monkeypatch):
-    tensors = inputs.tensors._replace(**{side: torch.zeros(24, dtype=torch.int32) for side in sides})
+SIDES = [(), ("slow_begin",), ("slow_end",), ("slow_begin", "slow_end")]
+
+
+@pytest.mark.parametrize("given", [*SIDES, ("slow_pieces",), ("slow_pieces", "slow_end")], ids=str)
+def test_what_rows_see_has_its_place_in_the_workspace_where_they_do_not_see_all(given, inputs, launched, monkeypatch):
+    selection = {name: torch.zeros(24, dtype=torch.int32) for name in given if name != "slow_pieces"}
+    if "slow_pieces" in given:
+        selection["slow_pieces"] = torch.tensor([[0, 100], [50, 400], [7, 8]], dtype=torch.int32)
+    tensors = inputs.tensors._replace(**selection)
     context, lse = torch.zeros(24, 14, 64, dtype=torch.bfloat16), torch.zeros(24, 14)
     backward = cuda.AttentionBackward(tensors, None, (True, True, False))
     made, empty = [], torch.empty
@@ -308,19 +314,38 @@ def test_what_rows_see_has_its_place_in_the_workspace_where_they_see_ranges(side
     backward(BackwardTensors((context, lse), (context, lse), tensors))
     (params, plan), (workspace,) = launched[0], made
     assert workspace.nbytes == backward.describe().workspace_bytes
-    assert [params.forward.slow_begin is not None, params.forward.slow_end is not None] == [
-        side in sides for side in ("slow_begin", "slow_end")
-    ]
-    places = (plan.pair_turns, plan.row_ranges, plan.seen_tokens, plan.seeing_tiles, plan.masked_tiles)
-    if not sides:
-        assert places[1:] == (None,) * 4
-        return
+    for name in ("slow_begin", "slow_end", "slow_pieces"):
+        assert (getattr(params.forward, name) is not None) == (name in given)
+    pieces = (plan.uses, plan.block_uses, plan.tile_sequences, plan.reach)
+    sights = (plan.row_ranges, plan.seen_tokens, plan.seeing_tiles, plan.masked_tiles)
     *_, pair_turns = backward.config.workspace(2, 64)
-    sizes = (pair_turns, *backward.config.sights(400, 1))
+    places, sizes = [plan.pair_turns], [pair_turns]
+    if "slow_pieces" in given:
+        places += pieces
+        sizes += backward.config.pieces(3, 400, 1)
+    else:
+        assert pieces == (None,) * 4
+    if given:
+        places += sights
+        sizes += backward.config.sights(400, 1)
+    else:
+        assert sights == (None,) * 4
+        return
     end = workspace.data_ptr() + workspace.nbytes
-    assert [b - a for a, b in pairwise((*places, end))] == list(sizes)
+    assert [b - a for a, b in pairwise((*places, end))] == sizes
     assert plan.tile_words * 32 >= plan.max_tiles
-    assert all(place % 16 == workspace.data_ptr() % 16 for place in places[:3])  # loads of 16 bytes
+    assert all(place % 16 == workspace.data_ptr() % 16 for place in places[:-2])  # loads of 16 bytes
+
+
+def test_gradients_of_sequences_without_pieces_are_zero(inputs, launched):
+    tensors = inputs.tensors._replace(slow_pieces=torch.empty(0, 2, dtype=torch.int32))
+    call = BackwardTensors((torch.ones(24, 14, 64, dtype=torch.bfloat16), None), (), tensors)
+    options, needs = AttentionOptions(None, True, 0, "cuda"), (True, True, False)
+    grad_q, grad_kv, _ = cuda.prepare_text_cross_attention_backward(call, options, needs)(call)
+    assert (grad_q.shape, grad_kv.shape) == (tensors.q.shape, tensors.slow_kv.shape)
+    assert not grad_q.any()
+    assert not grad_kv.any()
+    assert not launched
 
 
 # ------------------------------------------------------------------------------------------- the mix's backward

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 from cases import Shape, make_inputs, poison
 from targets import HALF, HAS_GPU, REPEATS
-from test_ops_visible import RANGES, Call, blinded, ranges_of
+from test_ops_visible import PIECES, RANGES, Call, apart, blinded, in_pieces, ranges_of
 
 from slowfast_kernels import cuda, eager
 from slowfast_kernels._extension import unavailable_reason
@@ -62,12 +65,20 @@ PLANS = {
 }
 
 
-def make_call(shape: Shape, generator, ranges: str | None = None, dtype=torch.bfloat16) -> BackwardTensors:
-    """``ranges``: one of RANGES; then poison lies in tokens that nobody sees and in gradients of rows that see none."""
-    inputs = make_inputs(shape, dtype, "cuda", generator)
-    tensors: AttentionTensors = inputs.tensors
+def make_call(
+    shape: Shape, generator, ranges: str | None = None, dtype=torch.bfloat16, pieces: str | None = None
+) -> BackwardTensors:
+    """``ranges``: one of RANGES, ``pieces``: of PIECES.
+
+    With either, poison lies in tokens that nobody sees and in gradients of rows that see none.
+    """
+    inputs, selection, lengths = make_inputs(shape, dtype, "cuda", generator), {}, None
+    if pieces is not None:
+        inputs, selection, lengths = in_pieces(inputs, pieces)
     if ranges is not None:
-        selection = ranges_of(inputs, ranges)
+        selection |= ranges_of(inputs, ranges, lengths=lengths)
+    tensors: AttentionTensors = inputs.tensors
+    if selection:
         tensors = blinded(Call(inputs, selection)).inputs.tensors._replace(**selection)
     scale = scale_of(tensors.q, None)
     context, lse = eager.text_cross_attention(tensors, scale)
@@ -75,7 +86,7 @@ def make_call(shape: Shape, generator, ranges: str | None = None, dtype=torch.bf
         torch.randn(context.shape, generator=generator, device="cuda").to(context.dtype),
         torch.randn(lse.shape, generator=generator, device="cuda"),
     )
-    if ranges is not None:
+    if selection:
         is_blind = lse[:, 0] == -torch.inf
         for grad in grads:
             grad[is_blind] = poison(torch.empty_like(grad[is_blind]))
@@ -262,3 +273,128 @@ def test_a_captured_graph_follows_ranges_that_change(rng):
         graph.replay()
         assert_accurate(captured, call)
         assert all(reference.same_bits(x, y) for x, y in zip(captured[:2], backward(call)[:2], strict=True))
+
+
+# ------------------------------------------------------------------------------------------- sequences in pieces
+
+PIECES_AND_RANGES = [
+    ("cut and shuffled, with holes and empty ones", None),
+    ("shared by all", None),
+    ("shared by all", "growing prefix"),
+    ("repeated and overlapping", None),
+    ("repeated and overlapping", "anything"),
+]
+# Questions about one video; and a video in hundreds of pieces beside others.
+SHARED = Shape(((9, 700), (30, 0), (0, 3), (64, 600), (5, 9)), (14, 2), 128)
+SCATTERED = Shape(((50, 900), (3, 70), (20, 300)), (7, 1), 64)
+
+
+@pytest.mark.parametrize(("pieces", "ranges"), PIECES_AND_RANGES)
+@pytest.mark.parametrize("plan", SEEING_PLANS)
+def test_pieces_under_every_plan_are_accurate_and_give_the_same_bits_every_time(plan, pieces, ranges, rng):
+    shape, choices = SEEING_PLANS[plan]
+    call = make_call(shape, rng("cuda"), ranges, pieces=pieces)
+    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False), config_of(shape, *choices))
+    first = backward(call)
+    assert_sees(first, call)
+    for _ in range(SEEING_REPEATS):
+        again = backward(call)
+        assert all(reference.same_bits(x, y) for x, y in zip(first[:2], again[:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [((2, 2), 64), ((6, 2), 128), ((7, 1), 64), ((8, 1), 128)], ids=str)
+@pytest.mark.parametrize("ranges", [None, "growing prefix", "window", "anything", "nothing"])
+@pytest.mark.parametrize("pieces", PIECES)
+def test_pieces_of_every_kind_are_accurate(pieces, ranges, heads, dim, dtype, rng):
+    shape = Shape(((33, 700), (0, 9), (3, 0), (90, 1100), (1, 33)), heads, dim)
+    call = make_call(shape, rng("cuda"), ranges, dtype, pieces)
+    assert_sees(cuda.AttentionBackward(call.inputs, None, (True, True, False))(call), call)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False)], ids=["q", "kv"])
+@pytest.mark.parametrize(("pieces", "ranges"), PIECES_AND_RANGES)
+def test_of_pieces_what_is_asked_for_alone_has_the_bits_that_it_has_with_the_rest(pieces, ranges, needs, rng):
+    call = make_call(SHARED, rng("cuda"), ranges, pieces=pieces)
+    both = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+    alone = cuda.AttentionBackward(call.inputs, None, needs)(call)
+    for need, x, y in zip(needs, both, alone, strict=True):
+        assert (y is None) == (not need)
+        assert y is None or reference.same_bits(x, y)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "unlike"])
+@pytest.mark.parametrize(("pieces", "ranges"), PIECES_AND_RANGES)
+def test_pieces_of_keys_and_values_apart_have_the_bits_of_both_in_one(pieces, ranges, layout, rng):
+    call = make_call(SHARED, rng("cuda"), ranges, pieces=pieces)
+    grad_q, grad_kv, _ = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+    keys, values = apart(SimpleNamespace(slow_kv=call.inputs.slow_kv), layout).slow_kv
+    pair = call._replace(inputs=call.inputs._replace(slow_kv=keys, slow_values=values))
+    found = cuda.AttentionBackward(pair.inputs, None, (True, True, True))(pair)
+    for x, y in zip(found, (grad_q, grad_kv[:, :, 0], grad_kv[:, :, 1]), strict=True):
+        assert reference.same_bits(x, y.contiguous())
+
+
+@pytest.mark.parametrize(("pieces", "ranges"), PIECES_AND_RANGES)
+def test_a_workspace_of_pieces_may_hold_anything(pieces, ranges, rng, monkeypatch):
+    call = make_call(SHARED, rng("cuda"), ranges, pieces=pieces)
+    want = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+    make = torch.empty
+
+    def poisoned(*size, **options):
+        x = make(*size, **options)
+        return x.fill_(float("nan")) if x.dtype.is_floating_point else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    found = cuda.AttentionBackward(call.inputs, None, (True, True, False))(call)
+    assert all(reference.same_bits(x, y) for x, y in zip(want[:2], found[:2], strict=True))
+
+
+def scattered(inputs, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """500 pieces of up to 40 tokens, of all slow tokens, and how many of them each sequence has."""
+    rng = random.Random(seed)
+    begins = [rng.randrange(len(inputs.slow_kv)) for _ in range(500)]
+    pieces = [(begin, min(len(inputs.slow_kv), begin + rng.randrange(40))) for begin in begins]
+    cuts = [0, *sorted(rng.randrange(501) for _ in range(inputs.cu_slow.shape[0] - 2)), 500]
+    make = {"dtype": torch.int32, "device": inputs.slow_kv.device}
+    return torch.tensor(pieces, **make), torch.tensor(cuts, **make)
+
+
+def refresh(call: BackwardTensors) -> None:
+    """Results of the forward pass for what the inputs hold now."""
+    fresh = eager.text_cross_attention(call.inputs, scale_of(call.inputs.q, None))
+    for old, new in zip(call.results, fresh, strict=True):
+        old.copy_(new)
+
+
+def test_a_captured_graph_follows_pieces_that_change(rng):
+    call = make_call(SCATTERED, rng("cuda"))
+    pieces, counts = scattered(call.inputs, 0)
+    call = call._replace(inputs=call.inputs._replace(slow_pieces=pieces, cu_slow=counts))
+    refresh(call)
+    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False))
+    backward(call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backward(call)
+    for seed in range(6):
+        for old, new in zip((pieces, counts), scattered(call.inputs, seed), strict=True):
+            old.copy_(new)
+        refresh(call)
+        graph.replay()
+        assert_accurate(captured, call)
+        assert all(reference.same_bits(x, y) for x, y in zip(captured[:2], backward(call)[:2], strict=True))
+
+
+def test_questions_about_one_video_give_the_gradients_of_one_long_question(rng):
+    whole = make_call(ONE, rng("cuda"))
+    lengths, tokens = (7, 20, 13), ONE.sequences[0][1]
+    make = {"dtype": torch.int32, "device": "cuda"}
+    split = whole.inputs._replace(
+        slow_pieces=torch.tensor([[0, tokens]] * 3, **make),
+        cu_slow=torch.arange(4, **make),
+        cu_text=torch.tensor([0, *accumulate(lengths)], **make),
+    )
+    call = whole._replace(inputs=split)
+    assert_accurate(cuda.AttentionBackward(split, None, (True, True, False))(call), whole)

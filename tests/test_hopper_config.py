@@ -333,6 +333,18 @@ def test_what_rows_see_has_room_for_all_blocks_however_they_are_distributed(shap
     assert rows % 16 == 0  # tokens lie behind the rows and are read 16 bytes at a time
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (64, 10368, 1), (5 * 37, 40 * 37, 37), (1024, 41473, 2)])
+def test_what_is_known_of_pieces_has_room_for_all_blocks_and_row_tiles(shape):
+    _, num_slow, batch = shape
+    config = hopper_attention_backward_config(*shape, 14, 2, 128)
+    uses, block_uses, sequences, reach = config.pieces(3, num_slow, batch)
+    assert uses == 3 * 16
+    assert block_uses >= -(-num_slow // 128) * 16
+    assert sequences >= config.max_tiles * 4
+    assert reach == 16
+    assert all(size % 16 == 0 for size in (uses, block_uses, sequences))
+
+
 @pytest.mark.parametrize(
     ("batch", "text", "slow", "heads", "kv_heads", "chosen"),
     [

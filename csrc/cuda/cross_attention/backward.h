@@ -4,10 +4,26 @@
 
 namespace slowfast::cuda {
 
+// A piece of a sequence's slow tokens.
+struct PieceUse {
+  int32_t begin, end;  // in memory
+  int32_t number;      // of its first token in the sequence
+  int32_t sequence;
+};
+// Who has tokens of a block.
+struct BlockUses {
+  int32_t laps;                     // times that a CTA goes over the row tiles, at least 1
+  int32_t first_piece, last_piece;  // those that have tokens of it are among first_piece .. last_piece - 1
+  int32_t unused;
+};
+
 // A row tile is 64 packed rows of a KV head, a block 128 slow tokens of one. Sequences follow one another; of a sequence,
 // block n of KV head h is number n * Hkv + h. CTA c works on blocks c, c + num_ctas, ... of all: a round is num_ctas blocks.
 // The blocks of a KV head in a round are cut into groups. A group adds its share of dQ into sums of its own, in a fixed
 // order (backward_schedule.cuh); groups of the next round go on with the sums of this one.
+//
+// Where sequences are in pieces, blocks are of tokens as they lie in memory, whoever's they are: block n of KV head h is
+// number n * Hkv + h of all, and whoever has tokens of it adds to the dK and dV of its CTA.
 struct BackwardPlan {
   int32_t num_ctas;    // that the GPU holds at once, at most
   int32_t max_tiles;   // row tiles of a KV head: a bound over any distribution of the text rows over the sequences
@@ -27,6 +43,11 @@ struct BackwardPlan {
   uint32_t* masked_tiles;  // the same, of those in which not all rows that see anything see all of the block
   int32_t* row_ranges;     // [max_tiles, 64, 2]: the tokens of its sequence that a packed row sees, begin and end
   int32_t tile_words;
+  // Where sequences are in pieces (backward_pieces.cuh).
+  PieceUse* uses;           // [P]
+  BlockUses* block_uses;    // [max_blocks]
+  int32_t* tile_sequences;  // [max_tiles]: the sequence of each row tile
+  uint64_t* reach;          // [2]: row tiles of the sequences that have tokens of a block, summed up over blocks; these blocks
 };
 
 void cross_attention_backward_sm90_d64(const CrossAttentionBackwardParams& params, const BackwardPlan& plan, void* stream);

@@ -19,6 +19,12 @@ struct RingPlace {
   }
 };
 
+// What a call's blocks and row tiles are counted along, and the place of a block among those that add to the same sums.
+template <typename Traits>
+using BackwardSpan = std::conditional_t<Traits::kPieces, BackwardWhole, BackwardSequence>;
+template <typename Traits>
+using BackwardPlace = std::conditional_t<Traits::kPieces, BackwardLapOrder, BackwardOrder>;
+
 struct BackwardMaps {
   CUtensorMap keys, values;
 };
@@ -32,10 +38,10 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
   constexpr uint32_t kTileBytes = Traits::kBlockM * Traits::kHeadDim * sizeof(T);
   constexpr uint32_t kBlockBytes = Traits::kBlockN * Traits::kHeadDim * sizeof(T);
   uint32_t values_phase = 0;
-  BackwardSequence sequence(p, plan);
+  BackwardSpan<Traits> sequence(p, plan);
   RingPlace<2> place;
   RingPlace<Traits::kStages> stage;
-  const int total = count_blocks(p), last_round = total / plan.num_ctas, rest = total - last_round * plan.num_ctas;
+  const int total = Traits::kPieces ? count_blocks_in_memory(p) : count_blocks(p), last_round = total / plan.num_ctas, rest = total - last_round * plan.num_ctas;
   const bool splits = plan.splits_last_round && 2 * rest <= plan.num_ctas;
   const int cta = blockIdx.x;
   const int lane = Traits::kRanges ? threadIdx.x % 32 : 0;
@@ -45,6 +51,7 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
     if constexpr (Traits::kRanges) __syncwarp();
   };
   bool more = sequence.next();
+  int lap = 0;  // of the block, where sequences are in pieces
   for (int round = 0;; ++round) {
     int number = round * plan.num_ctas + cta, half = -1;
     if (splits && round == last_round) {
@@ -82,6 +89,14 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
       steps = SeenTiles(sight, tile_begin, num_tiles).count();
       if (lane == 0) block.num_tiles = steps;
     }
+    [[maybe_unused]] bool is_last_lap = true;
+    if constexpr (Traits::kPieces) {
+      is_last_lap = steps == 0 || lap + 1 == sight.laps();
+      if (lane == 0) {
+        shared.sight.is_first_lap[place.slot] = lap == 0;
+        shared.sight.is_last_lap[place.slot] = is_last_lap;
+      }
+    }
     if (steps == 0) {
       if (lane == 0) ptx::mbarrier_arrive(full);
       place.advance();
@@ -89,8 +104,14 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
     }
     int first_tile;
     if constexpr (Traits::kRanges) {
-      const BackwardOrder order = {round, kv_head, sequence.first_block + n, group, rank, tile_begin, num_tiles};
+      BackwardPlace<Traits> order;
+      static_cast<BackwardOrder&>(order) = {round, kv_head, sequence.first_block + n, group, rank, tile_begin, num_tiles};
+      if constexpr (Traits::kPieces) {
+        order.lap = lap;
+        order.num_blocks = sequence.num_blocks;
+      }
       first_tile = order.start(sequence) - tile_begin;
+      if (Traits::kPieces && lane == 0) block.first_tile = first_tile;
       if (lane == 0) {
         shared.sight.orders[place.slot] = order;
         shared.sight.tokens[place.slot] = *reinterpret_cast<const uint4*>(sight.tokens());
@@ -118,14 +139,16 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
     for (int i = 0; i < steps; ++i) {
       bool is_masked = false;
       uint32_t rows = 0;
-      if constexpr (Traits::kRanges) {
+      if constexpr (Traits::kPieces) {
+        tile = seen.next() - tile_begin;
+      } else if constexpr (Traits::kRanges) {
         tile = seen.next() - tile_begin;
         is_masked = sight.is_masked_for(tile_begin + tile);
         if (is_masked) rows = sight_of_rows(plan, sequence.first_tile + tile_begin + tile, n * Traits::kBlockN, lane);
       }
       const Record& record = records[tile];
       wait(&shared.rows_empty[stage.slot], stage.phase ^ 1);
-      if constexpr (Traits::kRanges) {
+      if constexpr (Traits::kRanges && !Traits::kPieces) {
         if (is_masked) shared.sight.rows[stage.slot][lane] = rows;
         if (lane == 0) shared.sight.is_masked[stage.slot] = is_masked;
         __syncwarp();
@@ -149,6 +172,10 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
       }
     }
     place.advance();
+    if constexpr (Traits::kPieces) {
+      lap = is_last_lap ? 0 : lap + 1;
+      round -= !is_last_lap;
+    }
   }
 }
 
@@ -179,13 +206,13 @@ __device__ __forceinline__ void wait_for_turns(const BackwardPlan& plan, typenam
   }
 }
 
-// The same where rows see ranges; by a warp.
+// The same where rows see ranges or sequences are in pieces; by a warp.
 template <typename Traits>
 __device__ __forceinline__ void wait_for_turns_in_order(const CrossAttentionBackwardParams& p, const BackwardPlan& plan,
                                                         typename Traits::SharedStorage& shared) {
   RingPlace<2> place;
   RingPlace<Traits::kTurnSlots> slot;
-  BackwardSequence sequence(p, plan);
+  BackwardSpan<Traits> sequence(p, plan);
   sequence.next();
   const int lane = threadIdx.x % 32;
   while (true) {
@@ -193,7 +220,7 @@ __device__ __forceinline__ void wait_for_turns_in_order(const CrossAttentionBack
     const int steps = shared.blocks[place.slot].num_tiles;
     if (steps < 0) return;
     if (steps > 0) {
-      const BackwardOrder& order = shared.sight.orders[place.slot];
+      const BackwardPlace<Traits>& order = shared.sight.orders[place.slot];
       const int64_t first_sum = shared.blocks[place.slot].first_sum;
       while (order.block >= sequence.first_block + sequence.num_blocks) sequence.next();
       SeenTiles seen(BlockSight{plan, order.block}, order.tile_begin, order.num_tiles, order.start(sequence) - order.tile_begin);
@@ -216,6 +243,53 @@ __device__ __forceinline__ void wait_for_turns_in_order(const CrossAttentionBack
   }
 }
 
+// Says what rows of the tiles see of a block, where sequences are in pieces, beside the producer that asks for the tiles; by
+// a warp.
+template <typename Traits>
+__device__ __forceinline__ void find_masks(const CrossAttentionBackwardParams& p, const BackwardPlan& plan,
+                                           typename Traits::SharedStorage& shared) {
+  RingPlace<2> place;
+  RingPlace<Traits::kStages> stage;
+  const int lane = threadIdx.x % 32;
+  while (true) {
+    ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
+    const int steps = shared.blocks[place.slot].num_tiles;
+    if (steps < 0) return;
+    const int block = shared.sight.orders[place.slot].block, lap = shared.sight.orders[place.slot].lap;
+    const BlockSight sight{plan, block};
+    SeenTiles seen(sight, shared.sight.orders[place.slot].tile_begin, shared.sight.orders[place.slot].num_tiles, shared.blocks[place.slot].first_tile);
+    LapRuns runs;
+    uint32_t ranks = 0;
+    int sequence = -1;  // whose runs these are
+    for (int i = 0; i < steps; ++i) {
+      const int tile = seen.next();
+      const bool is_masked = lap > 0 || sight.is_masked_for(tile);
+      uint32_t rows = 0;
+      if (is_masked) {
+        const int owner = plan.tile_sequences[tile];
+        if (owner != sequence) {
+          sequence = owner;
+          runs = runs_of_lap(plan, block, __ldg(p.forward.cu_slow + owner), __ldg(p.forward.cu_slow + owner + 1), lap, lane);
+          ranks = runs.ranks(lane);
+        }
+        rows = runs.sight_of_rows(plan, tile, lane);
+      }
+      ptx::mbarrier_wait(&shared.rows_empty[stage.slot], stage.phase ^ 1);
+      if (is_masked) {
+        shared.sight.rows[stage.slot][lane] = rows;
+        shared.sight.ranks[stage.slot][lane] = ranks;
+      }
+      if (lane == 0) shared.sight.is_masked[stage.slot] = is_masked;
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&shared.query_full[stage.slot]);
+      stage.advance();
+    }
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.keys_empty[place.slot]);
+    place.advance();
+  }
+}
+
 // Adds what the consumers leave to the sums, and passes the turn on when it is there.
 template <typename Traits>
 __device__ __forceinline__ void add_to_sums(const BackwardPlan& plan, typename Traits::SharedStorage& shared) {
@@ -228,7 +302,7 @@ __device__ __forceinline__ void add_to_sums(const BackwardPlan& plan, typename T
     const int num_tiles = shared.blocks[place.slot].num_tiles;
     if (num_tiles < 0) return;
     int number = 0;
-    if constexpr (Traits::kRanges) number = shared.sight.orders[place.slot].block;
+    if constexpr (Traits::kRanges) number = shared.sight.orders[place.slot].mark();
     ptx::mbarrier_arrive(&shared.keys_empty[place.slot]);
     for (int i = 0; i < num_tiles; ++i) {
       ptx::mbarrier_wait(&shared.may_add[slot.slot], slot.phase);

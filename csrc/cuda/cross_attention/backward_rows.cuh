@@ -2,9 +2,9 @@
 #pragma once
 #include "../common/dtype.cuh"
 #include "../common/reduce.cuh"
-#include "backward_schedule.cuh"
+#include "backward_order.cuh"
 #include "ptx.cuh"
-#include "slow_tokens.cuh"
+#include "ranges.cuh"
 
 namespace slowfast::cuda {
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ int swizzled(int row, int vector) {
 }
 
 // A CTA takes 16 rows.
-template <typename T, int kHeadDim, bool kRanges>
+template <typename T, int kHeadDim, bool kRanges, bool kPieces>
 __global__ void __launch_bounds__(16 * kHeadDim / 8)
     pack_rows_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
   using Record = RowTile<T, kHeadDim>;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(16 * kHeadDim / 8)
   Range range = {0, 0};
   if (packed < sequence.num_rows) {
     const int64_t text = sequence.text_begin + packed / heads_per_kv, head = kv_head * heads_per_kv + packed % heads_per_kv;
-    if (kRanges) range = range_of(p.forward, text, sequence.num_slow);
+    if (kRanges) range = range_of(p.forward, text, kPieces ? kNoToken : sequence.num_slow);
     lse = p.forward.lse[text * p.forward.num_q_heads + head];
     if (lse != -INFINITY) {
       const auto load = [&](const void* base, int64_t at) {
@@ -82,12 +82,13 @@ __global__ void __launch_bounds__(16 * kHeadDim / 8)
     record.delta[row] = delta * Record::kUnit;
     if (kRanges && kv_head == 0) {
       reinterpret_cast<int2*>(plan.row_ranges)[tile * kBackwardBlockM + row] = make_int2(range.begin, max(range.end, 0));
+      if (kPieces && row == 0) plan.tile_sequences[tile] = sequence.number;
     }
   }
 }
 
 // A CTA takes a row tile: thread t of a warpgroup adds up its fragments, of half the columns (see add_to_sums).
-template <typename T, int kHeadDim, bool kRanges>
+template <typename T, int kHeadDim, bool kRanges, bool kPieces>
 __global__ void __launch_bounds__(256)
     write_dq_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
   constexpr int kFragments = kHeadDim / 16, kVectors = kHeadDim / 8;
@@ -98,6 +99,13 @@ __global__ void __launch_bounds__(256)
   do {
     if (!sequence.next()) return;
   } while (tile >= sequence.first_tile + sequence.num_tiles);
+  if constexpr (kPieces) {
+    BackwardWhole whole(p, plan);
+    whole.next();
+    sequence.num_groups = whole.num_groups;
+    sequence.num_tiles = whole.num_tiles;
+    sequence.first_sum = sequence.first_tile;
+  }
   ptx::wait_for_previous_kernel();
   float4 sum[kFragments] = {};
   const int64_t first = int64_t{kv_head} * plan.max_sums + sequence.first_sum + tile - sequence.first_tile;

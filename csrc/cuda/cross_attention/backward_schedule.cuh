@@ -62,6 +62,11 @@ __device__ __forceinline__ int count_blocks(const CrossAttentionBackwardParams& 
   return count * p.forward.num_kv_heads;
 }
 
+// Where sequences are in pieces.
+__device__ __forceinline__ int count_blocks_in_memory(const CrossAttentionBackwardParams& p) {
+  return static_cast<int>((p.forward.num_slow + kBackwardBlockN - 1) / kBackwardBlockN) * p.forward.num_kv_heads;
+}
+
 // A CTA's place among those that add to the same sums.
 struct BackwardTurns {
   int earlier;  // CTAs of rounds before

@@ -1,7 +1,6 @@
-// What text rows see of the blocks of slow tokens, of calls whose rows see ranges.
+// What text rows see of the blocks of slow tokens, of calls whose rows see ranges or whose sequences are in pieces.
 #pragma once
-#include "backward_order.cuh"
-#include "slow_tokens.cuh"
+#include "backward_pieces.cuh"
 
 namespace slowfast::cuda {
 
@@ -57,6 +56,42 @@ __device__ __forceinline__ uint32_t sight_of_rows(const BackwardPlan& plan, int 
   const int4 ranges = __ldcg(reinterpret_cast<const int4*>(plan.row_ranges) + int64_t{tile} * (kBackwardBlockM / 2) + lane);
   const auto within = [&](int token) { return static_cast<uint32_t>(min(max(token - block_begin, 0), kBackwardBlockN)); };
   return within(ranges.x) | within(ranges.y) << 8 | within(ranges.z) << 16 | within(ranges.w) << 24;
+}
+
+// A warp takes a sequence.
+static __global__ void __launch_bounds__(128)
+    number_pieces_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
+  const int sequence = blockIdx.x * 4 + threadIdx.x / 32;
+  if (blockIdx.x == 0 && threadIdx.x < 2) plan.reach[threadIdx.x] = 0;
+  if (sequence < p.forward.batch) number_pieces(p, plan, sequence, threadIdx.x % 32);
+}
+
+// A CTA takes a block.
+static __global__ void __launch_bounds__(128)
+    find_piece_sights_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
+  __shared__ uint32_t seen[BlockSight::kTokenWords];
+  const int block = blockIdx.x, lane = threadIdx.x % 32;
+  const BlockSight sight{plan, block};
+  if (threadIdx.x < BlockSight::kTokenWords) seen[threadIdx.x] = 0;
+  for (int word = threadIdx.x; word < plan.tile_words; word += 128) *sight.seeing(32 * word) = *sight.masked(32 * word) = 0;
+  __syncthreads();
+  uint32_t tokens[BlockSight::kTokenWords] = {};
+  const BlockReach reach = find_sights_of_block(p, plan, block, threadIdx.x / 32, lane, tokens);
+#pragma unroll
+  for (int i = 0; i < BlockSight::kTokenWords; ++i) {
+    const uint32_t word = __reduce_or_sync(0xffffffffu, tokens[i]);
+    if (lane == 0) atomicOr(&seen[i], word);
+  }
+  __syncthreads();
+  if (threadIdx.x < BlockSight::kTokenWords) sight.tokens()[threadIdx.x] = seen[threadIdx.x];
+  if (threadIdx.x == 0) {
+    plan.block_uses[block] = reach.uses;
+    if (reach.tiles > 0) {
+      auto* sums = reinterpret_cast<unsigned long long*>(plan.reach);
+      atomicAdd(sums, static_cast<unsigned long long>(reach.tiles));
+      atomicAdd(sums + 1, 1ull);
+    }
+  }
 }
 
 }  // namespace slowfast::cuda

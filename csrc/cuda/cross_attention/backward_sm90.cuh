@@ -5,7 +5,8 @@
 // Roofline: 10 Nt Hq D Ns FLOP. A CTA owns a block of 128 slow tokens of a KV head, 64 a warpgroup, and walks over all packed
 // rows of the head, 64 at a time: dK and dV stay in registers, as do P^T and dS^T, which are computed in the layout of the
 // left operand. dQ is a sum over blocks: it leaves by vector reductions in L2 whose order is fixed (backward_schedule.cuh).
-// Where rows see ranges, tiles that see nothing of a block are left out of its walk; it is an instantiation of its own.
+// Where rows see ranges, tiles that see nothing of a block are left out of its walk; it is an instantiation of its own, as is
+// that of sequences in pieces, whose blocks are of tokens as they lie in memory.
 #pragma once
 #include "../common/memory.cuh"
 #include "backward_producer.cuh"
@@ -16,23 +17,35 @@
 namespace slowfast::cuda {
 
 // What a CTA holds of what rows see, where they see ranges.
-template <int kStages, bool kRanges>
+template <int kStages, bool kRanges, bool kPieces>
 struct SharedSight {};
 template <int kStages>
-struct SharedSight<kStages, true> {
+struct SharedSight<kStages, true, false> {
   BackwardOrder orders[2];                     // of two blocks,
   uint4 tokens[2];                             // and which of their tokens somebody sees
   uint32_t rows[kStages][kBackwardBlockM / 2];  // see sight_of_rows
   bool is_masked[kStages];                     // not all rows of the tile that see anything see all of the block
 };
 
-template <typename T, int kHeadDim_, bool kWithQ_, bool kWithKV_, bool kRanges_>
+template <int kStages>
+struct SharedSight<kStages, true, true> {
+  BackwardLapOrder orders[2];
+  uint4 tokens[2];
+  uint32_t rows[kStages][kBackwardBlockM / 2];   // see LapRuns
+  uint32_t ranks[kStages][kBackwardBlockN / 4];
+  bool is_masked[kStages];
+  bool is_first_lap[2], is_last_lap[2];  // of a block
+};
+
+template <typename T, int kHeadDim_, bool kWithQ_, bool kWithKV_, bool kRanges_, bool kPieces_>
 struct BackwardTraits {
   using Element = T;
   using Record = RowTile<T, kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kWithQ = kWithQ_, kWithKV = kWithKV_;  // dQ; dK and dV
   static constexpr bool kRanges = kRanges_;                    // otherwise rows see all of their sequence
+  static constexpr bool kPieces = kPieces_;                    // of sequences; rows may see ranges of them, as kRanges says
+  static_assert(kRanges || !kPieces);
   static constexpr int kBlockM = kBackwardBlockM, kBlockN = kBackwardBlockN;
   static constexpr int kThreads = 384, kProducerRegisters = 56, kConsumerRegisters = 224;
   static constexpr int kStages = 2, kTurnSlots = 4;
@@ -50,7 +63,7 @@ struct BackwardTraits {
   };
   struct Turn {
     int64_t sum;
-    int before;  // CTAs that add before this one; if kRanges, the number of the block that is added before this one's, plus 1
+    int before;  // CTAs that add before this one; if kRanges, the mark of what is added before this, plus 1
   };
   struct SharedStorage {
     alignas(1024) T keys[2][kBlockN * kHeadDim];  // of two blocks, column blocks of 64
@@ -64,7 +77,7 @@ struct BackwardTraits {
     bool is_second[2];
     uint64_t keys_full[2], keys_empty[2], values_full, values_empty, query_full[kStages], grad_full[kStages], rows_empty[kStages];
     uint64_t may_add[kTurnSlots], passed[kTurnSlots], grad_query_full, grad_query_empty;
-    SharedSight<kStages, kRanges> sight;
+    SharedSight<kStages, kRanges, kPieces> sight;
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;
   static_assert(kSharedBytes <= 227 * 1024);
@@ -156,14 +169,21 @@ struct BackwardConsumer {
     }
   }
 
-  __device__ __forceinline__ void hide_unseen(Scores& scores, const uint32_t* rows) const {
+  // `tokens`: the place of each in what `rows` are ranges of, where that is not its place in the block.
+  __device__ __forceinline__ void hide_unseen(Scores& scores, const uint32_t* rows, [[maybe_unused]] const uint8_t* tokens) const {
+    const int thread = Traits::kPieces ? read_thread() : this->thread;
     const int token = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+    int places[2] = {token, token + 8};
+    if constexpr (Traits::kPieces) {
+      places[0] = tokens[token];
+      places[1] = tokens[token + 8];
+    }
 #pragma unroll
     for (int j = 0; j < kBlockM / 8; ++j) {
       const uint32_t sight = rows[4 * j + thread % 4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int begin = sight >> 16 * (k % 2) & 255, end = sight >> (16 * (k % 2) + 8) & 255, mine = token + k / 2 * 8;
+        const int begin = sight >> 16 * (k % 2) & 255, end = sight >> (16 * (k % 2) + 8) & 255, mine = places[k / 2];
         if (mine < begin || mine >= end) scores[4 * j + k] = -INFINITY;
       }
     }
@@ -255,15 +275,19 @@ struct BackwardConsumer {
     RingPlace<Traits::kStages> stage;
     uint32_t values_phase = 0, dq_phase = 0;
     int grad_scores = 0;
+    Gradient dk, dv;
     while (true) {
       ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
       const int num_tiles = shared.blocks[place.slot].num_tiles;
       if (num_tiles < 0) return;
       T* keys = shared.keys[place.slot];
       const int num_tokens = shared.blocks[place.slot].num_tokens;
-      Gradient dk, dv;
+      bool is_first_lap = true;
+      if constexpr (Traits::kPieces) is_first_lap = shared.sight.is_first_lap[place.slot];
+      if (is_first_lap) {
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0f;
+        for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0f;
+      }
       if (num_tiles > 0) {
         bool clears = num_tokens < kBlockN;
         if constexpr (Traits::kRanges) {
@@ -305,7 +329,11 @@ struct BackwardConsumer {
           ptx::wgmma_wait<1>();
           ptx::wgmma_fence_operand(scores);
           if constexpr (Traits::kRanges) {
-            if (shared.sight.is_masked[stage.slot]) hide_unseen(scores, shared.sight.rows[stage.slot]);
+            if (shared.sight.is_masked[stage.slot]) {
+              const uint8_t* ranks = nullptr;
+              if constexpr (Traits::kPieces) ranks = reinterpret_cast<const uint8_t*>(shared.sight.ranks[stage.slot]);
+              hide_unseen(scores, shared.sight.rows[stage.slot], ranks);
+            }
           } else {
             if (num_tokens < kBlockN) hide_rows(scores, num_tokens);
           }
@@ -341,7 +369,7 @@ struct BackwardConsumer {
             operand_ds[j / 2][j % 2 * 2 + 1] = pack2<T>(scores[4 * j + 2], scores[4 * j + 3]);
           }
           if constexpr (Traits::kWithQ) {
-            store_fragments<T, kBlockN>(shared.grad_scores[grad_scores], warpgroup * 64, operand_ds, thread);
+            store_fragments<T, kBlockN>(shared.grad_scores[grad_scores], warpgroup * 64, operand_ds, Traits::kPieces ? read_thread() : thread);
             ptx::fence_proxy_async();
           }
           if constexpr (Traits::kWithKV) {
@@ -371,7 +399,9 @@ struct BackwardConsumer {
         values_phase ^= 1;
         if constexpr (Traits::kWithQ && Traits::kWithKV) ptx::named_barrier_sync(kBackwardConsumers, 256);  // no K, no dS is read any more
       }
-      if constexpr (Traits::kWithKV) {
+      bool is_last_lap = true;
+      if constexpr (Traits::kPieces) is_last_lap = shared.sight.is_last_lap[place.slot];
+      if (Traits::kWithKV && is_last_lap) {
         const auto block = shared.blocks[place.slot];
         if (block.pair < 0 || join(dk, dv, block.pair)) {
           store_gradient(dv, kUnit, shared.grad_scores[0], p.grad_values, block);
@@ -400,10 +430,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::prefetch_tensor_map(&maps.values);
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(&shared.keys_full[i], 1);
-      ptx::mbarrier_init(&shared.keys_empty[i], Traits::kWithQ ? 10 : 8);  // consumers' warps, and those of the turns
+      ptx::mbarrier_init(&shared.keys_empty[i], (Traits::kWithQ ? 10 : 8) + Traits::kPieces);  // consumers' warps, those of the turns, that of masks
     }
     for (int i = 0; i < Traits::kStages; ++i) {
-      ptx::mbarrier_init(&shared.query_full[i], 1);
+      ptx::mbarrier_init(&shared.query_full[i], 1 + Traits::kPieces);
       ptx::mbarrier_init(&shared.grad_full[i], 1);
       ptx::mbarrier_init(&shared.rows_empty[i], 8);
     }
@@ -422,7 +452,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warpgroup == 0) {
     ptx::register_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-    if (thread % 32 == 0 || (Traits::kRanges && warp < 2)) {
+    if (thread % 32 == 0 || (Traits::kRanges && warp < 2) || (Traits::kPieces && warp == 3)) {
       if (warp == 0) {
         produce<Traits>(maps, p, plan, shared);
         ptx::let_next_kernel_start();
@@ -434,6 +464,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         }
       } else if (Traits::kWithQ && warp == 2) {
         add_to_sums<Traits>(plan, shared);
+      } else if (Traits::kPieces && warp == 3) {
+        if constexpr (Traits::kPieces) find_masks<Traits>(p, plan, shared);
       }
     }
   } else {
@@ -449,11 +481,16 @@ void launch_backward(const CrossAttentionBackwardParams& p, const BackwardPlan& 
   const unsigned heads = p.forward.num_kv_heads;
   auto* kernel = cross_attention_backward_kernel<Traits>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes), "cudaFuncSetAttribute");
-  if constexpr (Traits::kRanges) {
+  if constexpr (Traits::kPieces) {
+    number_pieces_kernel<<<(p.forward.batch + 3) / 4, 128, 0, stream>>>(p, plan);
+    check_launch("number_pieces");
+    find_piece_sights_kernel<<<count_blocks_in_memory(p) / heads, 128, 0, stream>>>(p, plan);
+    check_launch("find_piece_sights");
+  } else if constexpr (Traits::kRanges) {
     find_sights_kernel<<<p.forward.num_slow / Traits::kBlockN + p.forward.batch, 128, 0, stream>>>(p, plan);
     check_launch("find_sights");
   }
-  pack_rows_kernel<T, kHeadDim, Traits::kRanges><<<dim3(plan.max_tiles * 4, heads), 16 * kHeadDim / 8, 0, stream>>>(p, plan);
+  pack_rows_kernel<T, kHeadDim, Traits::kRanges, Traits::kPieces><<<dim3(plan.max_tiles * 4, heads), 16 * kHeadDim / 8, 0, stream>>>(p, plan);
   check_launch("pack_rows");
   cudaLaunchAttribute attributes[2];  // the second: CTAs wait for one another, so all of them must be there
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -477,29 +514,30 @@ void launch_backward(const CrossAttentionBackwardParams& p, const BackwardPlan& 
     config.gridDim = dim3(plan.max_tiles, heads);
     config.blockDim = dim3(256);
     config.dynamicSmemBytes = 0;
-    check(cudaLaunchKernelEx(&config, write_dq_kernel<T, kHeadDim, Traits::kRanges>, p, plan), "write_dq");
+    check(cudaLaunchKernelEx(&config, write_dq_kernel<T, kHeadDim, Traits::kRanges, Traits::kPieces>, p, plan), "write_dq");
   }
 }
 
-template <typename T, int kHeadDim, bool kRanges>
+template <typename T, int kHeadDim, bool kRanges, bool kPieces>
 void launch_backward_needs(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   const bool with_kv = p.grad_keys != nullptr || p.grad_values != nullptr;
-  if (p.grad_q == nullptr) return launch_backward<BackwardTraits<T, kHeadDim, false, true, kRanges>>(p, plan, stream);
-  if (!with_kv) return launch_backward<BackwardTraits<T, kHeadDim, true, false, kRanges>>(p, plan, stream);
-  launch_backward<BackwardTraits<T, kHeadDim, true, true, kRanges>>(p, plan, stream);
+  if (p.grad_q == nullptr) return launch_backward<BackwardTraits<T, kHeadDim, false, true, kRanges, kPieces>>(p, plan, stream);
+  if (!with_kv) return launch_backward<BackwardTraits<T, kHeadDim, true, false, kRanges, kPieces>>(p, plan, stream);
+  launch_backward<BackwardTraits<T, kHeadDim, true, true, kRanges, kPieces>>(p, plan, stream);
 }
 
 template <typename T, int kHeadDim>
-void launch_backward_ranges(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
+void launch_backward_sights(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   const bool has_ranges = p.forward.slow_begin != nullptr || p.forward.slow_end != nullptr;
-  has_ranges ? launch_backward_needs<T, kHeadDim, true>(p, plan, stream) : launch_backward_needs<T, kHeadDim, false>(p, plan, stream);
+  if (p.forward.slow_pieces != nullptr) return launch_backward_needs<T, kHeadDim, true, true>(p, plan, stream);
+  has_ranges ? launch_backward_needs<T, kHeadDim, true, false>(p, plan, stream) : launch_backward_needs<T, kHeadDim, false, false>(p, plan, stream);
 }
 
 template <int kHeadDim>
 void launch_backward_dtype(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   switch (p.forward.dtype) {
-    case DType::kBFloat16: return launch_backward_ranges<__nv_bfloat16, kHeadDim>(p, plan, stream);
-    case DType::kFloat16: return launch_backward_ranges<__half, kHeadDim>(p, plan, stream);
+    case DType::kBFloat16: return launch_backward_sights<__nv_bfloat16, kHeadDim>(p, plan, stream);
+    case DType::kFloat16: return launch_backward_sights<__half, kHeadDim>(p, plan, stream);
     case DType::kFloat32: break;
   }
   throw std::invalid_argument("cross_attention_backward: a dtype that has no kernel");
