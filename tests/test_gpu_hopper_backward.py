@@ -398,3 +398,12 @@ def test_questions_about_one_video_give_the_gradients_of_one_long_question(rng):
     )
     call = whole._replace(inputs=split)
     assert_accurate(cuda.AttentionBackward(split, None, (True, True, False))(call), whole)
+
+
+def test_a_video_may_be_one_sequence_s_once_and_another_s_twice(rng):
+    call = make_call(Shape(((40, 256), (25, 0)), (14, 2), 128), rng("cuda"))
+    make = {"dtype": torch.int32, "device": "cuda"}
+    pieces = torch.tensor([[0, 256], [0, 256], [0, 256]], **make)
+    call = call._replace(inputs=call.inputs._replace(slow_pieces=pieces, cu_slow=torch.tensor([0, 1, 3], **make)))
+    refresh(call)
+    assert_accurate(cuda.AttentionBackward(call.inputs, None, (True, True, False))(call), call)
