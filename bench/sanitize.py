@@ -78,14 +78,18 @@ def selection(texts, head_dim, pair, in_pieces, num_splits, ranged=True) -> None
         cu_slow = integers(0, 3, 5)
         ranges["slow_pieces"] = integers(800, 900, 0, 1, 130, 571, 0, 0, 800, 900).view(-1, 2)
     q, state = torch.randn(rows, 14, head_dim, **make), torch.randn(rows, 14 * head_dim, **make)
+    differentiable = [x.detach().requires_grad_() for x in (q, *(cache if pair else (cache,)))]
     gate = [torch.randn(n, **make) for n in (14 * head_dim, 1, 1)]
     places = (torch.arange(rows, dtype=torch.int32, device="cuda"), integers(0, texts[0], rows))
     options = ranges | {"num_splits": num_splits, "backend": "cuda"}
     context, lse = sk.text_cross_attention(q, cache, cu_slow, *places, **options, return_lse=True)
+    mine, *cached = differentiable
+    attended = sk.text_cross_attention(mine, tuple(cached) if pair else cached[0], cu_slow, *places, **options)
+    found = torch.autograd.grad(attended, differentiable, attended.detach())
     sk.slowfast_cross_attention(state, q, cache, cu_slow, *places, *gate, **options)
     sk.merge_attention(context, lse, context, lse, backend="cuda")
     torch.cuda.synchronize()
-    assert context.isfinite().all()
+    assert all(x.isfinite().all() for x in (context, *found))
 
 
 def attention_gradients(sequences, heads, head_dim, dtype) -> None:

@@ -11,8 +11,6 @@
 
 namespace slowfast::cuda {
 
-constexpr int kNoRank = 255;
-
 struct BlockRun {
   int piece, sequence;
   int begin, length;  // in the block
@@ -37,7 +35,7 @@ struct LapRuns {
     return true;
   }
 
-  // Ranks of tokens 4 lane .. 4 lane + 3 of the block, in bytes; kNoRank: the lap does not have it.
+  // Ranks of tokens 4 lane .. 4 lane + 3 of the block, in bytes; 255: the lap does not have it.
   __device__ __forceinline__ uint32_t ranks(int lane) const {
     const int sum = inclusive_sum_of_warp(lane < count ? length : 0, lane);
     uint32_t found = ~0u;

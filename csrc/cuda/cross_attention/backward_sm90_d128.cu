@@ -1,5 +1,5 @@
 // Backward pass of the Hopper attention, head dimension 128, bfloat16 and float16.
-#include "backward_sm90.cuh"
+#include "backward_launch_sm90.cuh"
 
 namespace slowfast::cuda {
 
