@@ -214,9 +214,7 @@ def test_an_explicit_shape_need_not_be_in_the_registry(known, parse, text, name)
 )
 def test_among_all_benchmarks_a_shape_of_one_is_enough_and_the_others_pass_it_by(text, takers):
     selection.check_shapes([text], selection.OPS)
-    chosen = {
-        op: selection.select(known, [text], parse, on_cpu=True) for op, (known, parse) in selection.OPS.items()
-    }
+    chosen = {op: selection.select(known, [text], parse, on_cpu=True) for op, (known, parse) in selection.OPS.items()}
     chosen["model"] = selection.model_shapes([text], on_cpu=True)
     assert {op for op, found in chosen.items() if found} == takers
 
