@@ -20,6 +20,19 @@ def load_tile(ptrs, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr
 
 
 @triton.jit
+def _seen(live, tokens_left, first, begin, end, BLOCK_N: tl.constexpr):
+    """[rows, BLOCK_N], or one row for all. The end of the run cuts rows' ends; one comparison tells both sides, as what
+    lies before a row's begin is a large number without a sign.
+    """
+    if begin is None:
+        return live[None, :]
+    else:
+        count = tl.maximum(tl.minimum(end, first + tokens_left) - begin, 0)
+        number = tl.arange(0, BLOCK_N)[None, :] + (first - begin)[:, None]
+        return number.to(tl.uint32) < count.to(tl.uint32)[:, None]
+
+
+@triton.jit
 def attend_block(
     acc, total, top, q, keys, values, k_tile, v_tile, tokens_left, cols, scale,
     first, begin, end,  # the block's first token and the tokens that each row sees; None: every row sees all
@@ -30,11 +43,7 @@ def attend_block(
     k = load_tile(keys + k_tile, live, cols, MASK_ROWS, MASK_COLS)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASK_ROWS:
-        seen = live[None, :]
-        if begin is not None:
-            token = first + tl.arange(0, BLOCK_N)
-            seen = seen & (token[None, :] >= begin[:, None]) & (token[None, :] < end[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.where(_seen(live, tokens_left, first, begin, end, BLOCK_N), scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     if begin is None:
         origin = new_top
@@ -72,10 +81,7 @@ def differentiate_block(
     k = load_tile(keys + k_tile, live, cols, MASK_ROWS, MASK_COLS)
     v = load_tile(values + v_tile, live, cols, MASK_ROWS, MASK_COLS)
     if MASK_ROWS:
-        seen = live[None, :]
-        if begin is not None:
-            token = first + tl.arange(0, BLOCK_N)
-            seen = seen & (token[None, :] >= begin[:, None]) & (token[None, :] < end[:, None])
+        seen = _seen(live, tokens_left, first, begin, end, BLOCK_N)
         return add_to_dq(dq, delta, lse2, q, grad, k, v, scale, seen)
     else:
         return add_to_dq(dq, delta, lse2, q, grad, k, v, scale, None)
