@@ -123,6 +123,7 @@ class NinjaFile:
             defines += self.add_cuda(cuda.release_of(nvcc), cuda_archs())
         else:
             defines.append(define_string("SLOWFAST_CUDA_LEFT_OUT", left_out))
+        self.add_object("cxx", Path("csrc/bindings_calls.cpp"), "$python")
         self.add_object("cxx", Path("csrc/bindings.cpp"), f"$python {' '.join(defines)}")
         self.lines.append(f"build {output}: link {' '.join(self.objects)}")
 

@@ -15,7 +15,7 @@ import torch
 
 import slowfast_kernels as sk
 from slowfast_kernels import cuda
-from slowfast_kernels.calls import AttentionTensors
+from slowfast_kernels.calls import AttentionTensors, FusedTensors
 from slowfast_kernels.gate import WEIGHTED_GATES, Gate
 from slowfast_kernels.heuristics.cuda import HopperConfig, hopper_attention_config
 
@@ -50,10 +50,11 @@ def attention(sequences, heads, head_dim, dtype, config=None, fused=True) -> Non
     lse = torch.empty(rows, heads[0], device="cuda")
     places = (prefix(slows), index, prefix(texts))
     for kind in gates if fused else (None,):
-        mix = {} if kind is None else {"state": state, "gate": kind}
         tensors = AttentionTensors(q, kv, *places)
-        attend = cuda.Attention(tensors, config=config, **mix)
-        attend(tensors, context=context, lse=lse, **mix, out=state.clone())
+        if kind is not None:
+            tensors = FusedTensors.of(state, tensors, kind)
+        attend = cuda.Attention(tensors, gate=kind, config=config)
+        attend(tensors, context=context, lse=lse, out=state.clone())
     torch.cuda.synchronize()
     assert context.isfinite().all()
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from slowfast_kernels import cuda
-from slowfast_kernels.calls import AttentionTensors
+from slowfast_kernels.calls import AttentionTensors, FusedTensors
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics.cuda import HOPPER_SMS, HopperConfig, hopper_attention_config
 
@@ -27,9 +27,10 @@ GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 33)
 
 def fused(config: HopperConfig, inputs: AttentionInputs) -> torch.Tensor:
     out = torch.empty_like(inputs.state)
-    mix = {"state": inputs.state, "gate": Gate.of(inputs.gate_weight, inputs.gate_bias, inputs.warm_up)}
-    tensors = AttentionTensors(inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text)
-    cuda.Attention(tensors, config=config, **mix)(tensors, out=out, **mix)
+    gate = Gate.of(inputs.gate_weight, inputs.gate_bias, inputs.warm_up)
+    attention = AttentionTensors(inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text)
+    tensors = FusedTensors.of(inputs.state, attention, gate)
+    cuda.Attention(tensors, gate=gate, config=config)(tensors, out=out)
     return out
 
 

@@ -14,6 +14,7 @@ namespace py = pybind11;
 
 namespace slowfast {
 
+void bind_calls(py::module_& m);  // csrc/bindings_calls.cpp
 #ifdef SLOWFAST_WITH_CUDA
 void bind_cuda(py::module_& m);   // csrc/bindings_cuda.cpp
 #endif
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
   }, no_gil);
   m.def("cpu_pool_backward",
         [](Address params, int num_threads) { cpu::pool_backward(read_pool_backward(params), num_threads); }, no_gil);
+  bind_calls(m);
 #ifdef SLOWFAST_WITH_CUDA
   bind_cuda(m);
 #endif

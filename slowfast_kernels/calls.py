@@ -113,6 +113,10 @@ class FusedTensors(NamedTuple):
     warm_up: Tensor | None
     gate_value: Tensor | None
 
+    @classmethod
+    def of(cls, state: Tensor, attention: AttentionTensors, gate: Gate) -> FusedTensors:
+        return cls(state, *attention, gate.weight, gate.bias, gate.warm_up, gate.value)
+
     @property
     def attention(self) -> AttentionTensors:
         return AttentionTensors(*self[1:10])

@@ -26,6 +26,7 @@ from .calls import (
     PoolCallOptions,
     scale_of,
 )
+from .gate import float_value
 from .gradients import (
     attention_differentiable,
     attention_needs,
@@ -36,19 +37,23 @@ from .gradients import (
     row_major,
 )
 from .params import (
+    GATE_SLOTS,
+    MERGE_SLOTS,
+    MIX_SLOTS,
     CrossAttentionParams,
+    Slot,
+    address,
+    addresses_of,
     attention_backward_params,
+    attention_slots,
     copy,
     cross_attention_params,
-    fill_attention,
     fill_attention_backward,
     fill_attention_gradients,
-    fill_gate,
-    fill_gated_mix,
     fill_gated_mix_backward,
-    fill_merge,
     gated_mix_backward_params,
     gated_mix_params,
+    kernel_call,
     merge_params,
     pool_backward_params,
     pool_params,
@@ -79,19 +84,15 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
     """A function of tensors alike: context [Nt, Hq, D] and, if asked, lse [Nt, Hq] float32."""
     params = cross_attention_params(sample, scale_of(sample.q, options.softmax_scale), options.num_splits)
     shape = (sample.text_rows.shape[0], *sample.q.shape[1:])
-    kernel = extension().cpu_cross_attention
+    slots = (*attention_slots(sample), Slot("context", "context"), Slot("lse", "lse"))
+    attend = kernel_call(extension().cpu_cross_attention, AttentionTensors, ("context", "lse"), (params, slots))
 
     @described(lambda: _attention_plan(params))
-    def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
+    def run(tensors: AttentionTensors, addresses: bytes | None = None) -> tuple[Tensor, Tensor | None]:
         q = tensors.q
         context = q.new_empty(shape)
         lse = q.new_empty(shape[:2], dtype=torch.float32) if options.return_lse else None
-        mine = copy(params)
-        mine.context = context.data_ptr()
-        if lse is not None:
-            mine.lse = lse.data_ptr()
-        fill_attention(mine, tensors)
-        kernel(addressof(mine), torch.get_num_threads())
+        attend(addresses or addresses_of(tensors), context.data_ptr(), address(lse), torch.get_num_threads())
         return context, lse
 
     return run
@@ -100,14 +101,12 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
 def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
     """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
     params = gated_mix_params(*sample[:3], sample.gate(options))
-    kernel = extension().cpu_gated_mix
+    mix = kernel_call(extension().cpu_gated_mix, MixTensors, ("out", "value"), (params, MIX_SLOTS))
 
     @described(lambda: CallPlan(tiles=_threads(), workspace_bytes=8 * params.rows))
-    def run(tensors: MixTensors) -> Tensor:
-        out = new_like(tensors.state)
-        mine = copy(params)
-        held = fill_gated_mix(mine, tensors, out, tensors.gate(options))  # noqa: F841  until the kernel has read it
-        kernel(addressof(mine), torch.get_num_threads())
+    def run(tensors: MixTensors, addresses: bytes | None = None) -> Tensor:
+        out, value = new_like(tensors.state), float_value(tensors.gate_value)
+        mix(addresses or addresses_of(tensors), out.data_ptr(), address(value), torch.get_num_threads())
         return out
 
     return run
@@ -118,18 +117,16 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     inputs, state = sample.attention, sample.state
     scale = scale_of(inputs.q, options.softmax_scale)
     params = cross_attention_params(inputs, scale, options.num_splits, state, sample.gate(options))
-    kernel = extension().cpu_cross_attention
+    slots = (*attention_slots(inputs), *GATE_SLOTS, Slot("state", "state"), Slot("out", "out"))
+    attend = kernel_call(extension().cpu_cross_attention, FusedTensors, ("out", "value"), (params, slots))
     all_rows_are_text = inputs.text_rows.shape[0] == state.shape[0]
 
     @described(lambda: _attention_plan(params))
-    def run(tensors: FusedTensors) -> Tensor:
+    def run(tensors: FusedTensors, addresses: bytes | None = None) -> Tensor:
         state = tensors.state
         out = new_like(state) if all_rows_are_text else state.clone(memory_format=torch.contiguous_format)
-        mine = copy(params)
-        mine.state, mine.out = state.data_ptr(), out.data_ptr()
-        held = fill_gate(mine.gate, tensors.gate(options))  # noqa: F841  until the kernel has read it
-        fill_attention(mine, tensors)
-        kernel(addressof(mine), torch.get_num_threads())
+        value = float_value(tensors.gate_value)
+        attend(addresses or addresses_of(tensors), out.data_ptr(), address(value), torch.get_num_threads())
         return out
 
     return run
@@ -138,14 +135,12 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
 def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Callable:
     """A function of tensors alike: context [Nt, Hq, D] and lse [Nt, Hq] over the tokens of both sides."""
     params = merge_params(sample)
-    kernel = extension().cpu_merge
+    merge = kernel_call(extension().cpu_merge, MergeTensors, ("context", "lse"), (params, MERGE_SLOTS))
 
     @described(lambda: CallPlan(tiles=_threads()))
-    def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
+    def run(tensors: MergeTensors, addresses: bytes | None = None) -> tuple[Tensor, Tensor]:
         context, lse = map(new_like, tensors[:2])
-        mine = copy(params)
-        fill_merge(mine, tensors, context, lse)
-        kernel(addressof(mine), torch.get_num_threads())
+        merge(addresses or addresses_of(tensors), context.data_ptr(), lse.data_ptr(), torch.get_num_threads())
         return context, lse
 
     return run

@@ -28,7 +28,7 @@ from .calls import (
     PoolCallOptions,
     scale_of,
 )
-from .gate import Gate
+from .gate import Gate, float_value
 from .gradients import (
     attention_differentiable,
     attention_needs,
@@ -47,20 +47,24 @@ from .heuristics.cuda import (
     hopper_attention_config,
 )
 from .params import (
+    GATE_SLOTS,
+    MERGE_SLOTS,
+    MIX_SLOTS,
     BackwardPlan,
+    Slot,
     SplitPlan,
+    address,
+    addresses_of,
     attention_backward_params,
+    attention_slots,
     copy,
     cross_attention_params,
-    fill_attention,
     fill_attention_backward,
     fill_attention_gradients,
-    fill_gate,
-    fill_gated_mix,
     fill_gated_mix_backward,
-    fill_merge,
     gated_mix_backward_params,
     gated_mix_params,
+    kernel_call,
     merge_params,
     pool_backward_params,
     pool_params,
@@ -68,19 +72,23 @@ from .params import (
 from .pool_plan import PoolPlan, describe_pool
 
 
-def _launch(function: Callable[..., None], device: torch.device, *structs) -> None:
+def _launch(function: Callable[..., None], device: torch.device, *arguments: bytes | int) -> None:
+    """``function(*arguments, stream)``"""
     stream = torch._C._cuda_getCurrentRawStream(device.index)  # a tenth of current_stream(device).cuda_stream
-    addresses = map(addressof, structs)
     if device.index == torch._C._cuda_getDevice():  # the context manager costs microseconds
-        function(*addresses, stream)
+        function(*arguments, stream)
     else:
         with torch.cuda.device(device):
-            function(*addresses, stream)
+            function(*arguments, stream)
+
+
+def _launch_structs(function: Callable[..., None], device: torch.device, *structs) -> None:
+    _launch(function, device, *map(addressof, structs))
 
 
 def launch_pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None, slow: Tensor, fast: Tensor) -> None:
     """The kernel of ``pool`` alone, into contiguous slow [Ns, C] and fast [Nf, C]."""
-    _launch(extension().cuda_pool, frames.device, pool_params(frames, plan, norm_eps, slow, fast))
+    _launch_structs(extension().cuda_pool, frames.device, pool_params(frames, plan, norm_eps, slow, fast))
 
 
 def pool(frames: Tensor, plan: PoolPlan, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,14 +107,12 @@ def pool_plan_of(frames: Tensor, plan: PoolPlan) -> CallPlan:
 def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Callable:
     """A function of tensors alike: ``g * context`` [Nt, C] added to the text rows of state [rows, C], a new tensor."""
     params, device = gated_mix_params(*sample[:3], sample.gate(options)), sample.state.device
-    kernel = extension().cuda_gated_mix
+    mix = kernel_call(extension().cuda_gated_mix, MixTensors, ("out", "value"), (params, MIX_SLOTS))
 
     @described(CallPlan)
-    def run(tensors: MixTensors) -> Tensor:
-        out = new_like(tensors.state)
-        mine = copy(params)
-        held = fill_gated_mix(mine, tensors, out, tensors.gate(options))  # noqa: F841  until the kernel is launched
-        _launch(kernel, device, mine)
+    def run(tensors: MixTensors, addresses: bytes | None = None) -> Tensor:
+        out, value = new_like(tensors.state), float_value(tensors.gate_value)
+        _launch(mix, device, addresses or addresses_of(tensors), out.data_ptr(), address(value))
         return out
 
     return run
@@ -131,7 +137,7 @@ def prepare_gated_residual_mix_backward(
         partials = torch.empty(num_floats, dtype=torch.float32, device=device) if num_floats else None
         mine, gate = copy(params), inputs.gate(options)
         held = fill_gated_mix_backward(mine, grad, inputs, gate, gradients, partials)  # noqa: F841  until it is launched
-        _launch(kernel, device, mine)
+        _launch_structs(kernel, device, mine)
         return gradients
 
     return run
@@ -147,7 +153,7 @@ def prepare_pool_backward(sample: BackwardTensors, options: PoolCallOptions, nee
         (frames,) = tensors.inputs
         grad_frames = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
         grads = [None if x is None else row_major(x) for x in tensors.grads]
-        _launch(kernel, device, pool_backward_params(frames, plan, options.norm_eps, *grads, grad_frames))
+        _launch_structs(kernel, device, pool_backward_params(frames, plan, options.norm_eps, *grads, grad_frames))
         return (grad_frames,)
 
     return run
@@ -156,14 +162,12 @@ def prepare_pool_backward(sample: BackwardTensors, options: PoolCallOptions, nee
 def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Callable:
     """A function of tensors alike: context [Nt, Hq, D] and lse [Nt, Hq] over the tokens of both sides."""
     params, device = merge_params(sample), sample.context_a.device
-    kernel = extension().cuda_merge
+    merge = kernel_call(extension().cuda_merge, MergeTensors, ("context", "lse"), (params, MERGE_SLOTS))
 
     @described(CallPlan)
-    def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
+    def run(tensors: MergeTensors, addresses: bytes | None = None) -> tuple[Tensor, Tensor]:
         context, lse = map(new_like, tensors[:2])
-        mine = copy(params)
-        fill_merge(mine, tensors, context, lse)
-        _launch(kernel, device, mine)
+        _launch(merge, device, addresses or addresses_of(tensors), context.data_ptr(), lse.data_ptr())
         return context, lse
 
     return run
@@ -176,12 +180,12 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
     attend = None if is_empty or not has_slow else Attention(sample, options.softmax_scale, options.num_splits)
 
     @described(nothing_to_attend if attend is None else attend.describe)
-    def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
+    def run(tensors: AttentionTensors, addresses: bytes | None = None) -> tuple[Tensor, Tensor | None]:
         q = tensors.q
         context = q.new_empty(shape)
         lse = q.new_empty(shape[:2], dtype=torch.float32) if options.return_lse else None
         if attend is not None:
-            attend(tensors, context=context, lse=lse)
+            attend(tensors, addresses, context=context, lse=lse)
         elif not has_slow:
             context.zero_()
             if lse is not None:
@@ -212,20 +216,24 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
     """A function of tensors alike: attention, gate and mix in one launch; where there are rows without text, a copy of
     ``state`` goes before it.
     """
-    inputs, num_text = sample.attention, sample.text_rows.shape[0]
+    num_text = sample.text_rows.shape[0]
     if num_text == 0 or sample.slow_kv.shape[0] == 0:
-        return described(nothing_to_attend)(lambda x: x.state.clone(memory_format=torch.contiguous_format))
-    gate = sample.gate(options)
-    attend = Attention(inputs, options.softmax_scale, options.num_splits, sample.state, gate)
+
+        @described(nothing_to_attend)
+        def as_it_is(tensors: FusedTensors, addresses: bytes | None = None) -> Tensor:
+            return tensors.state.clone(memory_format=torch.contiguous_format)
+
+        return as_it_is
+    attend = Attention(sample, options.softmax_scale, options.num_splits, sample.gate(options))
     copies_rows = num_text != sample.state.shape[0]  # else every row is a text row: they are distinct
 
     @described(attend.describe)
-    def run(tensors: FusedTensors) -> Tensor:
+    def run(tensors: FusedTensors, addresses: bytes | None = None) -> Tensor:
         state = tensors.state
         out = new_like(state)
         if copies_rows:
             out.copy_(state)
-        attend(tensors, state=state, out=out, gate=tensors.gate(options))
+        attend(tensors, addresses, out=out)
         return out
 
     return run
@@ -234,16 +242,15 @@ def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Call
 class Attention:
     """The Hopper attention of calls alike: how it is cut, and its arguments but for the addresses.
 
-    ``state`` and ``gate`` are those of the fused op; ``config`` overrides the heuristics, for tests and tuning. There
-    is at least one text row and one slow token.
+    ``gate``: of the fused op's tensors; ``config`` overrides the heuristics, for tests and tuning. There is at least
+    one text row and one slow token.
     """
 
     def __init__(
         self,
-        sample: AttentionTensors,
+        sample: AttentionTensors | FusedTensors,
         softmax_scale: float | None = None,
         num_splits: int = 0,
-        state: Tensor | None = None,
         gate: Gate | None = None,
         config: HopperConfig | None = None,
     ):
@@ -264,7 +271,9 @@ class Attention:
             num_sms,
         )
         splits = config.cluster_size * config.num_groups
-        self.params = cross_attention_params(sample, scale_of(q, softmax_scale), splits, state, gate)
+        self.is_fused = isinstance(sample, FusedTensors)
+        inputs, state = (sample.attention, sample.state) if self.is_fused else (sample, None)
+        self.params = cross_attention_params(inputs, scale_of(q, softmax_scale), splits, state, gate)
         _, grid_heads, grid_groups = config.grid(num_kv_heads)
         self.plan = SplitPlan(
             **asdict(config),
@@ -273,7 +282,26 @@ class Attention:
             grid_groups=grid_groups,
         )
         self.workspace = config.workspace(num_kv_heads, head_dim) if config.leaves_parts else None
-        self.kernel = extension().cuda_cross_attention
+        self.has_pieces = sample.slow_pieces is not None
+        self.call = self._kernel_call(sample)
+
+    def _kernel_call(self, sample: AttentionTensors | FusedTensors) -> Callable[..., None]:
+        made = ["context", "lse", "out", "value"]
+        slots = [*attention_slots(sample), *(Slot(name, name) for name in made[:3])]
+        if self.is_fused:
+            slots += [Slot("state", "state"), *GATE_SLOTS]
+        if self.has_pieces:
+            made.append("aligned_pieces")
+            slots.append(Slot("slow_pieces", "aligned_pieces"))
+        parts = []
+        if self.workspace is not None:
+            made += ["workspace", "counters"]
+            out_size, stats_size, _, _ = self.workspace
+            places = {"partial_out": 0, "partial_stats": out_size, "partial_gates": out_size + stats_size}
+            parts = [Slot(name, "workspace", 4 * floats) for name, floats in places.items()]
+            parts.append(Slot("counters", "counters"))
+        structs = (self.params, slots), (self.plan, parts)
+        return kernel_call(extension().cuda_cross_attention, type(sample), made, *structs)
 
     def describe(self) -> CallPlan:
         config = self.config
@@ -290,35 +318,25 @@ class Attention:
     def __call__(
         self,
         tensors: AttentionTensors | FusedTensors,
+        addresses: bytes | None = None,
         *,
         context: Tensor | None = None,
         lse: Tensor | None = None,
-        state: Tensor | None = None,
         out: Tensor | None = None,
-        gate: Gate | None = None,
     ) -> None:
-        """Into ``context`` and ``lse``, and into ``out`` where there is a state."""
-        params, plan = copy(self.params), self.plan
-        pieces = tensors.slow_pieces
-        if pieces is not None and pieces.data_ptr() % 8:  # the kernel loads a piece's begin and end at once
-            tensors = tensors._replace(slow_pieces=pieces.clone())
-        fill_attention(params, tensors)
-        if context is not None:
-            params.context = context.data_ptr()
-        if lse is not None:
-            params.lse = lse.data_ptr()
-        if state is not None:
-            params.state, params.out = state.data_ptr(), out.data_ptr()
-            held = fill_gate(params.gate, gate)  # noqa: F841  until the kernel is launched
+        """Into ``context`` and ``lse``, and into ``out`` where the tensors are the fused op's."""
+        value = float_value(tensors.gate_value) if self.is_fused else None
+        made = [address(context), address(lse), address(out), address(value)]
+        if self.has_pieces:
+            pieces = tensors.slow_pieces
+            if pieces.data_ptr() % 8:  # the kernel loads a piece's begin and end at once
+                pieces = pieces.clone()
+            made.append(pieces.data_ptr())
         if self.workspace is not None:
-            out_size, stats_size, gates_size, num_counters = self.workspace
-            floats = torch.empty(out_size + stats_size + gates_size, dtype=torch.float32, device=self.device)
-            plan = copy(plan)
-            plan.partial_out = floats.data_ptr()
-            plan.partial_stats = plan.partial_out + 4 * out_size
-            plan.partial_gates = plan.partial_stats + 4 * stats_size
-            plan.counters = _counters(self.device, num_counters).data_ptr()
-        _launch(self.kernel, self.device, params, plan)
+            *sizes, num_counters = self.workspace
+            floats = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
+            made += [floats.data_ptr(), _counters(self.device, num_counters).data_ptr()]
+        _launch(self.call, self.device, addresses or addresses_of(tensors), *made)
 
 
 class AttentionBackward:
@@ -399,7 +417,7 @@ class AttentionBackward:
             plan.seen_tokens = plan.row_ranges + rows
             plan.seeing_tiles = plan.seen_tokens + tokens
             plan.masked_tiles = plan.seeing_tiles + bits
-        _launch(self.kernel, self.device, params, plan)
+        _launch_structs(self.kernel, self.device, params, plan)
         return gradients
 
 

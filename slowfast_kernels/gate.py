@@ -41,11 +41,11 @@ class Gate(NamedTuple):
         return cls(gate if value is None else "given", weight, bias, warm_up, warm_up_tanh, value)
 
     @property
-    def float_value(self) -> Tensor | None:
-        """``value`` as kernels read it: contiguous float32."""
-        return None if self.value is None else self.value.float().contiguous()
-
-    @property
     def read_tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """(weight, bias, warm_up, value) as kernels read them."""
-        return self.weight, self.bias, self.warm_up, self.float_value
+        return self.weight, self.bias, self.warm_up, float_value(self.value)
+
+
+def float_value(value: Tensor | None) -> Tensor | None:
+    """A gate's ``value`` as kernels read it: contiguous float32."""
+    return None if value is None else value.float().contiguous()

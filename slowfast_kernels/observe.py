@@ -118,19 +118,20 @@ def _emits_nvtx() -> bool:
 
 
 def observed(call: Callable, op: str, names: tuple[str, ...], range_name: str) -> Callable:
-    """``call``, a function of a tuple of tensors called ``names``, with what the environment asks for around it."""
+    """``call``, a function of a tuple of tensors called ``names`` and of what else it takes, with what the environment
+    asks for around it."""
     if not IS_ON:
         return call
 
     @functools.wraps(call)
-    def seen(tensors):
+    def seen(tensors, *rest):
         if LOG > 1:
             log_statistics(op, names, tensors)
         if not NVTX or _emits_nvtx():
-            return call(tensors)
+            return call(tensors, *rest)
         torch.cuda.nvtx.range_push(range_name)
         try:
-            return call(tensors)
+            return call(tensors, *rest)
         finally:
             torch.cuda.nvtx.range_pop()
 

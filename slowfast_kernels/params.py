@@ -1,23 +1,25 @@
 """Python's side of csrc/params.h: its enums' codes and its structs, field by field, to be filled by name.
 
-A struct crosses to C++ as one address (``ctypes.addressof``), so that no argument can take its neighbour's place. What
-is the same for all calls of a signature is filled once; a call fills a ``copy`` with its addresses, since threads share
-the original.
+A struct crosses to C++ as one address, so that no argument can take its neighbour's place. What is the same for all
+calls of a signature is filled once. A call fills a copy with its addresses, since threads share the original: in C++,
+by ``kernel_call``, or here (``copy`` and ``ctypes.addressof``), where more than addresses is new.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_float, c_int32, c_int64, c_uint32, c_void_p
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ._extension import extension
 from .calls import AttentionTensors, BackwardTensors, FusedTensors, MergeTensors, MixTensors
 from .dtypes import DTYPE_CODES
-from .gate import GATE_CODES, Gate
+from .gate import GATE_CODES, Gate, float_value
 from .gradients import mix_partial_stride
 from .pool_plan import PoolPlan
 
@@ -155,6 +157,65 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def addresses_of(tensors: Sequence[Tensor | None]) -> bytes:
+    """As ``kernel_call`` takes them; 0 for None."""
+    return array("Q", [address(x) for x in tensors]).tobytes()
+
+
+class Slot(NamedTuple):
+    """A pointer of a struct, by its field ("gate.weight"), and whose address it is: a tensor's of the call, by the name
+    that ``calls`` gives it, or of what the call makes. ``behind``: bytes from that address on."""
+
+    field: str
+    source: str
+    behind: int = 0
+
+
+def kernel_call(
+    kernel: Callable[..., None], tensors: type, made: Sequence[str], *structs: tuple[ctypes.Structure, Sequence[Slot]]
+) -> Callable[..., None]:
+    """A function of ``addresses_of`` a call's ``tensors``, of an address each for ``made``, and of a last argument.
+
+    It runs ``kernel(address of each struct, last)`` on copies of ``structs``, in which each pointer that has a slot is
+    the call's. Where two slots have one field, the later one counts.
+    """
+    sources = (*tensors._fields, *made)
+    slots = [
+        (which, _offset(type(struct), slot.field), sources.index(slot.source), slot.behind)
+        for which, (struct, its_slots) in enumerate(structs)
+        for slot in its_slots
+    ]
+    blocks = [bytes(struct) for struct, _ in structs]
+    return extension().kernel_call(kernel, blocks, slots, len(tensors._fields), len(made))
+
+
+def _offset(struct: type, field: str) -> int:
+    first, _, rest = field.partition(".")
+    return getattr(struct, first).offset + (_offset(dict(struct._fields_)[first], rest) if rest else 0)
+
+
+def _alike(names: str) -> tuple[Slot, ...]:
+    return tuple(Slot(name, name) for name in names.split())
+
+
+GATE_SLOTS = (
+    *(Slot(f"gate.{name}", source) for name, source in (("weight", "gate_weight"), ("bias", "gate_bias"))),
+    *(Slot(f"gate.{name}", name) for name in ("warm_up", "value")),  # the value as ``float_value`` makes it
+)
+MIX_SLOTS = (*_alike("state context text_rows out"), *GATE_SLOTS)
+MERGE_SLOTS = _alike("context_a lse_a context_b lse_b context lse")
+
+
+def attention_slots(inputs: AttentionTensors | FusedTensors) -> tuple[Slot, ...]:
+    """Of what is read; those of results are the caller's."""
+    if inputs.slow_values is None:
+        values = Slot("values", "slow_kv", inputs.slow_kv.stride(2) * inputs.slow_kv.element_size())
+    else:
+        values = Slot("values", "slow_values")
+    names = "q cu_slow text_rows cu_text slow_begin slow_end slow_pieces"
+    return *_alike(names), Slot("keys", "slow_kv"), values
+
+
 def gate_params(gate: Gate) -> GateParams:
     """All but the addresses."""
     dtype = next((x.dtype for x in (gate.weight, gate.bias, gate.warm_up) if x is not None), torch.float32)
@@ -167,7 +228,7 @@ def fill_gate(params: GateParams, gate: Gate) -> Tensor | None:
     Returns what ``value`` points to, to be held until the kernel is launched.
     """
     params.weight, params.bias, params.warm_up = address(gate.weight), address(gate.bias), address(gate.warm_up)
-    value = gate.float_value
+    value = float_value(gate.value)
     params.value = address(value)
     return value
 
@@ -242,13 +303,6 @@ def gated_mix_params(state: Tensor, context: Tensor, text_rows: Tensor, gate: Ga
     )
 
 
-def fill_gated_mix(params: GatedMixParams, inputs: MixTensors, out: Tensor, gate: Gate) -> Tensor | None:
-    """The addresses; returns what ``fill_gate`` returns."""
-    params.state, params.context = inputs.state.data_ptr(), inputs.context.data_ptr()
-    params.text_rows, params.out = inputs.text_rows.data_ptr(), out.data_ptr()
-    return fill_gate(params.gate, gate)
-
-
 def gated_mix_backward_params(
     inputs: MixTensors, gate: Gate, sums_weight: bool, num_blocks: int
 ) -> GatedMixBackwardParams:
@@ -302,12 +356,6 @@ def merge_params(inputs: MergeTensors) -> MergeParams:
     )
 
 
-def fill_merge(params: MergeParams, inputs: MergeTensors, context: Tensor, lse: Tensor) -> None:
-    params.context_a, params.lse_a = inputs.context_a.data_ptr(), inputs.lse_a.data_ptr()
-    params.context_b, params.lse_b = inputs.context_b.data_ptr(), inputs.lse_b.data_ptr()
-    params.context, params.lse = context.data_ptr(), lse.data_ptr()
-
-
 def cross_attention_params(
     inputs: AttentionTensors,
     softmax_scale: float,
@@ -341,21 +389,12 @@ def cross_attention_params(
     return params
 
 
-def fill_attention(params: CrossAttentionParams, inputs: AttentionTensors | FusedTensors) -> None:
+def fill_attention(params: CrossAttentionParams, inputs: AttentionTensors) -> None:
     """The addresses of ``inputs``; those of the results are the caller's to fill."""
-    slow_kv, slow_values = inputs.slow_kv, inputs.slow_values
-    keys = slow_kv.data_ptr()
-    behind = slow_kv.stride(2) * slow_kv.element_size()  # of K, where both are one tensor
-    params.q, params.keys = inputs.q.data_ptr(), keys
-    params.values = keys + behind if slow_values is None else slow_values.data_ptr()
-    params.cu_slow, params.cu_text = inputs.cu_slow.data_ptr(), inputs.cu_text.data_ptr()
-    params.text_rows = inputs.text_rows.data_ptr()
-    if inputs.slow_begin is not None:
-        params.slow_begin = inputs.slow_begin.data_ptr()
-    if inputs.slow_end is not None:
-        params.slow_end = inputs.slow_end.data_ptr()
-    if inputs.slow_pieces is not None:
-        params.slow_pieces = inputs.slow_pieces.data_ptr()
+    for field, source, behind in attention_slots(inputs):
+        x = getattr(inputs, source)
+        if x is not None:
+            setattr(params, field, x.data_ptr() + behind)
 
 
 def attention_backward_params(

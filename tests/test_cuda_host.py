@@ -24,7 +24,15 @@ from slowfast_kernels.calls import (
     PoolTensors,
 )
 from slowfast_kernels.heuristics.cuda import HopperConfig, cuda_mix_backward_blocks
-from slowfast_kernels.params import CrossAttentionParams, SplitPlan
+from slowfast_kernels.params import (
+    BackwardPlan,
+    CrossAttentionBackwardParams,
+    CrossAttentionParams,
+    GatedMixBackwardParams,
+    GatedMixParams,
+    PoolBackwardParams,
+    SplitPlan,
+)
 
 CPU = torch.device("cpu")
 GPUS = [SimpleNamespace(index=i, type="cuda") for i in range(2)]  # the stand-ins' memory is the host's
@@ -126,9 +134,8 @@ def test_no_arena_is_made_while_a_graph_is_captured(gpu):
 def test_a_kernel_starts_on_its_device_s_own_stream(gpu, current, entered):
     """Making a device current that is so already would cost microseconds."""
     gpu.current, gpu.stream = current, 11
-    struct = ctypes.c_int(3)
-    cuda._launch(lambda *arguments: gpu.launches.append(arguments), GPUS[0], struct)
-    assert gpu.launches == [(ctypes.addressof(struct), 11)]
+    cuda._launch(lambda *arguments: gpu.launches.append(arguments), GPUS[0], b"addresses", 3)
+    assert gpu.launches == [(b"addresses", 3, 11)]
     assert gpu.entered == entered
 
 
@@ -137,12 +144,22 @@ def launched(monkeypatch):
     """The structs of each launch, instead of the launch; and the tensors that torch.empty made for it."""
     seen = []
 
-    def launch(kernel, device, *structs):
-        seen.append([type(struct).from_buffer_copy(struct) for struct in structs])
+    def kernel(*structs: type[ctypes.Structure]):
+        def launch(*arguments: int) -> None:
+            *addresses, _ = arguments
+            seen.append([struct.from_buffer_copy(struct.from_address(x)) for struct, x in zip(structs, addresses)])
 
-    monkeypatch.setattr(cuda, "_launch", launch)
-    names = ("cross_attention", "cross_attention_backward", "gated_mix", "gated_mix_backward", "pool_backward")
-    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(**{f"cuda_{name}": None for name in names}))
+        return launch
+
+    kernels = {
+        "cuda_cross_attention": kernel(CrossAttentionParams, SplitPlan),
+        "cuda_cross_attention_backward": kernel(CrossAttentionBackwardParams, BackwardPlan),
+        "cuda_gated_mix": kernel(GatedMixParams),
+        "cuda_gated_mix_backward": kernel(GatedMixBackwardParams),
+        "cuda_pool_backward": kernel(PoolBackwardParams),
+    }
+    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(**kernels))
+    monkeypatch.setattr(cuda, "_launch", lambda function, device, *arguments: function(*arguments, 0))
     monkeypatch.setattr(cuda, "_num_sms", lambda device: 132)
     monkeypatch.setattr(cuda, "_counters", lambda device, count: torch.zeros(count, dtype=torch.int32))
     return seen
@@ -237,10 +254,11 @@ def test_one_sequence_in_pieces_is_cut_as_one_run_and_ranges_or_several_are_deal
 def test_pieces_are_where_the_kernel_can_load_two_numbers_at_once(inputs, launched, monkeypatch, offset):
     found = []
 
-    def launch(kernel, device, params, plan):
-        found.append((params.slow_pieces % 8, (ctypes.c_int32 * 4).from_address(params.slow_pieces)[:]))
+    def kernel(params: int, plan: int, stream: int) -> None:
+        begin = CrossAttentionParams.from_address(params).slow_pieces
+        found.append((begin % 8, (ctypes.c_int32 * 4).from_address(begin)[:]))
 
-    monkeypatch.setattr(cuda, "_launch", launch)
+    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(cuda_cross_attention=kernel))
     pieces = torch.zeros(8, dtype=torch.int32)[offset : offset + 4].view(2, 2)
     pieces.copy_(torch.tensor([[0, 300], [100, 400]]))
     tensors = inputs.tensors._replace(slow_pieces=pieces, cu_slow=torch.tensor([0, 2], dtype=torch.int32))

@@ -14,6 +14,7 @@ from targets import HAS_GPU, REPEATS
 import slowfast_kernels as sk
 from slowfast_kernels import cuda
 from slowfast_kernels._extension import unavailable_reason
+from slowfast_kernels.calls import FusedTensors
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics.cuda import HopperConfig
 
@@ -76,8 +77,9 @@ def attend(inputs, config, **selection):
     context = torch.full((len(inputs.text_rows), *q.shape[1:]), float("nan"), dtype=q.dtype, device="cuda")
     lse = torch.full(context.shape[:2], float("nan"), device="cuda")
     out = inputs.state.clone()
-    mix = {"state": inputs.state, "gate": Gate.of(*inputs.gating)}
-    cuda.Attention(tensors, config=config, **mix)(tensors, context=context, lse=lse, out=out, **mix)
+    gate = Gate.of(*inputs.gating)
+    fused = FusedTensors.of(inputs.state, tensors, gate)
+    cuda.Attention(fused, gate=gate, config=config)(fused, context=context, lse=lse, out=out)
     return context, lse, out
 
 

@@ -158,18 +158,19 @@ def _check_slow_kv(tensors: AttentionTensors) -> int:
     return slow_kv.shape[1]
 
 
-def check_attention_data(tensors: AttentionTensors | FusedTensors) -> None:
-    q = tensors.q
-    if not checks.reads_device_data(q):
-        return
-    num_slow = tensors.slow_kv.shape[0]
+def attention_rules(tensors: AttentionTensors | FusedTensors) -> tuple[checks.DataRule, ...]:
+    slow = ("slow tokens in slow_kv", tensors.slow_kv.shape[0])
     if tensors.slow_pieces is None:
-        checks.check_prefix_sums("cu_slow", tensors.cu_slow, "slow tokens in slow_kv", num_slow)
+        rules = (checks.DataRule("prefix_sums", "cu_slow", *slow),)
     else:
-        checks.check_prefix_sums("cu_slow", tensors.cu_slow, "pieces in slow_pieces", tensors.slow_pieces.shape[0])
-        checks.check_pieces("slow_pieces", tensors.slow_pieces, "slow tokens in slow_kv", num_slow)
-    checks.check_prefix_sums("cu_text", tensors.cu_text, "entries of text_rows", tensors.text_rows.shape[0])
-    checks.check_rows("text_rows", tensors.text_rows, "q", q.shape[0])
+        num_pieces = tensors.slow_pieces.shape[0]
+        pieces = checks.DataRule("prefix_sums", "cu_slow", "pieces in slow_pieces", num_pieces)
+        rules = (pieces, checks.DataRule("pieces", "slow_pieces", *slow))
+    return (
+        *rules,
+        checks.DataRule("prefix_sums", "cu_text", "entries of text_rows", tensors.text_rows.shape[0]),
+        checks.DataRule("rows", "text_rows", "q", tensors.q.shape[0]),
+    )
 
 
 def pairs_of(shapes: AttentionTensors) -> int:
@@ -213,8 +214,8 @@ class _Attention(Op):
     def check(self, tensors: AttentionTensors, options: AttentionOptions) -> None:
         check_attention(tensors, options.softmax_scale, options.num_splits)
 
-    def check_data(self, tensors: AttentionTensors) -> None:
-        check_attention_data(tensors)
+    def data_rules(self, tensors: AttentionTensors) -> tuple[checks.DataRule, ...]:
+        return attention_rules(tensors)
 
     def facts(self, tensors: AttentionTensors, options: AttentionOptions) -> OpCall:
         return attention_facts(self.name, tensors, options.softmax_scale)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Set
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -193,3 +194,22 @@ def check_rows(name: str, rows: Tensor, limit_name: str, limit: int) -> None:
         raise ValueError(f"{name}: got row indices {low}..{high}, want 0..{limit - 1} (rows of {limit_name})")
     if len(set(values)) != len(values):
         raise ValueError(f"{name}: got a repeated row index, want distinct rows")
+
+
+_DATA_CHECKS = {"prefix_sums": check_prefix_sums, "pieces": check_pieces, "rows": check_rows}
+
+
+class DataRule(NamedTuple):
+    """What lies in one of an op's tensors: "prefix_sums" up to ``total``, "pieces" of or "rows" among so many."""
+
+    kind: str
+    name: str
+    total_name: str
+    total: int
+
+    def check(self, tensors: tuple) -> None:
+        """
+        Raises:
+            ValueError: it does not.
+        """
+        _DATA_CHECKS[self.kind](self.name, getattr(tensors, self.name), self.total_name, self.total)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -76,23 +77,47 @@ class SignatureCache(dict):
         return value
 
 
-def signature(tensors: tuple[Tensor | None, ...]) -> tuple | None:
-    """All that checks and dispatch look at but data; None if an argument has no such thing (the checks then say so).
+def signature(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, bytes] | None:
+    """All that checks and dispatch look at but data, and ``params.addresses_of`` the tensors; None if an argument has
+    no such thing (the checks then say so)."""
+    return read_plain(tensors) or _signature_by_parts(tensors)
 
-    The last of a tensor is whether it begins at a multiple of 16 bytes, as TMA and vector loads need it; None for freed
-    memory. A layout other than strided has no strides, or no address.
+
+def _signature_by_parts(tensors: tuple[Tensor | None, ...]) -> tuple[tuple, bytes] | None:
+    """The last of a tensor is whether it begins at a multiple of 16 bytes, as TMA and vector loads need it; None for
+    freed memory. A layout other than strided has no strides, or no address.
     """
-    facts = []
+    facts, addresses = [], array("Q")
     try:
         for x in tensors:
             if x is None:
                 facts.append(None)
+                addresses.append(0)
                 continue
             begin = x.data_ptr()
             facts.append((x.shape, x.stride(), x.dtype, x.device, begin % 16 == 0 if begin else None))
+            addresses.append(begin)
     except (AttributeError, TypeError, RuntimeError):
         return None
-    return tuple(facts)
+    return tuple(facts), addresses.tobytes()
+
+
+@lru_cache(maxsize=1)
+def tensor_reader() -> Callable[[tuple], tuple[bytes, bytes] | None] | None:
+    """What reads a call's tensors in one pass of C++; None before torch 2.10 and without the extension."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None or _extension.missing_reason() is not None:
+        return None
+    return _extension.extension().tensor_reader(exchange, Tensor, Parameter)
+
+
+def read_plain(tensors: tuple[Tensor | None, ...]) -> tuple[bytes, bytes] | None:
+    """``signature``, of tensors that are all plain: exactly Tensor or Parameter, and their memory is what they are.
+
+    None: not all are, or there is no ``tensor_reader``.
+    """
+    read = tensor_reader()
+    return None if read is None else read(tensors)
 
 
 @lru_cache(maxsize=1024)
@@ -159,13 +184,18 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def is_watched() -> bool:
+    """PyTorch's dispatcher must see every call."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+
+
 def needs_torch_op(*tensors: Tensor | None) -> bool:
     """True where PyTorch's dispatcher must see the call: torch.compile, traces, subclasses, modes, and tensors whose
     memory is not what they are (meta, lazily negated, all zero without storage).
 
     Otherwise the backend is called directly, which spares tens of microseconds a call.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
+    if is_watched():
         return True
     for x in tensors:
         if x is None:

@@ -13,8 +13,8 @@ from ..heuristics.backends import OpCall
 from . import checks
 from .attention import (
     attention_facts,
+    attention_rules,
     check_attention,
-    check_attention_data,
     keys_and_values,
     pairs_of,
     text_cross_attention,
@@ -131,8 +131,8 @@ class _Fused(Op):
             checks.fail("state", state, f"shape [{q.shape[0]}, {q.shape[1] * q.shape[2]}] (rows and Hq * D of q)")
         check_gate(state, tensors.text_rows.shape[0], tensors.gate(options))
 
-    def check_data(self, tensors: FusedTensors) -> None:
-        check_attention_data(tensors)
+    def data_rules(self, tensors: FusedTensors) -> tuple[checks.DataRule, ...]:
+        return attention_rules(tensors)
 
     def facts(self, tensors: FusedTensors, options: FusedOptions) -> OpCall:
         vectors = (x for x in (tensors.state, tensors.gate_weight) if x is not None)

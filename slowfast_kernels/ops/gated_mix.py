@@ -143,9 +143,8 @@ class _Mix(Op):
             checks.fail("context", context, f"shape [{num_text}, {channels}] (Nt of text_rows, C of state)")
         check_gate(state, num_text, tensors.gate(options))
 
-    def check_data(self, tensors: MixTensors) -> None:
-        if checks.reads_device_data(tensors.state):
-            checks.check_rows("text_rows", tensors.text_rows, "state", tensors.state.shape[0])
+    def data_rules(self, tensors: MixTensors) -> tuple[checks.DataRule, ...]:
+        return (checks.DataRule("rows", "text_rows", "state", tensors.state.shape[0]),)
 
     def facts(self, tensors: MixTensors, options: MixOptions) -> OpCall:
         device, num_text = tensors.state.device, tensors.text_rows.shape[0]

@@ -68,8 +68,8 @@ class _Merge(Op):
             if lse.shape != context_a.shape[:2]:
                 checks.fail(name, lse, f"shape {list(context_a.shape[:2])} (Nt and Hq of context_a)")
 
-    def check_data(self, tensors: MergeTensors) -> None:
-        """Contexts and log-sum-exps may be anything."""
+    def data_rules(self, tensors: MergeTensors) -> tuple[checks.DataRule, ...]:
+        return ()  # contexts and log-sum-exps may be anything
 
     def facts(self, tensors: MergeTensors, options: MergeOptions) -> OpCall:
         device = tensors.context_a.device

@@ -17,17 +17,21 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import profiler
 
 from .. import observe
+from .._extension import extension, missing_reason
 from ..call_plan import CallPlan
 from ..calls import BackwardTensors
 from ..heuristics.backends import BackendChoice, OpCall, unsupported_reason
+from .checks import DataRule, reads_device_data
 from .dispatch import (
     SignatureCache,
     backend_for,
     backend_module,
     choice_for,
     is_differentiated,
+    is_watched,
     needs_formula,
     needs_torch_op,
+    read_plain,
     refuse_tangents,
     requested_backend,
     signature,
@@ -82,8 +86,8 @@ class Op:
         """
         raise NotImplementedError
 
-    def check_data(self, tensors) -> None:
-        """What lies in tensors, on a CPU (and on a GPU under SLOWFAST_DEBUG=1)."""
+    def data_rules(self, tensors) -> tuple[DataRule, ...]:
+        """What must lie in tensors of which ``check`` has passed; of a signature the same."""
         raise NotImplementedError
 
     def facts(self, tensors, options) -> OpCall:
@@ -153,10 +157,11 @@ class Op:
             self.check(tensors, options)
             self.check_data(tensors)
             return self._run_formula(tensors, options)
-        if not needs_torch_op(*tensors):
+        read = None if is_watched() else read_plain(tensors)
+        if read or not needs_torch_op(*tensors):
             if is_differentiated(tensors):
                 return self.node.apply(options, *tensors)
-            return self.run_seen(tensors, options)
+            return self.run_seen(tensors, options, read)
         try:
             plain = (x.clone() if isinstance(x, Tensor) and x._is_zerotensor() else x for x in tensors)
             return self.registered(*plain, *options)
@@ -165,28 +170,52 @@ class Op:
         self.check(tensors, options)  # PyTorch refuses what does not fit a schema in words of its own
         raise failure
 
-    def run_seen(self, tensors, options):
+    def run_seen(self, tensors, options, read: tuple | None = None):
         """``run``, which a profiler sees by the name by which it sees the registered op."""
         if profiler._is_profiler_enabled:
             with profiler.record_function(self.qualified_name):
-                return self.run(tensors, options)
-        return self.run(tensors, options)
+                return self.run(tensors, options, read)
+        return self.run(tensors, options, read)
 
-    def run(self, tensors, options):
-        key = (signature(tensors), options, requested_backend(options.backend))
-        prepared = self.prepared.get(key)
-        if prepared is None:
+    def run(self, tensors, options, read: tuple | None = None):
+        """``read``: the tensors' ``signature``, where it is known."""
+        facts, addresses = read or signature(tensors) or (None, None)
+        key = (facts, options, requested_backend(options.backend))
+        kept = self.prepared.get(key)
+        if kept is None:
             self.check(tensors, options)
             prepared = self.observed(self.prepare(tensors, options), tensors, options)
-            self.prepared.remember(key, prepared)
-        self.check_data(tensors)
-        return prepared(tensors)
+            kept = prepared, self._quick_check(tensors)
+            if facts is not None:
+                self.prepared.remember(key, kept)
+        prepared, holds = kept
+        if not holds(addresses):
+            self.check_data(tensors)
+        return prepared(tensors, addresses)
+
+    def check_data(self, tensors) -> None:
+        """What lies in tensors, on a CPU (and on a GPU under SLOWFAST_DEBUG=1).
+
+        Raises:
+            ValueError: a number that does not fit the others.
+        """
+        if reads_device_data(tensors[0]):
+            for rule in self.data_rules(tensors):
+                rule.check(tensors)
+
+    def _quick_check(self, tensors) -> Callable[[bytes | None], bool]:
+        """Of addresses of tensors with this signature: True only if ``check_data`` would pass."""
+        if not tensors[0].is_cpu or missing_reason() is not None:
+            return lambda addresses: False
+        counted = [(rule, getattr(tensors, rule.name).numel()) for rule in self.data_rules(tensors)]
+        places = self.tensors._fields.index
+        return extension().index_check([(rule.kind, places(rule.name), n, rule.total) for rule, n in counted])
 
     def prepare(self, tensors, options) -> Callable:
-        """A function of tensors with this signature, of which ``check`` has passed."""
+        """A function of tensors with this signature, of which ``check`` has passed, and of their addresses."""
         backend = backend_for(self.facts(tensors, options), tensors[0].device, options.backend)
         if backend == "eager":
-            return lambda tensors: self.formula(tensors, options)
+            return lambda tensors, addresses=None: self.formula(tensors, options)
         return self._prepare_on(backend, tensors, options)
 
     def _prepare_on(self, backend: str, tensors, options) -> Callable:
@@ -202,8 +231,9 @@ class Op:
 
     def run_backward(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """The gradients of ``differentiable``; None where there was no tensor or ``needs`` is False."""
-        signatures = tuple(map(signature, call))
-        key = (signatures, options, needs, requested_backend(options.backend))
+        signatures = map(signature, call)
+        facts = tuple([None if read is None else read[0] for read in signatures])
+        key = (facts, options, needs, requested_backend(options.backend))
         prepared = self.prepared.get(key)
         if prepared is None:
             prepared = self.prepared.remember(key, self._prepare_backward(call, options, needs))

@@ -103,14 +103,16 @@ class _Pool(Op):
         check_pool_arguments(options.frame_counts, options.grid, options.strides)
         _check_fit(tensors.frames, options)
 
-    def check_data(self, tensors: PoolTensors) -> None:
-        """Features may be anything."""
+    def data_rules(self, tensors: PoolTensors) -> tuple[checks.DataRule, ...]:
+        return ()  # features may be anything
 
     def facts(self, tensors: PoolTensors, options: PoolCallOptions) -> OpCall:
         device = tensors.frames.device
         return OpCall(self.name, device.type, tensors.frames.dtype, compute_capability(device))
 
-    def run(self, tensors: PoolTensors, options: PoolCallOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(
+        self, tensors: PoolTensors, options: PoolCallOptions, read: tuple | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (frames,) = tensors
         _check_kind(frames, options)
         plan = options.plan  # made, it has checked counts and strides

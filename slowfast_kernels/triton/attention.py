@@ -436,7 +436,7 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
 
     @described(nothing_to_attend if attention is None else attention.describe)
     @on_device_of
-    def run(tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
+    def run(tensors: AttentionTensors, addresses: bytes | None = None) -> tuple[Tensor, Tensor | None]:
         q = tensors.q
         context = torch.empty(shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if options.return_lse else None
@@ -450,13 +450,19 @@ def prepare_text_cross_attention(sample: AttentionTensors, options: AttentionOpt
 def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
     """A function of tensors alike: attention, gate and mix."""
     if sample.text_rows.shape[0] == 0:
-        return described(nothing_to_attend)(on_device_of(lambda tensors: copied_or_empty(tensors.state, 0)))
+
+        @described(nothing_to_attend)
+        @on_device_of
+        def copied(tensors: FusedTensors, addresses: bytes | None = None) -> Tensor:
+            return copied_or_empty(tensors.state, 0)
+
+        return copied
     gate, dtype = sample.gate(options), sample.q.dtype
     attention = Attention(sample, options.softmax_scale, options.num_splits, gate)
 
     @described(lambda: attention.describe_with_mix(dtype))
     @on_device_of
-    def run(tensors: FusedTensors) -> Tensor:
+    def run(tensors: FusedTensors, addresses: bytes | None = None) -> Tensor:
         return attention.attend_and_mix(tensors, tensors.gate(options))
 
     return run

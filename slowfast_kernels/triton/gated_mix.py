@@ -77,7 +77,7 @@ def prepare_gated_residual_mix(sample: MixTensors, options: MixOptions) -> Calla
 
     @described(lambda: CallPlan(tiles=asdict(triton_row_config(channels)), grid=(num_text,)))
     @on_device_of
-    def run(tensors: MixTensors) -> Tensor:
+    def run(tensors: MixTensors, addresses: bytes | None = None) -> Tensor:
         state, context, text_rows = tensors[:3]
         out = copied_or_empty(state, num_text)
         if num_text:

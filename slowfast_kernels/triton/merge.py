@@ -71,7 +71,7 @@ def prepare_merge_attention(sample: MergeTensors, options: MergeOptions) -> Call
 
     @described(lambda: CallPlan(tiles={"block_h": block_h, "num_warps": 4}, grid=grid))
     @on_device_of
-    def run(tensors: MergeTensors) -> tuple[Tensor, Tensor]:
+    def run(tensors: MergeTensors, addresses: bytes | None = None) -> tuple[Tensor, Tensor]:
         device = tensors[0].device
         context = torch.empty((num_text, num_q_heads, head_dim), dtype=dtype, device=device)
         lse = torch.empty((num_text, num_q_heads), dtype=torch.float32, device=device)
