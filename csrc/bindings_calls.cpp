@@ -48,7 +48,7 @@ static_assert(offsetof(DLPackExchangeApi, dltensor_from_tensor) == 40);
 constexpr int32_t kCpu = 1, kCuda = 2, kRocm = 10;  // device types whose addresses are addresses
 
 // A tensor of zeros without memory begins at its offset. Real memory may lie below this too: then it is asked.
-constexpr uint64_t kFarFromZero = uint64_t{1} << 40;
+constexpr uint64_t kFarFromZero = uint64_t{1} << 46;
 
 struct TensorReader {
   DLPackExchangeApi api;
@@ -198,7 +198,7 @@ struct KernelCall {
     }
     if (block.size() > kMostBytes || begins.size() > kMostStructs) throw std::length_error("kernel_call: too much");
     for (const auto& [which, offset, source, behind] : given) {
-      if (begins.at(which) + offset + sizeof(void*) > block.size() || source >= num_found + num_made) {
+      if (offset > block.size() || begins.at(which) + offset + 8 > block.size() || source >= num_found + num_made) {
         throw std::out_of_range("kernel_call: a slot outside of its struct, or of no address");
       }
       slots.push_back({begins[which] + offset, source, behind});

@@ -147,7 +147,9 @@ def launched(monkeypatch):
     def kernel(*structs: type[ctypes.Structure]):
         def launch(*arguments: int) -> None:
             *addresses, _ = arguments
-            seen.append([struct.from_buffer_copy(struct.from_address(x)) for struct, x in zip(structs, addresses)])
+            seen.append(
+                [struct.from_buffer_copy(struct.from_address(x)) for struct, x in zip(structs, addresses, strict=True)]
+            )
 
         return launch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Set
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import numbers
+from .. import environment, numbers
 from ..dtypes import OP_DTYPES
 from ..eager import integers
 from ..messages import describe, named, shortened
@@ -162,7 +161,11 @@ def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
 
 def reads_device_data(x: Tensor) -> bool:
     """Data-dependent checks run on CPU tensors always, on a GPU (where they sync) only under SLOWFAST_DEBUG=1."""
-    return x.is_cpu or os.environ.get("SLOWFAST_DEBUG") == "1"
+    return x.is_cpu or is_debugging()
+
+
+def is_debugging() -> bool:
+    return environment.DEBUG.get() == "1"
 
 
 def check_prefix_sums(name: str, cu: Tensor, total_name: str, total: int) -> None:

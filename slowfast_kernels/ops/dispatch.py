@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from array import array
 from collections.abc import Callable, Hashable, Iterator
@@ -18,7 +17,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from .. import _extension
+from .. import _extension, environment
 from ..heuristics.backends import BACKENDS, BackendChoice, OpCall, choose_backend, unsupported_reason
 from .checks import has_tangent, named
 
@@ -59,7 +58,7 @@ def backend_for(call: OpCall, device: torch.device, backend: str | None) -> str:
 
 def requested_backend(backend: str | None) -> str | None:
     """The name that a call, an enclosing ``use_backend`` or the environment asks for, in this order."""
-    return backend or _requested.get() or os.environ.get("SLOWFAST_BACKEND") or None
+    return backend or _requested.get() or environment.BACKEND.get() or None
 
 
 class SignatureCache(dict):
@@ -185,8 +184,8 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def is_watched() -> bool:
-    """PyTorch's dispatcher must see every call."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    """PyTorch's dispatcher must see every call, whatever its tensors are."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def needs_torch_op(*tensors: Tensor | None) -> bool:
@@ -195,7 +194,7 @@ def needs_torch_op(*tensors: Tensor | None) -> bool:
 
     Otherwise the backend is called directly, which spares tens of microseconds a call.
     """
-    if is_watched():
+    if torch.compiler.is_compiling() or is_watched():
         return True
     for x in tensors:
         if x is None:
