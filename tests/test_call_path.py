@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import slowfast_kernels as sk
+from slowfast_kernels import environment
 from slowfast_kernels._extension import extension
 from slowfast_kernels.calls import MergeTensors
 from slowfast_kernels.ops import checks, dispatch
@@ -185,7 +187,8 @@ def outcome(call) -> tuple:
 
 def makes(kind: str, x: torch.Tensor) -> bool:
     """There is such a tensor of that shape and dtype."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             return (PLAIN | NOT_PLAIN)[kind](x) is not None
         except (RuntimeError, IndexError):
@@ -226,6 +229,25 @@ def test_a_backward_pass_gives_the_same_bits(request):
     found = gradients()
     request.getfixturevalue("by_parts")
     assert all(map(torch.equal, found, gradients()))
+
+
+# ----------------------------------------------------------------------------------------------------- environment
+
+
+def test_a_variable_is_what_the_environment_says_now(monkeypatch):
+    variable = environment.Variable("SLOWFAST_OF_A_TEST")
+    assert variable.get() is None
+    for value in ("cpu", "", "é"):
+        monkeypatch.setenv("SLOWFAST_OF_A_TEST", value)
+        assert variable.get() == value
+    monkeypatch.delenv("SLOWFAST_OF_A_TEST")
+    assert variable.get() is None
+
+
+def test_a_variable_is_found_in_a_mapping_that_stands_in_for_the_environment(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"SLOWFAST_BACKEND": "eager"})
+    assert environment.BACKEND.get() == "eager"
+    assert environment.DEBUG.get() is None
 
 
 # ----------------------------------------------------------------------------------------------------- index_check

@@ -20,9 +20,9 @@ from slowfast_kernels.calls import (
     MixOptions,
     MixTensors,
 )
-from slowfast_kernels.ops import attention, fused
+from slowfast_kernels.ops import attention, fused, gated_mix, op
 from slowfast_kernels.ops.dispatch import SignatureCache, signature
-from slowfast_kernels.params import CrossAttentionParams, GatedMixParams, MergeParams
+from slowfast_kernels.params import CrossAttentionParams, GatedMixParams, MergeParams, addresses_of
 
 SHAPE = Shape(((2, 5), (3, 8)), dim=64)
 
@@ -35,15 +35,15 @@ def inputs(rng):
 @pytest.fixture
 def prepared(monkeypatch):
     """The calls of text_cross_attention that were prepared, not served by an earlier one; none is kept from before."""
-    op, seen = attention._OP, []
-    real = op.prepare
+    attends, seen = attention._OP, []
+    real = attends.prepare
 
     def prepare(tensors, options):
         seen.append((tensors, options))
         return real(tensors, options)
 
-    monkeypatch.setattr(op, "prepare", prepare)
-    monkeypatch.setattr(op, "prepared", SignatureCache())
+    monkeypatch.setattr(attends, "prepare", prepare)
+    monkeypatch.setattr(attends, "prepared", SignatureCache())
     return seen
 
 
@@ -211,6 +211,33 @@ def test_data_on_a_gpu_is_looked_at_when_debugging_alone(debug, reads, monkeypat
         monkeypatch.setenv("SLOWFAST_DEBUG", debug)
     assert attention.checks.reads_device_data(torch.empty(0, device="meta")) == reads  # as on any other device
     assert attention.checks.reads_device_data(torch.empty(0))
+
+
+def test_data_on_a_gpu_is_looked_at_in_the_calls_that_debug(monkeypatch):
+    on_gpu = [
+        torch.empty(4, 6, device="meta"),
+        *[torch.empty(4, device="meta")] * 2,
+        *[None] * 4,
+    ]  # as any other device
+    passes = gated_mix._OP._quick_check(MixTensors(*on_gpu))
+    for debug, skipped in ((None, True), ("1", False), ("0", True)):
+        monkeypatch.delenv("SLOWFAST_DEBUG", raising=False)
+        if debug is not None:
+            monkeypatch.setenv("SLOWFAST_DEBUG", debug)
+        assert passes(b"") == skipped
+
+
+def test_without_the_extension_data_on_a_cpu_is_looked_at_in_python(inputs, monkeypatch):
+    monkeypatch.setattr(op, "missing_reason", lambda: "not here")
+    assert not attention._OP._quick_check(inputs.tensors)(addresses_of(inputs.tensors))
+
+
+def test_of_what_has_no_signature_nothing_is_kept(inputs, prepared, monkeypatch):
+    monkeypatch.setattr(op, "signature", lambda tensors: None)
+    monkeypatch.setattr(op, "read_plain", lambda tensors: None)
+    for _ in range(2):
+        sk.text_cross_attention(*inputs.attention, backend="eager")
+    assert len(prepared) == 2
 
 
 # ----------------------------------------------------------------------------------- what the choice of a backend sees

@@ -69,11 +69,11 @@ def slowfast_cross_attention(
     options = _by_value(softmax_scale, num_splits, gate, warm_up_tanh, backend)
     gating = (gate_weight, gate_bias, warm_up, gate_value)
     keys, values = keys_and_values(slow_kv)
-    selection = {"slow_begin": slow_begin, "slow_end": slow_end, "slow_pieces": slow_pieces}
     places = (q, keys, cu_slow, text_rows, cu_text, values, slow_begin, slow_end, slow_pieces)
     tensors = FusedTensors(state, *places, *gating)
     if not follows_gradients(tensors):
         return _OP(tensors, options)
+    selection = {"slow_begin": slow_begin, "slow_end": slow_end, "slow_pieces": slow_pieces}
     attend = {"softmax_scale": options.softmax_scale, "num_splits": options.num_splits, "backend": backend}
     attend |= selection | {"return_lse": True}
     context, lse = text_cross_attention(q, slow_kv, cu_slow, text_rows, cu_text, **attend)

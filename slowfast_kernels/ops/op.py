@@ -189,7 +189,7 @@ class Op:
             if facts is not None:
                 self.prepared.remember(key, kept)
         prepared, holds = kept
-        if not holds(addresses):
+        if addresses is None or not holds(addresses):
             self.check_data(tensors)
         return prepared(tensors, addresses)
 
@@ -203,7 +203,7 @@ class Op:
             for rule in self.data_rules(tensors):
                 rule.check(tensors)
 
-    def _quick_check(self, tensors) -> Callable[[bytes | None], bool]:
+    def _quick_check(self, tensors) -> Callable[[bytes], bool]:
         """Of addresses of tensors with this signature: True only if ``check_data`` would pass."""
         if not tensors[0].is_cpu:
             return lambda addresses: not is_debugging()
