@@ -11,6 +11,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_float, c_int32, c_int64, c_uint32, c_void_p
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -208,10 +209,13 @@ MERGE_SLOTS = _alike("context_a lse_a context_b lse_b context lse")
 
 def attention_slots(inputs: AttentionTensors | FusedTensors) -> tuple[Slot, ...]:
     """Of what is read; those of results are the caller's."""
-    if inputs.slow_values is None:
-        values = Slot("values", "slow_kv", inputs.slow_kv.stride(2) * inputs.slow_kv.element_size())
-    else:
-        values = Slot("values", "slow_values")
+    if inputs.slow_values is not None:
+        return _attention_slots(Slot("values", "slow_values"))
+    return _attention_slots(Slot("values", "slow_kv", inputs.slow_kv.stride(2) * inputs.slow_kv.element_size()))
+
+
+@lru_cache(maxsize=64)
+def _attention_slots(values: Slot) -> tuple[Slot, ...]:
     names = "q cu_slow text_rows cu_text slow_begin slow_end slow_pieces"
     return *_alike(names), Slot("keys", "slow_kv"), values
 
