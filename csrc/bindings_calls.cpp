@@ -1,4 +1,4 @@
-// A call's host side of slowfast_kernels._C: what Python would ask of tensors one by one, in one pass over a call's tuple.
+// The host's part of a call: what Python would ask of tensors one by one, in one pass over the tuple of them.
 //
 // `tensor_reader` finds a signature and addresses, `index_check` looks at index tensors of the CPU, and `kernel_call`
 // fills a signature's Params structs with a call's addresses. Each makes a function that is kept; the GIL is held.
@@ -171,7 +171,7 @@ struct IndexCheck {
 
 // ----------------------------------------------------------------------------------------------- kernel_call
 
-using GivenSlot = std::tuple<size_t, size_t, size_t, uint64_t>;  // which struct, offset in it, which address, bytes behind
+using GivenSlot = std::tuple<size_t, size_t, size_t, uint64_t>;  // which struct, offset, which address, bytes behind
 
 // kernel(address of each struct, last) on a copy of the structs whose pointers are the call's.
 struct KernelCall {
@@ -240,8 +240,8 @@ struct KernelCall {
 
 void bind_calls(py::module_& m) {
   m.def("tensor_reader", &tensor_reader,
-        "Of DLPack's exchange table and the two exact types: a function that gives of a tuple of tensors a signature and\n"
-        "addresses, both bytes, or None: tensors that PyTorch or the checks must see. None: a table of another DLPack.");
+        "Of DLPack's exchange table and the two exact types: a function that gives of a tuple of tensors a signature\n"
+        "and addresses, both bytes, or None: PyTorch or the checks must see them. None: a table of another DLPack.");
   m.def("index_check", [](const std::vector<IndexRule>& rules) { return py::cpp_function(IndexCheck(rules)); },
         "A function of addresses: True if index tensors of the CPU are what the rules say; False: look closer.");
   m.def("kernel_call",

@@ -227,9 +227,11 @@ def test_data_on_a_gpu_is_looked_at_in_the_calls_that_debug(monkeypatch):
         assert passes(b"") == skipped
 
 
-def test_without_the_extension_data_on_a_cpu_is_looked_at_in_python(inputs, monkeypatch):
-    monkeypatch.setattr(op, "missing_reason", lambda: "not here")
-    assert not attention._OP._quick_check(inputs.tensors)(addresses_of(inputs.tensors))
+@pytest.mark.parametrize("missing", [None, "not here"])
+def test_without_the_extension_data_on_a_cpu_is_looked_at_in_python(missing, monkeypatch):
+    monkeypatch.setattr(op, "missing_reason", lambda: missing)
+    tensors = MixTensors(torch.ones(4, 6), torch.ones(4, 6), torch.arange(4, dtype=torch.int32), *[None] * 4)
+    assert gated_mix._OP._quick_check(tensors)(addresses_of(tensors)) == (missing is None)
 
 
 def test_of_what_has_no_signature_nothing_is_kept(inputs, prepared, monkeypatch):
