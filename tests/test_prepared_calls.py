@@ -13,6 +13,7 @@ from slowfast_kernels import _extension, cpu
 from slowfast_kernels.calls import (
     AttentionOptions,
     AttentionTensors,
+    BackwardTensors,
     FusedOptions,
     FusedTensors,
     MergeOptions,
@@ -240,6 +241,18 @@ def test_of_what_has_no_signature_nothing_is_kept(inputs, prepared, monkeypatch)
     for _ in range(2):
         sk.text_cross_attention(*inputs.attention, backend="eager")
     assert len(prepared) == 2
+
+
+def test_of_gradients_without_a_signature_nothing_is_kept(inputs, monkeypatch):
+    tensors, made = AttentionTensors(*inputs.attention), []
+    results = sk.text_cross_attention(*inputs.attention, return_lse=True, backend="eager")
+    call = BackwardTensors((torch.ones_like(results[0]), None), results, tensors)
+    prepare = attention._OP._prepare_backward
+    monkeypatch.setattr(attention._OP, "_prepare_backward", lambda *given: made.append(given) or prepare(*given))
+    monkeypatch.setattr(op, "signature", lambda tensors: None)
+    for _ in range(2):
+        attention._OP.run_backward(call, AttentionOptions(None, True, 0, "eager"), (True, True, False))
+    assert len(made) == 2
 
 
 # ----------------------------------------------------------------------------------- what the choice of a backend sees

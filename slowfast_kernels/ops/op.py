@@ -238,7 +238,9 @@ class Op:
         key = (facts, options, needs, requested_backend(options.backend))
         prepared = self.prepared.get(key)
         if prepared is None:
-            prepared = self.prepared.remember(key, self._prepare_backward(call, options, needs))
+            prepared = self._prepare_backward(call, options, needs)
+            if None not in facts:
+                self.prepared.remember(key, prepared)
         return prepared(call)
 
     def _prepare_backward(self, call: BackwardTensors, options, needs: tuple[bool, ...]) -> Callable:
