@@ -7,6 +7,7 @@ an error of the attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -71,10 +72,7 @@ def run(runner: Runner) -> None:
     if not shapes:
         return
     backends = our_backends(runner, OP)
-    peers = runner.present(OP, PEERS)
-    for shape in shapes:
-        for dtype in runner.dtypes:
-            _run_shape(runner, shape, dtype, backends, peers)
+    _run_shapes(runner, OP, shapes, backends)
     for dtype in runner.dtypes[:1]:
         _run_host(runner, dtype, backends)
 
@@ -85,15 +83,17 @@ def run_sweep(runner: Runner) -> None:
     if not shapes:
         return
     backends = [name for name in our_backends(runner, SWEEP) if name != "eager"]  # which takes seconds of each
-    peers = runner.present(SWEEP, PEERS)
+    _run_shapes(runner, SWEEP, shapes, backends)
+
+
+def _run_shapes(runner: Runner, op: str, shapes: Sequence[AttentionShape], backends: list[str]) -> None:
+    peers = runner.present(op, PEERS)
     for shape in shapes:
         for dtype in runner.dtypes:
-            _run_shape(runner, shape, dtype, backends, peers, SWEEP)
+            _run_shape(runner, op, shape, dtype, backends, peers)
 
 
-def _run_shape(
-    runner: Runner, shape: AttentionShape, dtype: str, backends: list[str], peers: list, op: str = OP
-) -> None:
+def _run_shape(runner: Runner, op: str, shape: AttentionShape, dtype: str, backends: list[str], peers: list) -> None:
     names = [*backends, *(peer.name for peer in peers)]
     if all(runner.is_done(op, shape.name, dtype, name) for name in names):
         return

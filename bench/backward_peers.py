@@ -22,8 +22,8 @@ from .backward import STEP, Competitor, Differentiated, Way, deterministic_algor
 from .inputs import AttentionInputs, Gradients
 from .peers import PEERS, SPLITS, Sets, accepted, first_of, sdpa_context, sdpa_inputs, splits_keys
 
-DETERMINISTIC, PACKED = " deterministic", " packed"  # after a peer's name
-GROUPINGS = {"gqa": "", "packed": PACKED}
+DETERMINISTIC = " deterministic"  # after a peer's name
+GROUPINGS = {"gqa": "", "packed": " packed"}  # likewise
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of [B, H, length, D] each
 

@@ -186,15 +186,20 @@ def model_shapes(wanted: Iterable[str], on_cpu: bool) -> list[ModelShape]:
 
 def ragged_mixes(wanted: Iterable[str], on_cpu: bool) -> list[RaggedMix]:
     """Those that ``wanted`` names ("ragged", a pattern or a part of a name that begins so): no run has them unasked."""
-    wanted = [text for text in wanted if text.startswith("ragged")]
-    found = select(RAGGED, wanted, lambda text: None, on_cpu) if wanted else []
+    wanted = list(wanted)
+    found = _named("ragged", RAGGED, wanted)
     return [mix for mix in found if mix.on_cpu or not on_cpu or "ragged" not in wanted]
 
 
 def swept_batches(wanted: Iterable[str]) -> list[SweptBatch]:
     """Those that ``wanted`` names ("batches", or as ``ragged_mixes`` takes it): no run has them unasked."""
-    wanted = [text for text in wanted if text.startswith("batches")]
-    return select(BATCHES, wanted, lambda text: None, on_cpu=False) if wanted else []
+    return _named("batches", BATCHES, wanted)
+
+
+def _named(first: str, registry: Sequence, wanted: Iterable[str]) -> list:
+    """What those of ``wanted`` that begin so name."""
+    wanted = [text for text in wanted if text.startswith(first)]
+    return select(registry, wanted, lambda text: None, on_cpu=False) if wanted else []
 
 
 def select(registry: Sequence, wanted: Iterable[str], parse: Callable, on_cpu: bool) -> list:

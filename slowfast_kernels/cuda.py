@@ -339,6 +339,12 @@ class Attention:
         _launch(self.call, self.device, addresses or addresses_of(tensors), *made)
 
 
+# Fields of BackwardPlan, in the order of the sizes that HopperBackwardConfig's methods give.
+_WORKSPACE = ("tiles", "sums", "pair_parts", "turns", "pair_turns")
+_OF_PIECES = ("uses", "block_uses", "tile_sequences", "reach")
+_OF_SIGHTS = ("row_ranges", "seen_tokens", "seeing_tiles", "masked_tiles")
+
+
 class AttentionBackward:
     """The gradients of Hopper attention calls alike.
 
@@ -368,11 +374,12 @@ class AttentionBackward:
         self.has_other_rows = num_text != q.shape[0]  # text rows are distinct
         self.params = attention_backward_params(sample, scale_of(q, softmax_scale), workspace_bytes=0)
         self.plan = BackwardPlan(**asdict(config), tile_words=config.tile_words)
-        self.workspace = config.workspace(slow_kv.shape[1], q.shape[2])
         sizes = slow_kv.shape[0], sample.cu_text.shape[0] - 1
-        pieces = sample.slow_pieces
-        self.pieces = None if pieces is None else config.pieces(pieces.shape[0], *sizes)
-        self.sights = config.sights(*sizes) if sample.selects else None
+        self.places = dict(zip(_WORKSPACE, config.workspace(slow_kv.shape[1], q.shape[2]), strict=True))
+        if sample.slow_pieces is not None:
+            self.places |= zip(_OF_PIECES, config.pieces(sample.slow_pieces.shape[0], *sizes), strict=True)
+        if sample.selects:
+            self.places |= zip(_OF_SIGHTS, config.sights(*sizes), strict=True)
         self.kernel = extension().cuda_cross_attention_backward
 
     def describe(self) -> CallPlan:
@@ -384,7 +391,7 @@ class AttentionBackward:
 
     @property
     def workspace_bytes(self) -> int:
-        return sum(self.workspace) + sum(self.pieces or ()) + sum(self.sights or ())
+        return sum(self.places.values())
 
     def __call__(self, tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
         inputs, (grad_context, grad_lse) = tensors.inputs, tensors.grads
@@ -396,27 +403,11 @@ class AttentionBackward:
         params, plan = copy(self.params), copy(self.plan)
         held = fill_attention_backward(params, tensors)  # noqa: F841  until the kernels are launched
         fill_attention_gradients(params, inputs, gradients)
-        tiles, sums, parts, turns, pair_turns = self.workspace
         workspace = torch.empty(self.workspace_bytes // 4, dtype=torch.float32, device=self.device)
-        plan.tiles = workspace.data_ptr()
-        plan.sums = plan.tiles + tiles
-        plan.pair_parts = plan.sums + sums
-        plan.turns = plan.pair_parts + parts
-        plan.pair_turns = plan.turns + turns
-        end = plan.pair_turns + pair_turns
-        if self.pieces is not None:
-            uses, block_uses, tile_sequences, reach = self.pieces
-            plan.uses = end
-            plan.block_uses = plan.uses + uses
-            plan.tile_sequences = plan.block_uses + block_uses
-            plan.reach = plan.tile_sequences + tile_sequences
-            end = plan.reach + reach
-        if self.sights is not None:
-            rows, tokens, bits, _ = self.sights
-            plan.row_ranges = end
-            plan.seen_tokens = plan.row_ranges + rows
-            plan.seeing_tiles = plan.seen_tokens + tokens
-            plan.masked_tiles = plan.seeing_tiles + bits
+        begin = workspace.data_ptr()
+        for name, size in self.places.items():
+            setattr(plan, name, begin)
+            begin += size
         _launch_structs(self.kernel, self.device, params, plan)
         return gradients
 

@@ -104,16 +104,21 @@ def assert_accurate(found, call):
         assert error <= 2 * reference.unit_roundoff(got.dtype) * max(1.0, float(want.abs().max()))
 
 
+def check_repeats(call, config: HopperBackwardConfig, repeats: int):
+    """The gradients, which further passes give with the same bits."""
+    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False), config)
+    first = backward(call)
+    for _ in range(repeats):
+        again = backward(call)
+        assert all(reference.same_bits(x, y) for x, y in zip(first[:2], again[:2], strict=True))
+    return first
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_is_accurate_and_gives_the_same_bits_every_time(plan, rng):
     shape, choices = PLANS[plan]
     call = make_call(shape, rng("cuda"))
-    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False), config_of(shape, *choices))
-    first = backward(call)
-    assert_accurate(first, call)
-    for _ in range(REPEATS):
-        again = backward(call)
-        assert all(reference.same_bits(x, y) for x, y in zip(first[:2], again[:2], strict=True))
+    assert_accurate(check_repeats(call, config_of(shape, *choices), REPEATS), call)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False)], ids=["q", "kv"])
@@ -226,12 +231,7 @@ def assert_sees(found, call):
 def test_ranges_under_every_plan_are_accurate_and_give_the_same_bits_every_time(plan, ranges, rng):
     shape, choices = SEEING_PLANS[plan]
     call = make_call(shape, rng("cuda"), ranges)
-    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False), config_of(shape, *choices))
-    first = backward(call)
-    assert_sees(first, call)
-    for _ in range(SEEING_REPEATS):
-        again = backward(call)
-        assert all(reference.same_bits(x, y) for x, y in zip(first[:2], again[:2], strict=True))
+    assert_sees(check_repeats(call, config_of(shape, *choices), SEEING_REPEATS), call)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -294,12 +294,7 @@ SCATTERED = Shape(((50, 900), (3, 70), (20, 300)), (7, 1), 64)
 def test_pieces_under_every_plan_are_accurate_and_give_the_same_bits_every_time(plan, pieces, ranges, rng):
     shape, choices = SEEING_PLANS[plan]
     call = make_call(shape, rng("cuda"), ranges, pieces=pieces)
-    backward = cuda.AttentionBackward(call.inputs, None, (True, True, False), config_of(shape, *choices))
-    first = backward(call)
-    assert_sees(first, call)
-    for _ in range(SEEING_REPEATS):
-        again = backward(call)
-        assert all(reference.same_bits(x, y) for x, y in zip(first[:2], again[:2], strict=True))
+    assert_sees(check_repeats(call, config_of(shape, *choices), SEEING_REPEATS), call)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

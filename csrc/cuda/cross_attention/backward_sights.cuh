@@ -4,6 +4,17 @@
 
 namespace slowfast::cuda {
 
+// Which tokens of a block somebody sees, from what the CTA's threads have found; `seen` is shared, and 0. By all threads.
+__device__ __forceinline__ void store_seen_tokens(const BlockSight& sight, const uint32_t (&tokens)[BlockSight::kTokenWords], uint32_t* seen, int lane) {
+#pragma unroll
+  for (int i = 0; i < BlockSight::kTokenWords; ++i) {
+    const uint32_t word = __reduce_or_sync(0xffffffffu, tokens[i]);
+    if (lane == 0) atomicOr(&seen[i], word);
+  }
+  __syncthreads();
+  if (threadIdx.x < BlockSight::kTokenWords) sight.tokens()[threadIdx.x] = seen[threadIdx.x];
+}
+
 // A CTA takes a block, a warp 32 row tiles at a time, a thread a tile.
 static __global__ void __launch_bounds__(128)
     find_sights_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
@@ -41,13 +52,7 @@ static __global__ void __launch_bounds__(128)
       *sight.masked(32 * word) = masked;
     }
   }
-#pragma unroll
-  for (int i = 0; i < BlockSight::kTokenWords; ++i) {
-    const uint32_t word = __reduce_or_sync(0xffffffffu, tokens[i]);
-    if (lane == 0) atomicOr(&seen[i], word);
-  }
-  __syncthreads();
-  if (threadIdx.x < BlockSight::kTokenWords) sight.tokens()[threadIdx.x] = seen[threadIdx.x];
+  store_seen_tokens(sight, tokens, seen, lane);
 }
 
 // What rows 2 lane and 2 lane + 1 of a tile of all sequences see of a block, in bytes: where that begins and ends, the first
@@ -77,13 +82,7 @@ static __global__ void __launch_bounds__(128)
   __syncthreads();
   uint32_t tokens[BlockSight::kTokenWords] = {};
   const BlockReach reach = find_sights_of_block(p, plan, block, threadIdx.x / 32, lane, tokens);
-#pragma unroll
-  for (int i = 0; i < BlockSight::kTokenWords; ++i) {
-    const uint32_t word = __reduce_or_sync(0xffffffffu, tokens[i]);
-    if (lane == 0) atomicOr(&seen[i], word);
-  }
-  __syncthreads();
-  if (threadIdx.x < BlockSight::kTokenWords) sight.tokens()[threadIdx.x] = seen[threadIdx.x];
+  store_seen_tokens(sight, tokens, seen, lane);
   if (threadIdx.x == 0) {
     plan.block_uses[block] = reach.uses;
     if (reach.tiles > 0) {
