@@ -197,14 +197,24 @@ struct Mainloop {
   static __device__ __forceinline__ bool hide(Scores& scores, const RowState<Traits>& rows, const RowSight& sight,
                                               int block_begin, int block_end, int lane) {
     int begin[2], end[2];
-    bool starts = false;
+    bool starts = false, is_partial = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       begin[r] = max(0, sight.rows[r].begin - block_begin);
       end[r] = min(sight.rows[r].end, block_end) - block_begin;
       starts |= rows.max[r] == -INFINITY && begin[r] < end[r];
+      is_partial |= begin[r] < end[r] && end[r] - begin[r] < kBlockN;
     }
-    mask(scores, begin, end, lane);
+    // Most blocks that rows of a warp see differently are all or nothing to each of them: a third of the instructions, and
+    // CTAs that walk over the same tokens stay together, within reach of L2.
+    if (__any_sync(0xffffffffu, is_partial)) {
+      mask(scores, begin, end, lane);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlockN / 2; ++i) {
+        if (begin[i / 2 % 2] >= end[i / 2 % 2]) scores[i] = -INFINITY;
+      }
+    }
     return __any_sync(0xffffffffu, starts);
   }
   static __device__ __forceinline__ bool have_all_started(const RowState<Traits>& rows) {
