@@ -161,6 +161,13 @@ def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     return q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
 
 
+def attention_bytes(inputs: AttentionTensors) -> tuple[int, int]:
+    """Of the text rows of q, and of K and V."""
+    q, values = inputs.q, inputs.slow_values
+    kv_bytes = inputs.slow_kv.numel() + (0 if values is None else values.numel())
+    return inputs.text_rows.shape[0] * q.shape[1] * q.shape[2] * q.element_size(), kv_bytes * q.element_size()
+
+
 def is_aligned(x: Tensor) -> bool:
     """16-byte rows and base address, as TMA and vector loads need them."""
     unit = 16 // x.element_size()

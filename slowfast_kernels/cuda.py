@@ -26,6 +26,7 @@ from .calls import (
     MixOptions,
     MixTensors,
     PoolCallOptions,
+    attention_bytes,
     scale_of,
 )
 from .gate import Gate, float_value
@@ -45,6 +46,7 @@ from .heuristics.cuda import (
     cuda_mix_backward_blocks,
     hopper_attention_backward_config,
     hopper_attention_config,
+    hopper_backward_kv_heads,
 )
 from .params import (
     GATE_SLOTS,
@@ -68,6 +70,7 @@ from .params import (
     merge_params,
     pool_backward_params,
     pool_params,
+    take_kv_heads,
 )
 from .pool_plan import PoolPlan, describe_pool
 
@@ -348,8 +351,8 @@ _OF_SIGHTS = ("row_ranges", "seen_tokens", "seeing_tiles", "masked_tiles")
 class AttentionBackward:
     """The gradients of Hopper attention calls alike.
 
-    ``needs``: of q, slow_kv and slow_values. ``config`` overrides the heuristics, for tests and tuning. There is at
-    least one text row and one slow token.
+    ``needs``: of q, slow_kv and slow_values. ``config`` and ``kv_heads`` (of a launch) override the heuristics, for
+    tests and tuning. There is at least one text row and one slow token.
     """
 
     def __init__(
@@ -358,24 +361,28 @@ class AttentionBackward:
         softmax_scale: float | None,
         needs: tuple[bool, ...],
         config: HopperBackwardConfig | None = None,
+        kv_heads: int | None = None,
     ):
         q, slow_kv, num_text = sample.q, sample.slow_kv, sample.text_rows.shape[0]
-        self.device = q.device
+        self.device, self.element = q.device, q.element_size()
         self.needs = attention_needs(sample, needs)
+        self.num_kv_heads = slow_kv.shape[1]
+        fitting = hopper_backward_kv_heads(*attention_bytes(sample), self.num_kv_heads)
+        self.kv_heads = kv_heads or max(1, fitting)  # of a launch; the last may have fewer
         self.config = config = config or hopper_attention_backward_config(
             num_text,
             slow_kv.shape[0],
             sample.cu_text.shape[0] - 1,
-            q.shape[1],
-            slow_kv.shape[1],
+            self.kv_heads * (q.shape[1] // self.num_kv_heads),
+            self.kv_heads,
             q.shape[2],
             _num_sms(q.device),
         )
         self.has_other_rows = num_text != q.shape[0]  # text rows are distinct
         self.params = attention_backward_params(sample, scale_of(q, softmax_scale), workspace_bytes=0)
-        self.plan = BackwardPlan(**asdict(config), tile_words=config.tile_words)
+        self.plan = BackwardPlan(**asdict(config), tile_words=config.tile_words, heads_a_row=q.shape[1])
         sizes = slow_kv.shape[0], sample.cu_text.shape[0] - 1
-        self.places = dict(zip(_WORKSPACE, config.workspace(slow_kv.shape[1], q.shape[2]), strict=True))
+        self.places = dict(zip(_WORKSPACE, config.workspace(self.kv_heads, q.shape[2]), strict=True))
         if sample.slow_pieces is not None:
             self.places |= zip(_OF_PIECES, config.pieces(sample.slow_pieces.shape[0], *sizes), strict=True)
         if sample.selects:
@@ -384,7 +391,7 @@ class AttentionBackward:
 
     def describe(self) -> CallPlan:
         return CallPlan(
-            tiles={"block_m": 64, "block_n": 128, **asdict(self.config)},
+            tiles={"block_m": 64, "block_n": 128, "kv_heads": self.kv_heads, **asdict(self.config)},
             grid=(self.config.num_ctas,),
             workspace_bytes=self.workspace_bytes,
         )
@@ -408,7 +415,10 @@ class AttentionBackward:
         for name, size in self.places.items():
             setattr(plan, name, begin)
             begin += size
-        _launch_structs(self.kernel, self.device, params, plan)
+        for first in range(0, self.num_kv_heads, self.kv_heads):  # each uses the workspace again
+            mine = copy(params)
+            take_kv_heads(mine, first, min(self.kv_heads, self.num_kv_heads - first), self.element)
+            _launch_structs(self.kernel, self.device, mine, plan)
         return gradients
 
 

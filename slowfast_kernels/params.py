@@ -128,7 +128,7 @@ class BackwardPlan(ctypes.Structure):
     """csrc/cuda/cross_attention/backward.h"""
 
     _fields_ = [
-        *_fields(c_int32, "num_ctas max_tiles max_sums max_groups spread"),
+        *_fields(c_int32, "num_ctas max_tiles max_sums max_groups spread heads_a_row"),
         ("splits_last_round", c_bool),
         *_fields(c_void_p, "tiles sums turns pair_turns pair_parts seen_tokens seeing_tiles masked_tiles row_ranges"),
         ("tile_words", c_int32),
@@ -443,3 +443,25 @@ def fill_attention_gradients(
     params.grad_q, params.grad_keys, params.grad_values = address(grad_q), address(grad_kv), address(grad_values)
     if inputs.slow_values is None and grad_kv is not None:  # dV of a head is behind its dK
         params.grad_values = grad_kv.data_ptr() + inputs.q.shape[2] * inputs.q.element_size()
+
+
+def take_kv_heads(params: CrossAttentionBackwardParams, first: int, count: int, element: int) -> None:
+    """Leaves a call some of its KV heads, from ``first`` on, with their query heads; ``element``: bytes of one of q."""
+    forward, heads_per_kv = params.forward, params.forward.num_q_heads // params.forward.num_kv_heads
+    head, dim = first * heads_per_kv, forward.head_dim
+    for struct, name, offset in (
+        (forward, "q", head * forward.q_head_stride * element),
+        (forward, "context", head * dim * element),
+        (forward, "lse", head * 4),
+        (forward, "keys", first * forward.k_head_stride * element),
+        (forward, "values", first * forward.v_head_stride * element),
+        (params, "grad_context", head * params.grad_context_head_stride * element),
+        (params, "grad_lse", head * params.grad_lse_head_stride * 4),
+        (params, "grad_q", head * dim * element),
+        (params, "grad_keys", first * params.grad_kv_head_stride * element),
+        (params, "grad_values", first * params.grad_kv_head_stride * element),
+    ):
+        begin = getattr(struct, name)
+        if begin:  # None: a null pointer
+            setattr(struct, name, begin + offset)
+    forward.num_q_heads, forward.num_kv_heads = count * heads_per_kv, count

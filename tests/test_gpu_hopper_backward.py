@@ -163,6 +163,24 @@ def test_gradients_of_a_training_batch_are_accurate(shape, ranges, rng):
     assert_accurate(found, call)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("ranges", [None, "growing prefix"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_of_some_kv_heads_at_a_time_are_accurate(kv_heads, ranges, apart, rng):
+    shape = Shape(((24, 1380), (1, 60), (0, 300), (60, 768)), (15, 5), 64)
+    call = make_call(shape, rng("cuda"), ranges)
+    kv = call.inputs.slow_kv
+    if apart:
+        call = call._replace(inputs=call.inputs._replace(slow_kv=kv[:, :, 0].contiguous(), slow_values=kv[:, :, 1]))
+    backward = cuda.AttentionBackward(call.inputs, None, (True, True, apart), kv_heads=kv_heads)
+    assert backward.describe().tiles["kv_heads"] == kv_heads
+    first = backward(call)
+    grad_kv = torch.stack(first[1:], 2) if apart else first[1]
+    assert_accurate((first[0], grad_kv), call._replace(inputs=call.inputs._replace(slow_kv=kv, slow_values=None)))
+    for x, y in zip(first, backward(call), strict=True):
+        assert x is None or reference.same_bits(x, y)
+
+
 @pytest.mark.parametrize("ranges", [None, "window", "nothing"])
 @pytest.mark.parametrize("plan", ["ragged", "a group without a block"])
 def test_a_workspace_may_hold_anything(plan, ranges, rng, monkeypatch):

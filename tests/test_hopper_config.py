@@ -18,7 +18,7 @@ from slowfast_kernels.heuristics.cuda import (
     HopperConfig,
     hopper_attention_backward_config,
     hopper_attention_config,
-    rows_outweigh,
+    hopper_backward_kv_heads,
 )
 from slowfast_kernels.ops.attention import attention_facts
 
@@ -346,19 +346,30 @@ def test_what_is_known_of_pieces_has_room_for_all_blocks_and_row_tiles(shape):
 
 
 @pytest.mark.parametrize(
-    ("batch", "text", "slow", "heads", "kv_heads", "chosen"),
+    ("batch", "text", "slow", "heads", "kv_heads", "at_once"),
     [
-        (1, 64, 10368, 28, 4, "cuda"),
-        (4, 256, 10368, 28, 4, "cuda"),
-        (1, 1024, 41472, 32, 8, "cuda"),
-        (8, 512, 5184, 28, 4, "triton"),
+        (1, 64, 10368, 28, 4, 4),
+        (4, 256, 10368, 28, 4, 4),
+        (1, 1024, 41472, 32, 8, 8),
+        (8, 512, 5184, 28, 4, 2),
+        (8, 512, 5184, 20, 5, 3),
+        (16, 1024, 1296, 32, 8, 1),
+        (32, 1024, 64, 28, 4, 0),
     ],
 )
-def test_gradients_of_many_rows_for_few_slow_tokens_go_where_they_take_less_memory(
-    batch, text, slow, heads, kv_heads, chosen
+def test_gradients_of_many_rows_for_few_slow_tokens_are_of_some_kv_heads_at_a_time_or_go_to_triton(
+    batch, text, slow, heads, kv_heads, at_once
 ):
-    outweigh = rows_outweigh(batch * text * heads * 128 * 2, batch * slow * kv_heads * 2 * 128 * 2)
-    call = HALF._replace(backward=True, rows_outweigh=outweigh)
+    query_bytes, slow_bytes = batch * text * heads * 128 * 2, batch * slow * kv_heads * 2 * 128 * 2
+    assert hopper_backward_kv_heads(query_bytes, slow_bytes, kv_heads) == at_once
+    if at_once:
+        config = hopper_attention_backward_config(
+            batch * text, batch * slow, batch, heads // kv_heads * at_once, at_once, 128
+        )
+        beside = 0.15 * (2 * query_bytes + slow_bytes) + 64 * 2**20
+        assert sum(config.workspace(at_once, 128)) <= 1.02 * beside  # statistics, counters and half-filled tiles
+    chosen = "cuda" if at_once else "triton"
+    call = HALF._replace(backward=True, rows_outweigh=at_once == 0)
     assert choose_backend(call, EVERYTHING_IS_HERE).backend == chosen
     assert choose_backend(call, EVERYTHING_IS_HERE | {"triton": "not installed"}).backend == "cuda"
     assert choose_backend(call._replace(backward=False), EVERYTHING_IS_HERE).backend == "cuda"

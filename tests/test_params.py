@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from cases import Shape, make_inputs
 
 from slowfast_kernels import params
 from slowfast_kernels._extension import extension
+from slowfast_kernels.calls import BackwardTensors
 from slowfast_kernels.dtypes import DTYPE_CODES, KERNEL_DTYPES
 from slowfast_kernels.gate import GATE_CODES, GATES
 
@@ -88,3 +91,36 @@ def test_a_code_that_the_build_does_not_know_is_refused(field, message):
     setattr(mix.gate if field == "kind" else mix, field, 99)
     with pytest.raises(ValueError, match=message):
         extension().cpu_gated_mix(ctypes.addressof(mix), 1)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_some_kv_heads_of_a_backward_call_begin_where_their_tensors_do(apart):
+    inputs = make_inputs(Shape(((3, 20), (2, 9)), (8, 4), 16, 2), torch.bfloat16, "cpu", torch.Generator()).tensors
+    if apart:
+        inputs = inputs._replace(slow_kv=inputs.slow_kv[:, :, 0], slow_values=inputs.slow_kv[:, :, 1].contiguous())
+    keys, values = inputs.keys, inputs.slow_values if apart else inputs.slow_kv[:, :, 1]
+    context, lse = torch.zeros(5, 8, 16).bfloat16(), torch.zeros(5, 8)
+    grads = torch.zeros(8, 5, 16).bfloat16().transpose(0, 1), torch.zeros(8, 5).t()
+    grad_q, grad_kv, grad_values = torch.zeros_like(inputs.q), torch.zeros(29, 4, 2 - apart, 16).bfloat16(), None
+    if apart:
+        grad_kv, grad_values = grad_kv[:, :, 0], grad_kv.clone()[:, :, 0]
+    made = params.attention_backward_params(inputs, 1.0, 0)
+    held = params.fill_attention_backward(made, BackwardTensors(grads, (context, lse), inputs))
+    params.fill_attention_gradients(made, inputs, (grad_q, grad_kv, grad_values))
+    params.take_kv_heads(made, 1, 2, 2)
+    assert (made.forward.num_q_heads, made.forward.num_kv_heads) == (4, 2)
+    wanted = {"q": inputs.q, "context": context, "lse": lse, "grad_context": grads[0], "grad_lse": grads[1]}
+    found = {name: getattr(made.forward if hasattr(made.forward, name) else made, name) for name in wanted}
+    assert found == {name: x[:, 2:].data_ptr() for name, x in wanted.items()}
+    assert made.grad_q == grad_q[:, 2:].data_ptr()
+    assert (made.forward.keys, made.forward.values) == (keys[:, 1:].data_ptr(), values[:, 1:].data_ptr())
+    of_values = grad_values[:, 1:] if apart else grad_kv[:, 1:, 1]
+    assert (made.grad_keys, made.grad_values) == (grad_kv[:, 1:].data_ptr(), of_values.data_ptr())
+    del held
+
+
+def test_what_a_call_does_not_have_stays_a_null_pointer():
+    made = params.CrossAttentionBackwardParams(forward=params.CrossAttentionParams(num_q_heads=8, num_kv_heads=4))
+    params.take_kv_heads(made, 2, 2, 2)
+    assert made.grad_lse is None
+    assert made.forward.q is None

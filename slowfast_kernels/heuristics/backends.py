@@ -27,7 +27,7 @@ class OpCall(NamedTuple):
     positive_scale: bool = True
     has_sm90_kernels: bool = True  # the extension was built for sm_90a
     backward: bool = False  # its gradients
-    rows_outweigh: bool = False  # of them: CUDA's workspace would be large beside the results (``rows_outweigh``)
+    rows_outweigh: bool = False  # of them: CUDA's workspace would be large beside the results
 
 
 class BackendChoice(NamedTuple):

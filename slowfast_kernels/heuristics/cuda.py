@@ -267,15 +267,21 @@ _HOPPER_BACKWARD_GROUPS = 12
 _HOPPER_BACKWARD_MEMORY = (0.15, 64 * 2**20)  # of all results and gradients, and beside that
 
 
-def rows_outweigh(query_bytes: int, slow_bytes: int) -> bool:
-    """Whether the workspace of the Hopper backward is more than is allowed beside context, dQ, dK and dV.
+def hopper_backward_kv_heads(query_bytes: int, slow_bytes: int, num_kv_heads: int) -> int:
+    """KV heads of a launch of the Hopper backward, so that its workspace is no more than is allowed beside context, dQ,
+    dK and dV: all of them, or those that each of a few launches has; 0: even one is too many.
 
-    It holds q and the gradient of the context once more, dQ in float32, further sums of it, and the parts of two
-    CTAs' blocks. ``query_bytes``: of the text rows of q; ``slow_bytes``: of K and V.
+    The workspace holds q and the gradient of the context once more, dQ in float32, further sums of it, and the parts of
+    two CTAs' blocks. ``query_bytes``: of the text rows of q; ``slow_bytes``: of K and V.
     """
     share, allowed = _HOPPER_BACKWARD_MEMORY
-    workspace = 4 * query_bytes + _HOPPER_BACKWARD_SPARE_BYTES + HOPPER_SMS // 2 * 4 * 64 * 128 * 4
-    return workspace > share * (2 * query_bytes + slow_bytes) + allowed
+    room = share * (2 * query_bytes + slow_bytes) + allowed
+    room -= _HOPPER_BACKWARD_SPARE_BYTES + HOPPER_SMS // 2 * 4 * 64 * 128 * 4
+    fitting = min(num_kv_heads, int(room * num_kv_heads / max(1, 4 * query_bytes)))
+    if fitting == 0:
+        return 0
+    launches = -(-num_kv_heads // fitting)
+    return -(-num_kv_heads // launches)
 
 
 # Row tiles between the starts of CTAs that add to the same sums: with one they wait for one another, 1x64x98304 612 us

@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from .. import _extension, eager, flops
-from ..calls import AttentionOptions, AttentionTensors, BackwardTensors, FusedTensors, is_aligned, scale_of
+from ..calls import (
+    AttentionOptions,
+    AttentionTensors,
+    BackwardTensors,
+    FusedTensors,
+    attention_bytes,
+    is_aligned,
+    scale_of,
+)
 from ..heuristics.backends import OpCall
-from ..heuristics.cuda import rows_outweigh
+from ..heuristics.cuda import hopper_backward_kv_heads
 from . import checks
 from .dispatch import check_backend_name, compute_capability, follows_gradients
 from .op import Op
@@ -184,7 +192,6 @@ def attention_facts(op: str, tensors: AttentionTensors, softmax_scale: float | N
     """``vectors``: further tensors that a kernel would read 16 bytes at a time."""
     q = tensors.q
     cache = (tensors.slow_kv,) if tensors.slow_values is None else (tensors.slow_kv, tensors.slow_values)
-    query_bytes = tensors.text_rows.shape[0] * q.shape[1] * q.shape[2] * q.element_size()
     return OpCall(
         op,
         q.device.type,
@@ -196,7 +203,7 @@ def attention_facts(op: str, tensors: AttentionTensors, softmax_scale: float | N
         in_pieces=tensors.slow_pieces is not None,
         positive_scale=scale_of(q, softmax_scale) > 0,
         has_sm90_kernels=q.device.type != "cuda" or "sm_90a" in _extension.cuda_archs(),
-        rows_outweigh=rows_outweigh(query_bytes, sum(x.numel() * x.element_size() for x in cache)),
+        rows_outweigh=hopper_backward_kv_heads(*attention_bytes(tensors), tensors.slow_kv.shape[1]) == 0,
     )
 
 

@@ -24,12 +24,15 @@ struct BlockUses {
 //
 // Where sequences are in pieces, blocks are of tokens as they lie in memory, whoever's they are: block n of KV head h is
 // number n * Hkv + h of all, and whoever has tokens of it adds to the dK and dV of its CTA.
+// A launch may be of some of a call's KV heads alone: its pointers then begin with theirs, and num_q_heads and num_kv_heads are
+// how many they are.
 struct BackwardPlan {
   int32_t num_ctas;    // that the GPU holds at once, at most
   int32_t max_tiles;   // row tiles of a KV head: a bound over any distribution of the text rows over the sequences
   int32_t max_sums;    // row tiles times groups of a KV head, max_tiles at least: sequences have groups as long as they last
   int32_t max_groups;  // of a KV head in a round
   int32_t spread;      // row tiles between those that the CTAs of a group begin with, where it is not too large for that
+  int32_t heads_a_row;  // query heads of the whole call, of which rows of context, lse and grad_q have one after another
   bool splits_last_round;  // a last round that leaves half of the CTAs without a block gives each block to two
   // Workspace.
   void* tiles;         // [Hkv, max_tiles] records of q, grad_context and statistics, see backward_rows.cuh

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(16 * kHeadDim / 8)
   if (packed < sequence.num_rows) {
     const int64_t text = sequence.text_begin + packed / heads_per_kv, head = kv_head * heads_per_kv + packed % heads_per_kv;
     if (kRanges) range = range_of(p.forward, text, kPieces ? kNoToken : sequence.num_slow);
-    lse = p.forward.lse[text * p.forward.num_q_heads + head];
+    lse = p.forward.lse[text * plan.heads_a_row + head];
     if (lse != -INFINITY) {
       const auto load = [&](const void* base, int64_t at) {
         return *reinterpret_cast<const uint4*>(static_cast<const T*>(base) + at + vector * 8);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(16 * kHeadDim / 8)
       query = load(p.forward.q, p.forward.text_rows[text] * p.forward.q_row_stride + head * p.forward.q_head_stride);
       if (p.grad_context != nullptr) {
         grad = load(p.grad_context, text * p.grad_context_row_stride + head * p.grad_context_head_stride);
-        context = load(p.forward.context, (text * p.forward.num_q_heads + head) * kHeadDim);
+        context = load(p.forward.context, (text * plan.heads_a_row + head) * kHeadDim);
       }
       if (p.grad_lse != nullptr) delta = -p.grad_lse[text * p.grad_lse_row_stride + head * p.grad_lse_head_stride];
     }
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(256)
     const int r = i / kVectors, vector = i % kVectors, packed = row_begin + r;
     if (packed >= sequence.num_rows) break;
     const int64_t text = sequence.text_begin + packed / heads_per_kv, head = kv_head * heads_per_kv + packed % heads_per_kv;
-    T* out = static_cast<T*>(p.grad_q) + (p.forward.text_rows[text] * int64_t{p.forward.num_q_heads} + head) * kHeadDim + vector * 8;
+    T* out = static_cast<T*>(p.grad_q) + (p.forward.text_rows[text] * int64_t{plan.heads_a_row} + head) * kHeadDim + vector * 8;
     *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(rows + swizzled<kBackwardBlockM>(r, vector));
   }
 }
