@@ -136,6 +136,7 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
     const Record* records = static_cast<const Record*>(plan.tiles) + int64_t{kv_head} * plan.max_tiles + sequence.first_tile + tile_begin;
     SeenTiles seen(sight, tile_begin, num_tiles, first_tile);
     int tile = first_tile;
+#pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       bool is_masked = false;
       uint32_t rows = 0;

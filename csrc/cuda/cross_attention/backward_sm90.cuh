@@ -4,7 +4,9 @@
 //
 // Roofline: 10 Nt Hq D Ns FLOP. A CTA owns a block of 128 slow tokens of a KV head, 64 a warpgroup, and walks over all packed
 // rows of the head, 64 at a time: dK and dV stay in registers, as do P^T and dS^T, which are computed in the layout of the
-// left operand. dQ is a sum over blocks: it leaves by vector reductions in L2 whose order is fixed (backward_schedule.cuh).
+// left operand. dQ is a sum over blocks: it leaves by reductions in L2 whose order is fixed (backward_schedule.cuh).
+// A step begins with P and dS of one tile and ends with those of the next: S of the next is asked for behind dV, dK and dQ of
+// the one, dP when dQ has left, so that tensor cores have work while a warpgroup exponentiates and stores.
 // Where rows see ranges, tiles that see nothing of a block are left out of its walk; it is an instantiation of its own, as is
 // that of sequences in pieces, whose blocks are of tokens as they lie in memory.
 #pragma once
@@ -82,7 +84,8 @@ struct BackwardTraits {
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
-enum BackwardBarrier { kBackwardWarpgroup = 1, kBackwardConsumers = 3 };
+// Each is a row of barriers: of warpgroups, and of stages times warpgroups. 0 is __syncthreads.
+enum BackwardBarrier { kBackwardWarpgroup = 1, kBackwardConsumers = 3, kBackwardGradScores = 4 };
 
 // The thread in its warpgroup, read anew: what is addressed by it once a block is not kept in registers all along.
 __device__ __forceinline__ int read_thread() {
@@ -125,8 +128,8 @@ struct BackwardConsumer {
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const int span = step / 4, column = step % 4;
-      ptx::wgmma_ss<T, kBlockM>(scores, a + ((span * kBlockN * 128 + column * 32) >> 4), b + ((span * kBlockM * 128 + column * 32) >> 4),
-                                step != 0);
+      const uint64_t x = a + ((span * kBlockN * 128 + column * 32) >> 4), y = b + ((span * kBlockM * 128 + column * 32) >> 4);
+      step == 0 ? ptx::wgmma_ss_first<T, kBlockM>(scores, x, y) : ptx::wgmma_ss<T, kBlockM>(scores, x, y, 1);
     }
     ptx::wgmma_commit();
   }
@@ -148,13 +151,14 @@ struct BackwardConsumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kBlockN / 16; ++step) {
-      ptx::wgmma_ss<T, kHeadDim / 2, 1, 1>(gradient, a + ((step * 16 * 128) >> 4), b + ((step * 16 * 128) >> 4), step != 0);
+      const uint64_t x = a + ((step * 16 * 128) >> 4), y = b + ((step * 16 * 128) >> 4);
+      step == 0 ? ptx::wgmma_ss_first<T, kHeadDim / 2, 1, 1>(gradient, x, y) : ptx::wgmma_ss<T, kHeadDim / 2, 1, 1>(gradient, x, y, 1);
     }
     ptx::wgmma_commit();
   }
 
   __device__ __forceinline__ void hide_rows(Scores& scores, int num_tokens) const {
-    const int row = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+    const int thread = read_thread(), row = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int i = 0; i < kBlockM / 2; ++i) {
       if (row + i / 2 % 2 * 8 >= num_tokens) scores[i] = -INFINITY;
@@ -198,13 +202,54 @@ struct BackwardConsumer {
     }
   }
 
+  // S becomes P.
+  __device__ __forceinline__ void exponentiate(Scores& scores, Operand& operand, const float* lse) const {
+    const float scale_log2 = p.forward.softmax_scale * 1.4426950408889634f;
+    const float2* mine = reinterpret_cast<const float2*>(lse) + thread % 4;
+#pragma unroll
+    for (int j = 0; j < kBlockM / 8; ++j) {
+      const float2 x = mine[4 * j];
+      float* y = scores + 4 * j;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) y[k] = exp2_approx(fmaf(y[k], scale_log2, k % 2 == 0 ? -x.x : -x.y));
+      operand[j / 2][j % 2 * 2] = pack2<T>(y[0], y[1]);
+      operand[j / 2][j % 2 * 2 + 1] = pack2<T>(y[2], y[3]);
+    }
+  }
+  // P becomes dS.
+  __device__ __forceinline__ void differentiate(Scores& probs, const Scores& grad_probs, Operand& operand, const float* delta) const {
+    const float2* mine = reinterpret_cast<const float2*>(delta) + thread % 4;
+#pragma unroll
+    for (int j = 0; j < kBlockM / 8; ++j) {
+      const float2 x = mine[4 * j];
+      float* y = probs + 4 * j;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float of_row = k % 2 == 0 ? x.x : x.y;
+        y[k] *= kUnit == 1.0f ? grad_probs[4 * j + k] - of_row : fmaf(grad_probs[4 * j + k], kUnit, -of_row);
+      }
+      operand[j / 2][j % 2 * 2] = pack2<T>(y[0], y[1]);
+      operand[j / 2][j % 2 * 2 + 1] = pack2<T>(y[2], y[3]);
+    }
+  }
+
+  // To the warpgroup's tokens of the tile.
+  __device__ __forceinline__ void store_grad_scores(T* tile, const Operand& x) const {
+    const int lane = thread % 32, row = warpgroup * 64 + thread / 32 * 16 + lane % 16;
+    const uint32_t first = shared_address(tile + swizzled<kBlockN>(row, lane / 16));
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) ptx::store_matrices(first ^ i * 32, x[i]);
+    ptx::fence_proxy_async();
+  }
+
   // By fragments: half of the columns, four floats a thread at a time.
   __device__ __forceinline__ void store_query_gradient(const QueryGradient& gradient) const {
+    const float scale = p.forward.softmax_scale;
     float4* mine = reinterpret_cast<float4*>(shared.grad_query) + warpgroup * (kHeadDim / 16) * 128 + thread;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       const float* x = gradient + 4 * i;
-      mine[i * 128] = make_float4(x[0], x[1], x[2], x[3]);
+      mine[i * 128] = make_float4(x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale);
     }
     ptx::fence_proxy_async();
   }
@@ -268,12 +313,10 @@ struct BackwardConsumer {
   }
 
   __device__ __forceinline__ void run() const {
-    const float scale_log2 = p.forward.softmax_scale * 1.4426950408889634f;
     const int lane = thread % 32;
     RingPlace<2> place;
     RingPlace<Traits::kStages> stage;
     uint32_t values_phase = 0, dq_phase = 0;
-    int grad_scores = 0;
     Gradient dk, dv;
     while (true) {
       ptx::mbarrier_wait(&shared.keys_full[place.slot], place.phase);
@@ -306,25 +349,17 @@ struct BackwardConsumer {
           ptx::fence_proxy_async();
           ptx::named_barrier_sync(kBackwardConsumers, 256);
         }
-        QueryGradient pending;
-        const auto leave_dq = [&] {
-          ptx::mbarrier_wait(&shared.grad_query_empty, dq_phase ^ 1);
-          store_query_gradient(pending);
-          __syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(&shared.grad_query_full);
-          dq_phase ^= 1;
-        };
-#pragma unroll 1
-        for (int i = 0; i < num_tiles; ++i) {
-          const T* queries = shared.rows[stage.slot][0];
-          const T* grads = shared.rows[stage.slot][1];
+        Operand probs, grad_scores;
+        const auto issue_next_scores = [&](Scores& scores) {
           ptx::mbarrier_wait(&shared.query_full[stage.slot], stage.phase);
-          Scores scores, grad_probs;
-          issue_scores(scores, keys, queries);
-          if (Traits::kWithQ && i > 0) leave_dq();
-          if (i == 0) ptx::mbarrier_wait(&shared.values_full, values_phase);
-          ptx::mbarrier_wait(&shared.grad_full[stage.slot], stage.phase);
-          issue_scores(grad_probs, shared.values, grads);
+          issue_scores(scores, keys, shared.rows[stage.slot][0]);
+        };
+        // P and dS of the tile whose S is in flight.
+        const auto form_grad_scores = [&](Scores& scores, bool is_last) {
+          uint64_t* grad_full = &shared.grad_full[stage.slot];
+          Scores grad_probs;
+          ptx::mbarrier_wait(grad_full, stage.phase);
+          issue_scores(grad_probs, shared.values, shared.rows[stage.slot][1]);
           ptx::wgmma_wait<1>();
           ptx::wgmma_fence_operand(scores);
           if constexpr (Traits::kRanges) {
@@ -336,65 +371,68 @@ struct BackwardConsumer {
           } else {
             if (num_tokens < kBlockN) hide_rows(scores, num_tokens);
           }
-          Operand operand;
-          const float2* lse = reinterpret_cast<const float2*>(shared.stats[stage.slot][0]) + lane % 4;
-#pragma unroll
-          for (int j = 0; j < kBlockM / 8; ++j) {
-            const float2 x = lse[4 * j];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) scores[4 * j + k] = exp2_approx(fmaf(scores[4 * j + k], scale_log2, k % 2 == 0 ? -x.x : -x.y));
-            operand[j / 2][j % 2 * 2] = pack2<T>(scores[4 * j], scores[4 * j + 1]);
-            operand[j / 2][j % 2 * 2 + 1] = pack2<T>(scores[4 * j + 2], scores[4 * j + 3]);
-          }
-          if constexpr (Traits::kWithKV) {
-            issue_gradient(dv, operand, grads);
-            ptx::wgmma_wait<1>();
-          } else {
-            ptx::wgmma_wait<0>();
-          }
-          ptx::wgmma_fence_operand(grad_probs);
-          if (i + 1 == num_tiles && lane == 0) ptx::mbarrier_arrive(&shared.values_empty);
-          Operand operand_ds;
-          const float2* delta = reinterpret_cast<const float2*>(shared.stats[stage.slot][1]) + lane % 4;
-#pragma unroll
-          for (int j = 0; j < kBlockM / 8; ++j) {
-            const float2 x = delta[4 * j];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              const float of_row = k % 2 == 0 ? x.x : x.y;
-              scores[4 * j + k] *= kUnit == 1.0f ? grad_probs[4 * j + k] - of_row : fmaf(grad_probs[4 * j + k], kUnit, -of_row);
-            }
-            operand_ds[j / 2][j % 2 * 2] = pack2<T>(scores[4 * j], scores[4 * j + 1]);
-            operand_ds[j / 2][j % 2 * 2 + 1] = pack2<T>(scores[4 * j + 2], scores[4 * j + 3]);
-          }
-          if constexpr (Traits::kWithQ) {
-            store_fragments<T, kBlockN>(shared.grad_scores[grad_scores], warpgroup * 64, operand_ds, Traits::kPieces ? read_thread() : thread);
-            ptx::fence_proxy_async();
-          }
-          if constexpr (Traits::kWithKV) {
-            ptx::wgmma_wait<0>();
-            ptx::wgmma_fence_operand(dv);
-            issue_gradient(dk, operand_ds, queries);
-          }
-          QueryGradient dq;
-          if constexpr (Traits::kWithQ) {
-            ptx::named_barrier_sync(kBackwardConsumers, 256);
-            issue_query_gradient(dq, shared.grad_scores[grad_scores], keys);
-            grad_scores ^= 1;
-          }
-          uint64_t* empty = &shared.rows_empty[stage.slot];
-          stage.advance();
+          exponentiate(scores, probs, shared.stats[stage.slot][0]);
+          ptx::mbarrier_wait(grad_full, stage.phase);  // passed already: for its branch, above which ptxas would wait for dP
           ptx::wgmma_wait<0>();
-          if constexpr (Traits::kWithKV) ptx::wgmma_fence_operand(dk);
+          ptx::wgmma_fence_operand(grad_probs);
+          if (is_last && lane == 0) ptx::mbarrier_arrive(&shared.values_empty);
+          differentiate(scores, grad_probs, grad_scores, shared.stats[stage.slot][1]);
           if constexpr (Traits::kWithQ) {
-            ptx::wgmma_fence_operand(dq);
-#pragma unroll
-            for (int j = 0; j < kHeadDim / 4; ++j) pending[j] = dq[j] * p.forward.softmax_scale;
+            store_grad_scores(shared.grad_scores[stage.slot], grad_scores);
+            ptx::named_barrier_arrive(kBackwardGradScores + 2 * stage.slot + (warpgroup ^ 1), 256);
+          }
+        };
+        // Of the tile that is formed: dV, dK and, in flight, dQ, for which the other warpgroup's dS has come meanwhile.
+        const auto issue_gradients = [&](QueryGradient& dq) {
+          if constexpr (Traits::kWithKV) {
+            issue_gradient(dv, probs, shared.rows[stage.slot][1]);
+            issue_gradient(dk, grad_scores, shared.rows[stage.slot][0]);
+          }
+          if constexpr (Traits::kWithQ) {
+            ptx::named_barrier_sync(kBackwardGradScores + 2 * stage.slot + warpgroup, 256);
+            issue_query_gradient(dq, shared.grad_scores[stage.slot], keys);
+          }
+          if constexpr (Traits::kWithKV) {
+            ptx::wgmma_wait<Traits::kWithQ>();
+            ptx::wgmma_fence_operand(dv);
+            ptx::wgmma_fence_operand(dk);
           }
           __syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(empty);
+          if (lane == 0) ptx::mbarrier_arrive(&shared.rows_empty[stage.slot]);
+          stage.advance();
+        };
+        const auto leave_dq = [&](QueryGradient& dq) {
+          ptx::wgmma_fence_operand(dq);
+          ptx::mbarrier_wait(&shared.grad_query_empty, dq_phase ^ 1);
+          store_query_gradient(dq);
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(&shared.grad_query_full);
+          dq_phase ^= 1;
+        };
+        {
+          Scores scores;
+          issue_next_scores(scores);
+          ptx::mbarrier_wait(&shared.values_full, values_phase);
+          form_grad_scores(scores, num_tiles == 1);
         }
-        if constexpr (Traits::kWithQ) leave_dq();
+#pragma unroll 1
+        for (int i = 1; i < num_tiles; ++i) {
+          QueryGradient dq;
+          Scores scores;
+          issue_gradients(dq);
+          issue_next_scores(scores);
+          if constexpr (Traits::kWithQ) {
+            ptx::wgmma_wait<1>();
+            leave_dq(dq);
+          }
+          form_grad_scores(scores, i + 1 == num_tiles);
+        }
+        QueryGradient dq;
+        issue_gradients(dq);
+        if constexpr (Traits::kWithQ) {
+          ptx::wgmma_wait<0>();
+          leave_dq(dq);
+        }
         values_phase ^= 1;
         if constexpr (Traits::kWithQ && Traits::kWithKV) ptx::named_barrier_sync(kBackwardConsumers, 256);  // no K, no dS is read any more
       }

@@ -35,6 +35,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, uint32_t 
 
 template <typename T, int N, int kTransposedA = 0, int kTransposedB = 0>
 __device__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+// d = a b.
+template <typename T, int N, int kTransposedA = 0, int kTransposedB = 0>
+__device__ void wgmma_ss_first(float (&d)[N / 2], uint64_t a, uint64_t b);
 template <typename T, int N, int kTransposed>
 __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
 
@@ -45,17 +48,18 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
 #define SLOWFAST_NAMES_64 SLOWFAST_NAMES_32 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SLOWFAST_OUTPUTS_16(d) \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-#define SLOWFAST_OUTPUTS_32(d) SLOWFAST_OUTPUTS_16(d), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define SLOWFAST_OUTPUTS_64(d) SLOWFAST_OUTPUTS_32(d), \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+// F: "+f", or "=f" if what was in them does not count.
+#define SLOWFAST_OUTPUTS_16(F, d) \
+  F(d[0]), F(d[1]), F(d[2]), F(d[3]), F(d[4]), F(d[5]), F(d[6]), F(d[7]), \
+  F(d[8]), F(d[9]), F(d[10]), F(d[11]), F(d[12]), F(d[13]), F(d[14]), F(d[15])
+#define SLOWFAST_OUTPUTS_32(F, d) SLOWFAST_OUTPUTS_16(F, d), \
+  F(d[16]), F(d[17]), F(d[18]), F(d[19]), F(d[20]), F(d[21]), F(d[22]), F(d[23]), \
+  F(d[24]), F(d[25]), F(d[26]), F(d[27]), F(d[28]), F(d[29]), F(d[30]), F(d[31])
+#define SLOWFAST_OUTPUTS_64(F, d) SLOWFAST_OUTPUTS_32(F, d), \
+  F(d[32]), F(d[33]), F(d[34]), F(d[35]), F(d[36]), F(d[37]), F(d[38]), F(d[39]), \
+  F(d[40]), F(d[41]), F(d[42]), F(d[43]), F(d[44]), F(d[45]), F(d[46]), F(d[47]), \
+  F(d[48]), F(d[49]), F(d[50]), F(d[51]), F(d[52]), F(d[53]), F(d[54]), F(d[55]), \
+  F(d[56]), F(d[57]), F(d[58]), F(d[59]), F(d[60]), F(d[61]), F(d[62]), F(d[63])
 // N columns need N / 2 registers a thread; the operands behind them are numbered from there.
 #define SLOWFAST_WGMMA_SS(T, TYPE, N, TRANSPOSED_A, TRANSPOSED_B, REGISTERS, A, B, ACCUMULATE) \
   template <> \
@@ -65,8 +69,18 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
         "{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #ACCUMULATE ", 0;\n" \
         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" SLOWFAST_NAMES_##REGISTERS "}, " \
         "%" #A ", %" #B ", keep, 1, 1, " #TRANSPOSED_A ", " #TRANSPOSED_B ";\n}\n" \
-        : SLOWFAST_OUTPUTS_##REGISTERS(d) \
+        : SLOWFAST_OUTPUTS_##REGISTERS("+f", d) \
         : "l"(a), "l"(b), "r"(accumulate)); \
+  }
+#define SLOWFAST_WGMMA_SS_FIRST(T, TYPE, N, TRANSPOSED_A, TRANSPOSED_B, REGISTERS, A, B) \
+  template <> \
+  __device__ __forceinline__ void wgmma_ss_first<T, N, TRANSPOSED_A, TRANSPOSED_B>(float (&d)[REGISTERS], uint64_t a, uint64_t b) { \
+    asm volatile( \
+        "{\n.reg .pred keep;\nsetp.ne.b32 keep, 0, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" SLOWFAST_NAMES_##REGISTERS "}, " \
+        "%" #A ", %" #B ", keep, 1, 1, " #TRANSPOSED_A ", " #TRANSPOSED_B ";\n}\n" \
+        : SLOWFAST_OUTPUTS_##REGISTERS("=f", d) \
+        : "l"(a), "l"(b)); \
   }
 #define SLOWFAST_WGMMA_RS(T, TYPE, N, TRANSPOSED, REGISTERS, A0, A1, A2, A3, B, ACCUMULATE) \
   template <> \
@@ -76,7 +90,7 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
         "{\n.reg .pred keep;\nsetp.ne.b32 keep, %" #ACCUMULATE ", 0;\n" \
         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" SLOWFAST_NAMES_##REGISTERS "}, " \
         "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", keep, 1, 1, " #TRANSPOSED ";\n}\n" \
-        : SLOWFAST_OUTPUTS_##REGISTERS(d) \
+        : SLOWFAST_OUTPUTS_##REGISTERS("+f", d) \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
   }
 #define SLOWFAST_WGMMA(T, TYPE) \
@@ -84,6 +98,9 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
   SLOWFAST_WGMMA_SS(T, TYPE, 64, 0, 0, 32, 32, 33, 34) \
   SLOWFAST_WGMMA_SS(T, TYPE, 32, 1, 1, 16, 16, 17, 18) \
   SLOWFAST_WGMMA_SS(T, TYPE, 64, 1, 1, 32, 32, 33, 34) \
+  SLOWFAST_WGMMA_SS_FIRST(T, TYPE, 64, 0, 0, 32, 32, 33) \
+  SLOWFAST_WGMMA_SS_FIRST(T, TYPE, 32, 1, 1, 16, 16, 17) \
+  SLOWFAST_WGMMA_SS_FIRST(T, TYPE, 64, 1, 1, 32, 32, 33) \
   SLOWFAST_WGMMA_RS(T, TYPE, 128, 0, 64, 64, 65, 66, 67, 68, 69) \
   SLOWFAST_WGMMA_RS(T, TYPE, 64, 1, 32, 32, 33, 34, 35, 36, 37) \
   SLOWFAST_WGMMA_RS(T, TYPE, 128, 1, 64, 64, 65, 66, 67, 68, 69)
@@ -93,6 +110,7 @@ SLOWFAST_WGMMA(__half, "f16")
 
 #undef SLOWFAST_WGMMA
 #undef SLOWFAST_WGMMA_SS
+#undef SLOWFAST_WGMMA_SS_FIRST
 #undef SLOWFAST_WGMMA_RS
 
 }  // namespace slowfast::ptx
