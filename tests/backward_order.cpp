@@ -50,11 +50,7 @@ std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const 
     const int64_t first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles;
     if (!ranges) {
       const int end = sequence.first_of_round(round + 1, kv_head);
-      int earlier = 0;
-      for (int r = sequence.first_block * heads / plan.num_ctas; r < round; ++r) {
-        const int count = sequence.first_of_round(r + 1, kv_head) - sequence.first_of_round(r, kv_head);
-        earlier += max(0, min(sequence.group_size, count - group * sequence.group_size));
-      }
+      const int earlier = sequence.added_before(round, kv_head, group);
       const BackwardTurns turns = {earlier, rank, min(sequence.group_size, end - begin - group * sequence.group_size), num_tiles};
       for (int i = 0; i < num_tiles; ++i) {
         const int tile = (turns.start() + i) % num_tiles, before = turns.before(tile);

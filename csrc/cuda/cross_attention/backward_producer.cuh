@@ -119,11 +119,7 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
       }
     } else {
       block.first_sum = int64_t{kv_head} * plan.max_sums + sequence.first_sum + group * sequence.num_tiles + tile_begin;
-      int earlier = 0;
-      for (int r = sequence.first_block * p.forward.num_kv_heads / plan.num_ctas; r < round; ++r) {
-        const int count = sequence.first_of_round(r + 1, kv_head) - sequence.first_of_round(r, kv_head);
-        earlier += max(0, min(sequence.group_size, count - group * sequence.group_size));
-      }
+      const int earlier = sequence.added_before(round, kv_head, group);
       const BackwardTurns turns = {earlier, rank, min(sequence.group_size, end - begin - group * sequence.group_size), num_tiles};
       first_tile = turns.start();
       block.turns = turns;

@@ -54,6 +54,17 @@ struct BackwardSequence {
     const int before = round * plan.num_ctas - first_block * p.forward.num_kv_heads - kv_head;
     return min(num_blocks, max(0, (before + p.forward.num_kv_heads - 1) / p.forward.num_kv_heads));
   }
+  // CTAs that add to the sums of a group in the rounds before one in which it has a block.
+  __device__ __forceinline__ int added_before(int round, int kv_head, int group) const {
+    const int first_round = first_block * p.forward.num_kv_heads / plan.num_ctas;
+    if (round == first_round) return 0;
+    const auto added = [&](int blocks) { return max(0, min(group_size, blocks - group * group_size)); };  // of a round with so many
+    const int at_first = first_of_round(first_round + 1, kv_head);
+    // Rounds between have `least` blocks or one more.
+    const int rounds = round - first_round - 1, least = plan.num_ctas / p.forward.num_kv_heads;
+    const int with_more = first_of_round(round, kv_head) - at_first - rounds * least;
+    return added(at_first) + (rounds - with_more) * added(least) + with_more * added(least + 1);
+  }
 };
 
 __device__ __forceinline__ int count_blocks(const CrossAttentionBackwardParams& p) {
