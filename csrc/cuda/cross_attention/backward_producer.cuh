@@ -29,7 +29,8 @@ struct BackwardMaps {
   CUtensorMap keys, values;
 };
 
-// By one thread or, if kRanges, by a warp, whose lanes look at what rows see.
+// By one thread or, if kRanges, by a warp, whose lanes look at what rows see. The thread has not waited for the kernel before,
+// which packs the rows.
 template <typename Traits>
 __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAttentionBackwardParams& p, const BackwardPlan& plan,
                                         typename Traits::SharedStorage& shared) {
@@ -128,9 +129,19 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
     if (lane == 0) {
       ptx::mbarrier_expect_tx(full, kBlockBytes);
       ptx::tma_load_4d(&maps.keys, full, shared.keys[place.slot], 0, token, 0, kv_head, ptx::kEvictNormal);
+      if (round == 0) ptx::tma_prefetch_4d(&maps.values, 0, token, 0, kv_head);
     }
+    ptx::wait_for_previous_kernel();  // K and V need not wait
     const Record* records = static_cast<const Record*>(plan.tiles) + int64_t{kv_head} * plan.max_tiles + sequence.first_tile + tile_begin;
     SeenTiles seen(sight, tile_begin, num_tiles, first_tile);
+    // All CTAs come to their next block at about the same time, and would wait for memory together.
+    const auto prefetch_next = [&] {
+      const int next = within + plan.num_ctas;
+      if (Traits::kRanges || next >= sequence.num_blocks * p.forward.num_kv_heads) return;
+      const int next_token = sequence.slow_begin + next / p.forward.num_kv_heads * Traits::kBlockN, next_head = next % p.forward.num_kv_heads;
+      ptx::tma_prefetch_4d(&maps.keys, 0, next_token, 0, next_head);
+      ptx::tma_prefetch_4d(&maps.values, 0, next_token, 0, next_head);
+    };
     int tile = first_tile;
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
@@ -166,6 +177,7 @@ __device__ __forceinline__ void produce(const BackwardMaps& maps, const CrossAtt
           ptx::tma_load_4d(&maps.values, &shared.values_full, shared.values, 0, token, 0, kv_head, ptx::kEvictNormal);
         }
         values_phase ^= 1;
+        prefetch_next();
       }
     }
     place.advance();

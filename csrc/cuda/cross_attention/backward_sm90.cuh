@@ -485,7 +485,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  ptx::wait_for_previous_kernel();
+  if (Traits::kRanges || threadIdx.x != 0) ptx::wait_for_previous_kernel();  // thread 0: in produce
   if (warpgroup == 0) {
     ptx::register_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
