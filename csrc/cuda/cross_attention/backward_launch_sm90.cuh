@@ -43,10 +43,14 @@ void launch_backward(const CrossAttentionBackwardParams& p, const BackwardPlan& 
   check(cudaLaunchKernelEx(&config, kernel, maps, p, plan), "cross_attention_backward_sm90");
   config.numAttrs = 1;
   if constexpr (Traits::kWithQ) {
-    config.gridDim = dim3(plan.max_tiles, heads);
+    constexpr int kShares = 4;
+    const bool shares = plan.max_tiles * heads <= plan.num_ctas / 2u;  // else tiles alone are CTAs enough
+    config.gridDim = dim3(plan.max_tiles, heads, shares ? kShares : 1);
     config.blockDim = dim3(256);
     config.dynamicSmemBytes = 0;
-    check(cudaLaunchKernelEx(&config, write_dq_kernel<T, kHeadDim, Traits::kRanges, Traits::kPieces>, p, plan), "write_dq");
+    auto* write = shares ? write_dq_kernel<T, kHeadDim, kShares, Traits::kRanges, Traits::kPieces>
+                         : write_dq_kernel<T, kHeadDim, 1, Traits::kRanges, Traits::kPieces>;
+    check(cudaLaunchKernelEx(&config, write, p, plan), "write_dq");
   }
 }
 

@@ -87,14 +87,16 @@ __global__ void __launch_bounds__(16 * kHeadDim / 8)
   }
 }
 
-// A CTA takes a row tile: thread t of a warpgroup adds up its fragments, of half the columns (see add_to_sums).
-template <typename T, int kHeadDim, bool kRanges, bool kPieces>
+// A CTA takes a row tile or, of few, a share of its columns: thread t of a warpgroup adds up its fragments, of half the columns
+// (see add_to_sums).
+template <typename T, int kHeadDim, int kShares, bool kRanges, bool kPieces>
 __global__ void __launch_bounds__(256)
     write_dq_kernel(const __grid_constant__ CrossAttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
-  constexpr int kFragments = kHeadDim / 16, kVectors = kHeadDim / 8;
-  constexpr int kGroups = 4;  // read together: few tiles are few CTAs, and each waits for memory
+  constexpr int kFragments = kHeadDim / 16 / kShares, kVectors = kHeadDim / 8;
+  constexpr int kGroups = kShares == 1 ? 4 : 12;  // read together: few tiles are few CTAs, and each waits for memory
   __shared__ __align__(16) T rows[kBackwardBlockM * kHeadDim];
-  const int tile = blockIdx.x, kv_head = blockIdx.y, warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+  const int tile = blockIdx.x, kv_head = blockIdx.y, first_fragment = blockIdx.z * kFragments;
+  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   BackwardSequence sequence(p, plan);
   do {
     if (!sequence.next()) return;
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(256)
       is_there[j] = __ldcg(plan.turns + first + group * sequence.num_tiles) != 0;
       if (kRanges && !is_there[j]) continue;  // else rare, and nothing waits for the answer
       const float4* part = reinterpret_cast<const float4*>(plan.sums + (first + group * sequence.num_tiles) * (kBackwardBlockM * kHeadDim)) +
-                           warpgroup * kFragments * 128 + thread;
+                           (warpgroup * (kHeadDim / 16) + first_fragment) * 128 + thread;
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) x[j][i] = __ldcs(part + i * 128);
     }
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(256)
       }
     }
   }
-  const int row = thread / 32 * 16 + thread % 32 / 4, column = warpgroup * (kHeadDim / 2) + thread % 4 * 2;
+  const int row = thread / 32 * 16 + thread % 32 / 4, column = warpgroup * (kHeadDim / 2) + 8 * first_fragment + thread % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kFragments; ++i) {
     const int c = column + 8 * i;
@@ -142,8 +144,9 @@ __global__ void __launch_bounds__(256)
   __syncthreads();
   const int heads_per_kv = p.forward.num_q_heads / p.forward.num_kv_heads, row_begin = (tile - sequence.first_tile) * kBackwardBlockM;
 #pragma unroll
-  for (int i = threadIdx.x; i < kBackwardBlockM * kVectors; i += 256) {
-    const int r = i / kVectors, vector = i % kVectors, packed = row_begin + r;
+  for (int i = threadIdx.x; i < kBackwardBlockM * 2 * kFragments; i += 256) {
+    const int r = i / (2 * kFragments), half = i / kFragments % 2, packed = row_begin + r;
+    const int vector = half * (kVectors / 2) + first_fragment + i % kFragments;
     if (packed >= sequence.num_rows) break;
     const int64_t text = sequence.text_begin + packed / heads_per_kv, head = kv_head * heads_per_kv + packed % heads_per_kv;
     T* out = static_cast<T*>(p.grad_q) + (p.forward.text_rows[text] * int64_t{plan.heads_a_row} + head) * kHeadDim + vector * 8;
