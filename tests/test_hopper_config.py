@@ -297,26 +297,18 @@ def test_blocks_are_halved_where_a_sequence_has_rows_enough():
     assert not hopper_attention_backward_config(37 * 2 - 1, 10368, 2, 28, 4, 128).splits_last_round
 
 
-def test_gradients_of_sequences_in_pieces_go_to_triton():
-    call = HALF._replace(backward=True, in_pieces=True)
-    assert "gradients" in unsupported_reason("cuda", call)
-    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "triton"
-    assert choose_backend(call._replace(in_pieces=False), EVERYTHING_IS_HERE).backend == "cuda"
-    assert choose_backend(call._replace(backward=False), EVERYTHING_IS_HERE).backend == "cuda"
-
-
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("pieces", [False, True])
-def test_gradients_of_rows_that_see_ranges_are_cuda_s_unless_their_sequences_are_in_pieces(ranges, pieces):
-    inputs = make_inputs(Shape(((2, 9),)), torch.bfloat16, "cpu", torch.Generator()).tensors
+def test_gradients_are_cuda_s_whatever_rows_see_and_wherever_tokens_lie(ranges, pieces):
+    inputs = make_inputs(Shape(((2, 9),), (2, 1), 128), torch.bfloat16, "cpu", torch.Generator()).tensors
     rows = torch.zeros(2, dtype=torch.int32)
     if ranges:
         inputs = inputs._replace(slow_begin=rows, slow_end=rows + 3)
     if pieces:
         inputs = inputs._replace(slow_pieces=torch.tensor([[0, 9]], dtype=torch.int32))
     facts = attention_facts("text_cross_attention", inputs, None)
-    call = HALF._replace(backward=True, in_pieces=facts.in_pieces)
-    assert (unsupported_reason("cuda", call) is not None) == pieces
+    call = facts._replace(device_type="cuda", capability=(9, 0), has_sm90_kernels=True, backward=True)
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "cuda"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (64, 10368, 1), (5 * 37, 40 * 37, 37), (1024, 41472, 2)])

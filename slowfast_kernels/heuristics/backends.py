@@ -23,7 +23,6 @@ class OpCall(NamedTuple):
     num_text: int = 0  # of the mix
     aligned: bool = True  # 16-byte rows and base addresses
     apart: bool = False  # K and V are two tensors
-    in_pieces: bool = False  # sequences are
     positive_scale: bool = True
     has_sm90_kernels: bool = True  # the extension was built for sm_90a
     backward: bool = False  # its gradients
@@ -81,8 +80,6 @@ def _hopper_limit(call: OpCall) -> str | None:
         limit = "the CUDA attention takes tensors whose rows and base addresses are multiples of 16 bytes"
     elif not call.positive_scale:
         limit = "the CUDA attention takes a positive softmax_scale"
-    elif call.backward and call.in_pieces:  # there is a kernel, which no GPU has run yet
-        limit = "the CUDA attention's gradients are of sequences that are each one run of tokens"
     return limit and f"{limit}; use backend='triton'"
 
 

@@ -200,7 +200,6 @@ def attention_facts(op: str, tensors: AttentionTensors, softmax_scale: float | N
         head_dim=q.shape[2],
         aligned=all(map(is_aligned, (q, *cache, *vectors))),
         apart=tensors.slow_values is not None,
-        in_pieces=tensors.slow_pieces is not None,
         positive_scale=scale_of(q, softmax_scale) > 0,
         has_sm90_kernels=q.device.type != "cuda" or "sm_90a" in _extension.cuda_archs(),
         rows_outweigh=hopper_backward_kv_heads(*attention_bytes(tensors), tensors.slow_kv.shape[1]) == 0,
