@@ -125,6 +125,19 @@ def test_every_gate_has_its_gradients(target, way, channels, rng):
 
 
 @pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize("warm_up_tanh", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_without_text_rows_a_gate_s_gradients_are_zeros_whatever_it_holds(target, warm_up_tanh, value, rng):
+    shape = Shape(((0, 0),), (1, 1), 64, 3)
+    call, options = mix_call(shape, target, rng(target.device), warm_up_tanh=warm_up_tanh)
+    gate = call.inputs[3:6]
+    for x in gate:
+        x.fill_(value)
+    found = by_kernels(MIX, target, call, options, (True,) * 6)
+    assert all(torch.equal(got, torch.zeros_like(x)) for got, x in zip(found[2:5], gate, strict=True))
+
+
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("way", GATE_WAYS)
 @pytest.mark.parametrize("name", MIX.differentiable)
 def test_a_gradient_alone_reads_only_what_it_depends_on(target, way, name, rng):

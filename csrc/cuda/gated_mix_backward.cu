@@ -38,7 +38,8 @@ struct GateSums {
   __device__ __forceinline__ void store(const GatedMixBackwardParams& p, float factor) const {
     if (p.partials == nullptr || threadIdx.x != 0) return;
     float* end = p.partials + (blockIdx.x + int64_t{1}) * p.partial_stride;
-    const float slope = p.gate.tanh_warm_up ? 1.0f - factor * factor : 1.0f;
+    // Of no rows at all 0, whatever the gate holds.
+    const float slope = p.num_text == 0 ? 0.0f : p.gate.tanh_warm_up ? 1.0f - factor * factor : 1.0f;
     *reinterpret_cast<float4*>(end - 4) = make_float4(bias, warm_up * slope, 0.0f, 0.0f);
   }
 };

@@ -52,7 +52,7 @@ def _gated_mix_backward(
     if warm_up is not None:
         factor = factor_of(warm_up, TANH_WARM_UP)
         if TANH_WARM_UP:
-            warm_up_slope = 1 - factor * factor
+            warm_up_slope = tl.where(num_text > 0, 1 - factor * factor, 0.0)  # of no rows 0, whatever the gate holds
     if weight is not None:
         w = tl.load(weight + cols, mask=is_col, other=0.0).to(tl.float32)
         b = tl.load(bias).to(tl.float32)

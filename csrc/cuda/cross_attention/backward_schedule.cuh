@@ -74,7 +74,7 @@ __device__ __forceinline__ int count_blocks(const CrossAttentionBackwardParams& 
 }
 
 // Where sequences are in pieces.
-__device__ __forceinline__ int count_blocks_in_memory(const CrossAttentionBackwardParams& p) {
+__host__ __device__ __forceinline__ int count_blocks_in_memory(const CrossAttentionBackwardParams& p) {
   return static_cast<int>((p.forward.num_slow + kBackwardBlockN - 1) / kBackwardBlockN) * p.forward.num_kv_heads;
 }
 

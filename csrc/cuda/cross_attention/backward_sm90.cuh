@@ -174,7 +174,7 @@ struct BackwardConsumer {
 
   // `tokens`: the place of each in what `rows` are ranges of, where that is not its place in the block.
   __device__ __forceinline__ void hide_unseen(Scores& scores, const uint32_t* rows, [[maybe_unused]] const uint8_t* tokens) const {
-    const int thread = Traits::kPieces ? read_thread() : this->thread;
+    const int thread = read_thread();
     const int token = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
     int places[2] = {token, token + 8};
     if constexpr (Traits::kPieces) {
@@ -202,10 +202,13 @@ struct BackwardConsumer {
     }
   }
 
+  // Of a thread's pairs of rows in a tile of S^T, the first; ranges leave no register for it.
+  __device__ __forceinline__ int column() const { return (Traits::kRanges ? read_thread() : thread) % 4; }
+
   // S becomes P.
   __device__ __forceinline__ void exponentiate(Scores& scores, Operand& operand, const float* lse) const {
     const float scale_log2 = p.forward.softmax_scale * 1.4426950408889634f;
-    const float2* mine = reinterpret_cast<const float2*>(lse) + thread % 4;
+    const float2* mine = reinterpret_cast<const float2*>(lse) + column();
 #pragma unroll
     for (int j = 0; j < kBlockM / 8; ++j) {
       const float2 x = mine[4 * j];
@@ -218,7 +221,7 @@ struct BackwardConsumer {
   }
   // P becomes dS.
   __device__ __forceinline__ void differentiate(Scores& probs, const Scores& grad_probs, Operand& operand, const float* delta) const {
-    const float2* mine = reinterpret_cast<const float2*>(delta) + thread % 4;
+    const float2* mine = reinterpret_cast<const float2*>(delta) + column();
 #pragma unroll
     for (int j = 0; j < kBlockM / 8; ++j) {
       const float2 x = mine[4 * j];
@@ -382,56 +385,43 @@ struct BackwardConsumer {
             ptx::named_barrier_arrive(kBackwardGradScores + 2 * stage.slot + (warpgroup ^ 1), 256);
           }
         };
-        // Of the tile that is formed: dV, dK and, in flight, dQ, for which the other warpgroup's dS has come meanwhile.
-        const auto issue_gradients = [&](QueryGradient& dq) {
-          if constexpr (Traits::kWithKV) {
-            issue_gradient(dv, probs, shared.rows[stage.slot][1]);
-            issue_gradient(dk, grad_scores, shared.rows[stage.slot][0]);
-          }
+        // Of the tile that is formed: dV, then dQ, for which the other warpgroup's dS has come meanwhile and which leaves
+        // under dK.
+        const auto add_gradients = [&] {
+          QueryGradient dq;
+          if constexpr (Traits::kWithKV) issue_gradient(dv, probs, shared.rows[stage.slot][1]);
           if constexpr (Traits::kWithQ) {
             ptx::named_barrier_sync(kBackwardGradScores + 2 * stage.slot + warpgroup, 256);
             issue_query_gradient(dq, shared.grad_scores[stage.slot], keys);
           }
           if constexpr (Traits::kWithKV) {
-            ptx::wgmma_wait<Traits::kWithQ>();
+            issue_gradient(dk, grad_scores, shared.rows[stage.slot][0]);
+            ptx::wgmma_wait<1 + Traits::kWithQ>();
             ptx::wgmma_fence_operand(dv);
+          }
+          if constexpr (Traits::kWithQ) {
+            ptx::wgmma_wait<Traits::kWithKV>();
+            ptx::wgmma_fence_operand(dq);
+            ptx::mbarrier_wait(&shared.grad_query_empty, dq_phase ^ 1);
+            store_query_gradient(dq);
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(&shared.grad_query_full);
+            dq_phase ^= 1;
+          }
+          if constexpr (Traits::kWithKV) {
+            ptx::wgmma_wait<0>();
             ptx::wgmma_fence_operand(dk);
           }
           __syncwarp();
           if (lane == 0) ptx::mbarrier_arrive(&shared.rows_empty[stage.slot]);
           stage.advance();
         };
-        const auto leave_dq = [&](QueryGradient& dq) {
-          ptx::wgmma_fence_operand(dq);
-          ptx::mbarrier_wait(&shared.grad_query_empty, dq_phase ^ 1);
-          store_query_gradient(dq);
-          __syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(&shared.grad_query_full);
-          dq_phase ^= 1;
-        };
-        {
+        for (int i = 0; i < num_tiles; ++i) {
           Scores scores;
           issue_next_scores(scores);
-          ptx::mbarrier_wait(&shared.values_full, values_phase);
-          form_grad_scores(scores, num_tiles == 1);
-        }
-#pragma unroll 1
-        for (int i = 1; i < num_tiles; ++i) {
-          QueryGradient dq;
-          Scores scores;
-          issue_gradients(dq);
-          issue_next_scores(scores);
-          if constexpr (Traits::kWithQ) {
-            ptx::wgmma_wait<1>();
-            leave_dq(dq);
-          }
+          if (i == 0) ptx::mbarrier_wait(&shared.values_full, values_phase);
           form_grad_scores(scores, i + 1 == num_tiles);
-        }
-        QueryGradient dq;
-        issue_gradients(dq);
-        if constexpr (Traits::kWithQ) {
-          ptx::wgmma_wait<0>();
-          leave_dq(dq);
+          add_gradients();
         }
         values_phase ^= 1;
         if constexpr (Traits::kWithQ && Traits::kWithKV) ptx::named_barrier_sync(kBackwardConsumers, 256);  // no K, no dS is read any more
