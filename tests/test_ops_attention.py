@@ -162,7 +162,7 @@ def test_nan_in_text_rows_stays_there(target, num_splits, rng):
     packed rows share threads of the Hopper kernel with those of rows 0 and 1, too.
     """
     inputs = make_inputs(Shape(((4, 700),), (14, 2)), target.dtype, target.device, rng(target.device))
-    add_ramp(inputs, 30)
+    add_ramp(inputs, 10 if target.dtype == torch.float32 else 30)  # scores of 30 cost float32 itself 1e-5
     inputs.q[inputs.text_rows[:2].long()] = float("nan")
     context = attend(target, inputs, num_splits=num_splits)
     plain, exact = sk.text_cross_attention(*inputs.attention, backend="eager"), reference.attention(*inputs.attention)
