@@ -9,6 +9,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __forceinline__ inline
 template <typename T>
 T __ldg(const T* p) {

@@ -108,3 +108,12 @@ def test_a_backend_that_is_on_the_list_alone_is_refused(monkeypatch):
         _extension.unavailable_reason("metal", torch.device("cpu"))
     with pytest.raises(ValueError, match="metal"):
         _extension.capabilities()
+
+
+def test_the_host_calls_no_function_of_the_gpu_s():
+    """What nvcc leaves of one for the host ends the process, and nvcc does not always say that the host calls it."""
+    from slowfast_kernels import _C
+
+    command = ["nm", "--dynamic", "--undefined-only", _C.__file__]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not any(name.partition("@")[0] == "exit" for name in symbols)
