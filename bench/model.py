@@ -353,12 +353,26 @@ class _NoModules:
     def __exit__(self, *_) -> None: ...
 
 
-def _work(call: Call) -> dict:
-    """What a prefill multiplies and adds, and on a GPU the memory that it takes beside weights and caches."""
+def _attention_flops(query, key, value, *_, **__) -> int:
+    """Of shapes [B, H, rows, D], K and V perhaps of fewer heads, which torch's own formula refuses."""
+    batch, heads, rows, head_dim = query
+    return 2 * batch * heads * rows * key[2] * (head_dim + value[3])
+
+
+def flop_counter():
+    """``FlopCounterMode`` that hooks no module and knows every kernel of SDPA, the CPU's too."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False)
+    kernels = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
+    known = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention_flops for name in kernels}
+    counter = FlopCounterMode(display=False, custom_mapping=known)
     counter.mod_tracker = _NoModules()
+    return counter
+
+
+def _work(call: Call) -> dict:
+    """What a prefill multiplies and adds, and on a GPU the memory that it takes beside weights and caches."""
+    counter = flop_counter()
     with counter:
         answer = call()
     facts = {"model_flops": counter.get_total_flops()}

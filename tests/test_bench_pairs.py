@@ -387,3 +387,17 @@ def test_the_gpu_time_of_a_prefill_is_the_union_of_its_kernels_and_copies_in_pai
     spans[:] = spans[1:2]
     with pytest.raises(NotImplementedError, match="no kernel"):
         timing.kernel_lane([lambda: None], turns=3)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention", "cudnn_attention", "efficient_attention", None])
+def test_attention_of_fewer_kv_heads_is_counted_whichever_kernel_computes_it(kernel):
+    """Without a GPU by shapes alone; the CPU's own kernel on numbers."""
+    device = "meta" if kernel else "cpu"
+    q, (k, v) = torch.randn(2, 6, 5, 16, device=device), torch.randn(2, 2, 2, 7, 16, device=device)
+    with model.flop_counter() as counter:
+        if kernel is None:
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            arguments = () if kernel == "flash_attention" else (None, True)
+            getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")(q, k, v, *arguments)
+    assert counter.get_total_flops() == 4 * 2 * 6 * 5 * 7 * 16
