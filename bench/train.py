@@ -188,7 +188,7 @@ class Step(NamedTuple):
         return self.training.step(self.way, self.checkpointing)
 
     def error(self) -> float:
-        """Of the base, which has no slow path to be wrong, whether its loss is finite."""
+        """``Training.error``; of the base, which has no slow path to be wrong, whether its loss is finite."""
         if not self.way.has_slow_path:
             return 0.0 if bool(self().isfinite()) else float("inf")
         return self.training.error(self.way, self.checkpointing)

@@ -5,8 +5,7 @@
 // Roofline: 10 Nt Hq D Ns FLOP. A CTA owns a block of 128 slow tokens of a KV head, 64 a warpgroup, and walks over all packed
 // rows of the head, 64 at a time: dK and dV stay in registers, as do P^T and dS^T, which are computed in the layout of the
 // left operand. dQ is a sum over blocks: it leaves by reductions in L2 whose order is fixed (backward_schedule.cuh).
-// A step begins with P and dS of one tile and ends with those of the next: S of the next is asked for behind dV, dK and dQ of
-// the one, dP when dQ has left, so that tensor cores have work while a warpgroup exponentiates and stores.
+// A step is a tile: S and dP, under which P is formed, then dS, then dV, dQ and dK, and dQ leaves under dK.
 // Where rows see ranges, tiles that see nothing of a block are left out of its walk; it is an instantiation of its own, as is
 // that of sequences in pieces, whose blocks are of tokens as they lie in memory.
 #pragma once
@@ -205,38 +204,33 @@ struct BackwardConsumer {
   // Of a thread's pairs of rows in a tile of S^T, the first; ranges leave no register for it.
   __device__ __forceinline__ int column() const { return (Traits::kRanges ? read_thread() : thread) % 4; }
 
-  // S becomes P.
-  __device__ __forceinline__ void exponentiate(Scores& scores, Operand& operand, const float* lse) const {
-    const float scale_log2 = p.forward.softmax_scale * 1.4426950408889634f;
-    const float2* mine = reinterpret_cast<const float2*>(lse) + column();
+  // `change(x, row, i)` in the place of each number x, by its row's statistic; in `operand` as a left operand has them.
+  template <typename Change>
+  __device__ __forceinline__ void change_by_row(Scores& scores, Operand& operand, const float* rows, const Change& change) const {
+    const float2* mine = reinterpret_cast<const float2*>(rows) + column();
 #pragma unroll
     for (int j = 0; j < kBlockM / 8; ++j) {
       const float2 x = mine[4 * j];
       float* y = scores + 4 * j;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) y[k] = exp2_approx(fmaf(y[k], scale_log2, k % 2 == 0 ? -x.x : -x.y));
+      for (int k = 0; k < 4; ++k) y[k] = change(y[k], k % 2 == 0 ? x.x : x.y, 4 * j + k);
       operand[j / 2][j % 2 * 2] = pack2<T>(y[0], y[1]);
       operand[j / 2][j % 2 * 2 + 1] = pack2<T>(y[2], y[3]);
     }
+  }
+  // S becomes P.
+  __device__ __forceinline__ void exponentiate(Scores& scores, Operand& operand, const float* lse) const {
+    const float scale_log2 = p.forward.softmax_scale * 1.4426950408889634f;
+    change_by_row(scores, operand, lse, [&](float score, float row, int) { return exp2_approx(fmaf(score, scale_log2, -row)); });
   }
   // P becomes dS.
   __device__ __forceinline__ void differentiate(Scores& probs, const Scores& grad_probs, Operand& operand, const float* delta) const {
-    const float2* mine = reinterpret_cast<const float2*>(delta) + column();
-#pragma unroll
-    for (int j = 0; j < kBlockM / 8; ++j) {
-      const float2 x = mine[4 * j];
-      float* y = probs + 4 * j;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float of_row = k % 2 == 0 ? x.x : x.y;
-        y[k] *= kUnit == 1.0f ? grad_probs[4 * j + k] - of_row : fmaf(grad_probs[4 * j + k], kUnit, -of_row);
-      }
-      operand[j / 2][j % 2 * 2] = pack2<T>(y[0], y[1]);
-      operand[j / 2][j % 2 * 2 + 1] = pack2<T>(y[2], y[3]);
-    }
+    change_by_row(probs, operand, delta, [&](float prob, float row, int i) {
+      return prob * (kUnit == 1.0f ? grad_probs[i] - row : fmaf(grad_probs[i], kUnit, -row));
+    });
   }
 
-  // To the warpgroup's tokens of the tile.
+  // To the warpgroup's tokens of the tile, as store_fragments would, for whose addresses there are no registers left.
   __device__ __forceinline__ void store_grad_scores(T* tile, const Operand& x) const {
     const int lane = thread % 32, row = warpgroup * 64 + thread / 32 * 16 + lane % 16;
     const uint32_t first = shared_address(tile + swizzled<kBlockN>(row, lane / 16));
