@@ -126,9 +126,10 @@ def transformers_step(session: DecodeSession, input_ids: Tensor, capacity: int) 
     model.eval()
     cache = StaticCache(config=config, max_cache_len=capacity)
     options = {CACHE: cache, "use_cache": True}
+    counts = counts_cache_positions()  # outside of what is compiled: it imports
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
-        where = {"cache_position": positions} if counts_cache_positions() else {}
+        where = {"cache_position": positions} if counts else {}
         return model(ids, position_ids=positions[None], logits_to_keep=1, **options, **where).logits[:, -1]
 
     length = input_ids.shape[1]

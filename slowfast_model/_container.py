@@ -119,6 +119,8 @@ def file_name(path: str | bytes | os.PathLike) -> str:
 @contextmanager
 def _opened(path: str | bytes | os.PathLike, name: str) -> Iterator[tuple[Any, _Source]]:
     av = _av()
+    # Names that are no UTF-8: PyAV 19 replaces them by itself, and has no such option.
+    options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below, with the container
         head = file.read(32)
@@ -136,8 +138,8 @@ def _opened(path: str | bytes | os.PathLike, name: str) -> Iterator[tuple[Any, _
             container = av.open(
                 source,
                 container_options={"protocol_whitelist": "none"},  # ``options`` makes PyAV 15 and 16 crash on FLV
-                metadata_errors="replace",
                 buffer_size=_BUFFER,
+                **options,
             )
         except (av.error.FFmpegError, OSError, ValueError) as error:
             what = f"which is no readable video ({_cause(error)}); is the file truncated?"

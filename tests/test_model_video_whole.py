@@ -95,7 +95,8 @@ def test_a_file_without_its_last_bytes_is_refused_or_lacks_no_frame(tmp_path, no
         frames = load_video(cut, 24)
     except ValueError:
         return
-    assert kind in ("mxf", "apng")  # what is missing lies behind the last frame
+    # What is missing lies behind the last frame: an index, or the byte that makes a chunk of AVI even.
+    assert kind in ("mxf", "apng") or (kind, missing) == ("avi_live", 1)
     assert torch.equal(frames, load_video(whole, 24))
 
 
