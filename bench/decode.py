@@ -85,7 +85,7 @@ def base_step(runner: Runner, model, shape: DecodeShape, dtype: str) -> None:
         ("gemv", "ours", graph, partial(ours, True)),
         ("cublas", "base", graph, partial(ours, False)),
     ]
-    if runner.is_gpu:
+    if runner.is_gpu and runner.wants_peer("torch-compile"):
         entries.append(("cublas, compiled", "peer", f"torch.compile, {graph}", partial(ours, False, True)))
     if runner.wants_peer("gpt-fast"):
         entries.append(("gpt-fast", "peer", whole, partial(peer, plain_step)))
