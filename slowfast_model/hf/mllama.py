@@ -7,7 +7,7 @@ range, and then the whole slab. Shapes are those of the mask; nothing is copied.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +58,29 @@ def accelerate_cross_attention(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-class _Windows(NamedTuple):
+@dataclass
+class _Windows:
     """What each row of a batch sees, in tokens of its sample: the op's arguments but for where the samples lie."""
 
     begin: Tensor  # [B * n] int32
     end: Tensor  # [B * n] int32
     tiles: Tensor  # [B, P, 2] int64: pieces, counted from the sample's first token
     are_exact: bool | None  # None: not looked at
+    placed: dict = field(default_factory=dict)  # ``arguments`` that were formed before
+
+    def arguments(self, apart: int, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """(cu_slow, text_rows, cu_text) and the ranges and pieces, of samples that lie ``apart`` tokens from the next."""
+        key = (apart, device)
+        if key not in self.placed:
+            batch, pieces = self.tiles.shape[:2]
+            starts = torch.arange(batch, device=self.tiles.device)[:, None, None] * apart
+            every = torch.arange(batch + 1, dtype=torch.int32, device=device)
+            rows = torch.arange(len(self.begin), dtype=torch.int32, device=device)
+            selection = {"slow_begin": self.begin, "slow_end": self.end}
+            selection["slow_pieces"] = (self.tiles + starts).flatten(0, 1).int()
+            places = (every * pieces, rows, every * (len(rows) // batch))
+            self.placed[key] = places, {name: x.to(device) for name, x in selection.items()}
+        return self.placed[key]
 
 
 def _windows(mask: Tensor | None, batch: int, rows: int, tokens: int, tile: int, look: bool) -> _Windows | None:
@@ -128,19 +144,9 @@ def attend(module: StandIn, query, key, value, attention_mask, **kwargs):
         return module.attend_as_chosen(query, key, value, attention_mask, **kwargs)
     module._has_attended = True
     tokens, apart = _as_tokens(key, value)
-    starts = torch.arange(batch, device=windows.tiles.device)[:, None, None] * apart
-    pieces = (windows.tiles + starts).flatten(0, 1).int().to(query.device)
-    every = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+    places, selection = windows.arguments(apart, query.device)
     context = sk.text_cross_attention(
-        query.transpose(1, 2).flatten(0, 1),
-        tokens,
-        every * windows.tiles.shape[1],
-        torch.arange(batch * rows, dtype=torch.int32, device=query.device),
-        every * rows,
-        slow_begin=windows.begin.to(query.device),
-        slow_end=windows.end.to(query.device),
-        slow_pieces=pieces,
-        softmax_scale=kwargs.get("scaling"),
+        query.transpose(1, 2).flatten(0, 1), tokens, *places, **selection, softmax_scale=kwargs.get("scaling")
     )
     return context.unflatten(0, (batch, rows)), None
 
