@@ -122,7 +122,8 @@ class Pipeline:
         return self.model._slow_and_fast([self.features], self.model.get_input_embeddings().weight)
 
     def keys_and_values(self) -> list[Tensor]:
-        reading = SimpleNamespace(tokens=self.slow, held={}, keep=None)
+        normalised = self.model._shared_norm_eps() is not None
+        reading = SimpleNamespace(tokens=self.slow, tokens_are_normalised=normalised, held={}, keep=None)
         return [attention.slow_kv(reading, self.slow) for attention in self.model.hybrid_attentions()]
 
     def prefill(self):

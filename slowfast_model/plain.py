@@ -21,9 +21,10 @@ _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.GELU, nn.Sequential, 
 _WEIGHTS = {nn.Linear: ("weight", "bias"), RMSNorm: ("weight",)}  # as they are registered; others have members alone
 
 
-def can_be_plain(kind: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: ``is_plain`` may be asked of ``kind``, whose members are not looked at."""
+def can_be_plain(kind: type[nn.Module], weights: tuple[str, ...] = ()) -> type[nn.Module]:
+    """Class decorator: ``is_plain`` may be asked of ``kind``, of which it looks at these weights and at no member."""
     _FORWARDS[kind] = kind.forward
+    _WEIGHTS[kind] = weights
     return kind
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,6 +28,7 @@ from ..checkpoint import interleave_kv
 from ..config import SlowFastConfig
 from ..layers import weights_dtype
 from ..plain import is_plain
+from .norms import eps_of, factor, factor_offset, is_bare
 from .videos import SlowReading
 
 NAME = "slowfast"  # of our function in the AttentionInterface
@@ -96,13 +98,29 @@ class HybridAttention(ReplacedAttention):
         """K and V [Ns, Hkv, 2, D] of all slow tokens, in the type and on the device of ``like``."""
         kv = reading.held.get(self.layer_idx)
         if reading.tokens is not None:
-            (layer,) = self._decoder_layer
-            tokens = layer.input_layernorm(reading.tokens.to(like.device))
-            new = self.cross_attn_kv_proj(tokens).to(like.dtype).unflatten(-1, (-1, 2, self.head_dim))
+            new = self._project(reading.tokens.to(like.device), reading.tokens_are_normalised)
+            new = new.to(like.dtype).unflatten(-1, (-1, 2, self.head_dim))
             kv = new if kv is None else torch.cat([kv, new])
             if reading.keep is not None:
                 reading.keep.kv[self.layer_idx] = kv
         return kv
+
+    def _project(self, tokens: Tensor, are_normalised: bool) -> Tensor:
+        """[Ns, 2 Hkv D]. The factor of a norm that is folded is multiplied in afresh, so that nothing can go stale."""
+        (layer,) = self._decoder_layer
+        norm, projection = layer.input_layernorm, self.cross_attn_kv_proj
+        if not are_normalised:
+            return projection(norm(tokens))
+        scale = factor(norm, self._norm_offset)
+        if not is_plain(projection, nn.Linear):
+            return projection((tokens * scale).to(tokens.dtype))
+        return F.linear(tokens, (projection.weight * scale).to(projection.weight.dtype), projection.bias)
+
+    @property
+    def bare_norm_eps(self) -> float | None:
+        """That of the layer's norm, where tokens that are normalised without a weight do for this layer."""
+        (layer,) = self._decoder_layer
+        return eps_of(layer.input_layernorm) if is_bare(layer.input_layernorm, self._norm_offset) else None
 
     def read(self, state: Tensor, query: Tensor, reading: SlowReading, scale: float | None) -> Tensor:
         """``state`` [B, L, Hq, D] after self-attention, ``query`` [B, Hq, L, D] -> the state with slow tokens."""
@@ -204,6 +222,7 @@ def make_hybrid(layer: nn.Module, config: SlowFastConfig) -> None:
     attention.__class__ = subclass_of(type(attention), HybridAttention)
     attention._decoder_layer = (layer,)  # in a tuple: no child of its child
     attention._slow_gate, attention._warm_up_tanh = config.gate, not config.updates_every_row
+    attention._norm_offset = factor_offset(type(layer.input_layernorm))
     options = {"dtype": weights_dtype(attention), "device": device_of(attention.o_proj)}
     own = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.k_proj
     attention.cross_attn_kv_proj = nn.Linear(own.in_features, 2 * _kv_width(attention), **options)

@@ -69,7 +69,7 @@ class _Windows:
     placed: dict = field(default_factory=dict)  # ``arguments`` that were formed before
 
     def arguments(self, apart: int, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """(cu_slow, text_rows, cu_text) and the ranges and pieces, of samples that lie ``apart`` tokens from the next."""
+        """(cu_slow, text_rows, cu_text) and the ranges and pieces; from sample to sample it is ``apart`` tokens."""
         key = (apart, device)
         if key not in self.placed:
             batch, pieces = self.tiles.shape[:2]

@@ -302,8 +302,17 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             tokens = self.mm_projector(nothing).to(like.device)
             return tokens, tokens, []
         features = [x.to(like.device, like.dtype) for x in features]
-        slow, fast, counts = project_and_pool(self.mm_projector, features, self.slow_fast, None, None)
+        slow, fast, counts = project_and_pool(
+            self.mm_projector, features, self.slow_fast, self._shared_norm_eps(), None
+        )
         return slow.to(like.device), fast.to(like.device), counts
+
+    def _shared_norm_eps(self) -> float | None:
+        """Of the hybrid layers' norms, where slow tokens are normalised once for all of them; in training none are."""
+        if torch.is_grad_enabled():
+            return None
+        found = [attention.bare_norm_eps for attention in self.hybrid_attentions()]
+        return found[0] if found and all(eps == found[0] for eps in found) else None
 
     # -------------------------------------------------------------------------------------------- calls
 
@@ -452,7 +461,9 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         before = None if held is None else held.total
         begin, end = ranges(self.slow_fast, new.seen, before, valid, placeholders, restarts)
         older = {} if held is None else held.kv
-        return embeddings, SlowReading.of(after.pieces, begin, end, tokens=slow, held=older), after
+        normalised = bool(features) and self._shared_norm_eps() is not None
+        read = {"tokens": slow, "tokens_are_normalised": normalised, "held": older}
+        return embeddings, SlowReading.of(after.pieces, begin, end, **read), after
 
     def _factor_like(self, x: Tensor) -> Tensor | float:
         factor = self._embedding_factor

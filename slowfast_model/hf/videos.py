@@ -137,6 +137,7 @@ class SlowReading:
     begin: Tensor  # [B * L] int32
     end: Tensor  # [B * L] int32
     tokens: Tensor | None = None  # [Ns, C]: new slow tokens, before a layer's norm
+    tokens_are_normalised: bool = False  # each layer has its norm's weight left to multiply
     held: dict[int, Tensor] = field(default_factory=dict)  # K and V of older ones, by layer
     keep: Keeper | None = None  # where a layer puts K and V of all; nothing of this call reads it
 

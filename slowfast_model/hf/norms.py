@@ -1,0 +1,51 @@
+"""RMS norms of transformers' models by what they do: ``x / rms(x) * weight``, or Gemma's ``x / rms(x) * (1 + weight)``.
+
+Of such a norm slow tokens need the division alone, once for all hybrid layers; the factor goes into the projection.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..plain import can_be_plain, is_plain
+
+
+@cache
+def factor_offset(kind: type[nn.Module]) -> float | None:
+    """What a class of norms adds to its weight before it multiplies ``x / rms(x)``. None: it does something else."""
+    weight, x = torch.tensor([[0.5, -0.25, 2.0, 1.5], [3.0, -1.0, 0.25, 2.0]], device="cpu")
+    eps = 0.5  # so large that its place counts
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            norm = kind(len(weight), eps=eps).float()
+            norm.weight.copy_(weight)
+            found, kept = norm(x), eps_of(norm)
+    except Exception:  # whatever a class does that is no such norm
+        return None
+    if kept != eps or list(norm.state_dict()) != ["weight"]:
+        return None
+    can_be_plain(kind, ("weight",))
+    normalised = F.rms_norm(x, x.shape, eps=eps)
+    for offset in (0.0, 1.0):
+        if torch.allclose(found, normalised * (offset + weight), rtol=1e-5, atol=1e-6):
+            return offset
+    return None
+
+
+def eps_of(norm: nn.Module) -> float | None:
+    """Under either of the names that transformers has for it."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def is_bare(norm: nn.Module, offset: float | None) -> bool:
+    """Whether ``norm``, of a class with this ``factor_offset``, is that and nothing more: no hook, no other weight."""
+    return offset is not None and norm.weight is not None and is_plain(norm, type(norm))
+
+
+def factor(norm: nn.Module, offset: float) -> Tensor:
+    """[C], that ``norm`` multiplies ``x / rms(x)`` by."""
+    return norm.weight if offset == 0.0 else norm.weight.float() + offset
