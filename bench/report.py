@@ -44,9 +44,11 @@ OP_TITLES = {
     "hf-prefill": "transformers, Qwen2 with slow-fast layers: prefill, one video",
     "hf-decode": "transformers, Qwen2 with slow-fast layers: decode, one token, static cache",
     "hf-prefill-gpu": "transformers, Qwen2 with slow-fast layers: prefill, GPU time",
+    "hf-decode-gpu": "transformers, Qwen2 with slow-fast layers: decode, GPU time",
     "mllama-prefill": "transformers, Llama-3.2-Vision (text rows x images): prefill",
     "mllama-decode": "transformers, Llama-3.2-Vision (text rows x images): decode, one token, static cache",
     "mllama-prefill-gpu": "transformers, Llama-3.2-Vision (text rows x images): prefill, GPU time",
+    "mllama-decode-gpu": "transformers, Llama-3.2-Vision (text rows x images): decode, GPU time",
     "host": "Host time of a call",
     "demo": "Real video: fast backends against eager",
 }
@@ -64,7 +66,8 @@ TEXT_COLUMNS = (
     *backward_tables.TEXT_COLUMNS,
 )
 MODEL_OPS = ("prefill", "decode", "decode-compiled", "decode-slow", "prefill-gpu")
-PLUGIN_OPS = tuple(f"{models}-{op}" for models in ("hf", "mllama") for op in ("prefill", "decode", "prefill-gpu"))
+_POINTS = ("prefill", "decode", "prefill-gpu", "decode-gpu")
+PLUGIN_OPS = tuple(f"{models}-{op}" for models in ("hf", "mllama") for op in _POINTS)
 COUNTED = {"slow_tokens": "slow tokens", "vision_tokens": "vision tokens"}  # in a row's ``extra``
 METHODS = {
     "wall": "Wall time, from a call to its answer.",

@@ -52,8 +52,16 @@ class EpsOutside(Shifted):
 
 @pytest.mark.parametrize(
     ("kind", "offset"),
-    [("qwen2.Qwen2", 0.0), ("qwen3.Qwen3", 0.0), ("llama.Llama", 0.0), ("mistral.Mistral", 0.0), ("phi3.Phi3", 0.0)]
-    + [("gemma.Gemma", 1.0), ("gemma2.Gemma2", 1.0), ("gemma3.Gemma3", 1.0)],
+    [
+        ("qwen2.Qwen2", 0.0),
+        ("qwen3.Qwen3", 0.0),
+        ("llama.Llama", 0.0),
+        ("mistral.Mistral", 0.0),
+        ("phi3.Phi3", 0.0),
+        ("gemma.Gemma", 1.0),
+        ("gemma2.Gemma2", 1.0),
+        ("gemma3.Gemma3", 1.0),
+    ],
 )
 def test_norms_of_transformers_are_known_by_what_they_do(kind, offset):
     name, prefix = kind.split(".")
