@@ -2,8 +2,9 @@
 
 A part is what a prefill of the whole model does, with that prefill's own tensors: pooling (spatial, then temporal with
 the norm), keys and values of all hybrid layers with the norm's weight folded in, attention, and attention with gate and
-mix as the one op that it is. The projector is on both sides of the pair and stands beside them. What the pair's wall
-time has beyond the parts is the host's.
+mix as the one op that it is. The projector's hidden layers are on both sides of the pair and stand beside them; its
+last one is the slow path's too, but for the fast tokens, which are all that the base LLM has of it. What the pair's
+wall time has beyond the parts is the host's.
 
 A floor is the least work in the order that the prefill takes: pooling in two calls, with the projector's last linear
 layer between them, moves the slow tokens twice more than one call that reads all features.
@@ -26,15 +27,17 @@ from .shapes import (
     ModelShape,
     PoolShape,
     attention_cost,
+    layer_costs,
     pool_cost,
     projection_cost,
-    vision_cost,
 )
 from .timing import Call
 
 OP = "parts"
-PROJECTOR, POOL, KV, ATTENTION, FUSED = "projector", "pool", "K and V", "attention", "attention with gate and mix"
-PARTS = (PROJECTOR, POOL, KV, ATTENTION, FUSED)
+PROJECTOR, LAST, POOL, KV = "projector", "projector's last layer", "pool", "K and V"
+ATTENTION, FUSED = "attention", "attention with gate and mix"
+PARTS = (PROJECTOR, LAST, POOL, KV, ATTENTION, FUSED)
+PRODUCTS = ("linear", "addmm")  # as a linear layer's are recorded
 
 
 class _Made(NamedTuple):
@@ -88,10 +91,17 @@ def _order(made: list[_Made], projector: nn.Module, kv_at_once: bool) -> Order:
     """``made``: the calls of a projector and of the pooling of its one video."""
     names = [call.name for call in made]
     num_pools, num_layers = names.count("slowfast_pool"), sum(isinstance(x, nn.Linear) for x in projector.modules())
-    products = sum(name in ("linear", "addmm") for name in names)
-    before_pool = sum(name in ("linear", "addmm") for name in names[: names.index("slowfast_pool")])
+    products = sum(name in PRODUCTS for name in names)
+    before_pool = sum(name in PRODUCTS for name in names[: names.index("slowfast_pool")])
     runs = products // max(num_layers, 1)
     return Order(max(runs, 1), num_pools > 1, num_pools > 1 and before_pool < num_layers, kv_at_once)
+
+
+def _of_last_layer(made: list[_Made], projector: nn.Module) -> list[_Made]:
+    """Of the calls of a projector those of its last linear layer, one a run."""
+    num_layers = sum(isinstance(x, nn.Linear) for x in projector.modules())
+    products = [call for call in made if call.name in PRODUCTS]
+    return products[num_layers - 1 :: num_layers]
 
 
 def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[dict[str, Call], Order]:
@@ -128,9 +138,12 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
             mixed.append(sk.slowfast_cross_attention(state, q, kv, *where, *gating, **options))
         return mixed
 
+    pools = [call for call in made if call.name == "slowfast_pool"]
+    last = _of_last_layer(made, decoder.mm_projector)
     calls = {
-        PROJECTOR: _all([call.again for call in made if call.name != "slowfast_pool"]),
-        POOL: _all([call.again for call in made if call.name == "slowfast_pool"]),
+        PROJECTOR: _all([call.again for call in made if call not in pools and call not in last]),
+        LAST: _all([call.again for call in last]),
+        POOL: _all([call.again for call in pools]),
         KV: keys_and_values,
         ATTENTION: attention,
         FUSED: fused,
@@ -151,8 +164,10 @@ def part_costs(shape: ModelShape, dtype: str, pools_twice: bool) -> dict[str, Co
         pool = Cost(pool.flops, pool.read, 0) + slow + pool_cost(over_time, dtype)
     rows = AttentionShape.even(1, shape.text, shape.num_slow, heads)
     nothing = Cost(0, 0, 0)
+    first, last = layer_costs(shape, dtype, shape.num_slow)
     return {
-        PROJECTOR: vision_cost(shape, dtype, shape.num_slow),
+        PROJECTOR: first,
+        LAST: last,
         POOL: pool,
         KV: sum((projection_cost(shape.num_slow, shape.hidden, heads, dtype) for _ in layers), nothing),
         ATTENTION: sum((attention_cost(rows, dtype, fused=False) for _ in layers), nothing),
@@ -166,10 +181,11 @@ def run(runner: Runner, model: nn.Module, shape: ModelShape, dtype: str, prompt)
         return
     calls, order = part_calls(model, prompt.ids, prompt.features())
     costs = part_costs(shape, dtype, order.pools_twice)
-    contenders = [
-        Contender(who, [Variant(str(order), _build(calls[who]))], costs[who], "base" if who == PROJECTOR else "ours")
-        for who in PARTS
-    ]
+    beyond_base = {"beyond_base": 1 - shape.num_fast / shape.num_slow}  # of its tokens
+    contenders = []
+    for who in PARTS:
+        kind, facts = "base" if who == PROJECTOR else "ours", beyond_base if who == LAST else {}
+        contenders.append(Contender(who, [Variant(str(order), _build(calls[who]))], costs[who], kind, facts=facts))
     runner.compare(OP, shape.name, dtype, contenders)
 
 

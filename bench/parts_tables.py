@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .cells import by_shape
-from .parts import ATTENTION, FUSED, KV, OP, POOL, PROJECTOR
+from .parts import ATTENTION, FUSED, KV, LAST, OP, POOL, PROJECTOR
 from .runner import Row, format_us
 
 GATE_AND_MIX, HOST = "gate and mix", "host and the rest"
 PARTS = {KV: "#1f5fb4", ATTENTION: "#2a7f2a", GATE_AND_MIX: "#e08214", HOST: "#d62728"}
-PARTS |= {POOL: "#8c8c8c", PROJECTOR: "#bbbbbb"}
+PARTS |= {LAST: "#76b7e0", POOL: "#8c8c8c", PROJECTOR: "#bbbbbb"}
 ON_BOTH_SIDES = (PROJECTOR, POOL)
 WORK = ("TFLOP", "added FLOP")
 MEMORY = "over caches MiB"
@@ -62,15 +62,16 @@ def split(rows: list[Row]) -> list[Point]:
     groups = by_shape(rows, OP)
     for shape, dtype in groups:
         of = _of(rows, OP, shape, dtype)
-        if dtype != next(iter(groups))[1] or not {POOL, KV, ATTENTION, FUSED, PROJECTOR} <= set(of):
+        if dtype != next(iter(groups))[1] or not {POOL, KV, ATTENTION, FUSED, PROJECTOR, LAST} <= set(of):
             continue
         us = {name: of[name].median_us for name in (PROJECTOR, POOL, KV, ATTENTION)}
+        us[LAST] = of[LAST].median_us * of[LAST].extra["beyond_base"]
         us[GATE_AND_MIX] = max(0.0, of[FUSED].median_us - us[ATTENTION])
         prefill = _of(rows, "prefill", shape, dtype)
         wall, gpu = prefill.get("slow-fast"), _of(rows, "prefill-gpu", shape, dtype).get("slow-fast")
         added = wall.added if wall is not None else None
         if added:
-            us[HOST] = max(0.0, added["median_us"] - us[KV] - of[FUSED].median_us)
+            us[HOST] = max(0.0, added["median_us"] - us[LAST] - us[KV] - of[FUSED].median_us)
         points.append(
             Point(
                 int(shape.split()[0]),
@@ -105,8 +106,8 @@ def table(rows: list[Row]) -> list[list[str]]:
             line = [frames, dtype, row.who, format_us(row.median_us), format_us(row.floor_us)]
             cells.append([*line, f"{row.median_us / row.floor_us:.2f}x", *blank, row.variant])
         timed = {row.who: row for row in members if row.ok}
-        whole = [timed[name] for name in (POOL, KV, FUSED) if name in timed]
-        if len(whole) == 3:
+        whole = [timed[name] for name in (LAST, POOL, KV, FUSED) if name in timed]
+        if len(whole) == 4:
             us, floor = (sum(getattr(row, name) for row in whole) for name in ("median_us", "floor_us"))
             line = [frames, dtype, "slow path", format_us(us), format_us(floor), f"{us / floor:.2f}x"]
             line.append(("yes" if us <= MOST_OF_FLOOR * floor else "no") if int(frames) >= HELD_FROM else "")

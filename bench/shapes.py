@@ -397,6 +397,14 @@ def vision_cost(shape: ModelShape, dtype: str, tokens: int) -> Cost:
     return Cost(work, read, tokens * shape.hidden * size)
 
 
+def layer_costs(shape: ModelShape, dtype: str, tokens: int) -> tuple[Cost, Cost]:
+    """Of ``vision_cost`` each linear layer, where the first hands over what the last needs of it."""
+    frames, area, channels = shape.vision_size
+    features, size, width = frames * area, BYTES[dtype], shape.hidden
+    first = Cost(2.0 * features * channels * width, (features + width) * channels * size, tokens * width * size)
+    return first, Cost(2.0 * tokens * width * width, (tokens + width) * width * size, tokens * width * size)
+
+
 def decode_cost(shape: DecodeShape, dtype: str) -> Cost:
     """One step: the weights once, the cache and the products once a prompt."""
     weights = model_cost(shape.model, dtype, 0, 0, decode=True).read
