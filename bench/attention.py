@@ -22,6 +22,7 @@ from .selection import parse_attention, select, swept_batches
 from .shapes import AttentionShape, attention_cost
 
 OP, SWEEP = "attention", "batches"
+ALONE = "attention alone"  # ours without gate and mix, as the peers are; by the backend that is chosen
 HOST_SHAPE = AttentionShape.even(1, 1, 256)  # so little work that the host alone sets the pace
 
 
@@ -40,6 +41,11 @@ def fused_call(inputs: AttentionInputs, backend: str, state: torch.Tensor | None
         inputs.warm_up,
         backend=backend,
     )
+
+
+def context_call(inputs: AttentionInputs):
+    where = (inputs.cu_slow, inputs.text_rows, inputs.cu_text)
+    return partial(sk.text_cross_attention, inputs.q, inputs.slow_kv, *where)
 
 
 def fused_error(inputs: AttentionInputs, backend: str, context: torch.Tensor) -> float:
@@ -78,7 +84,7 @@ def run(runner: Runner) -> None:
 
 
 def run_sweep(runner: Runner) -> None:
-    """The same for a sweep of batches, where it is asked for."""
+    """The same for a sweep of batches, where it is asked for, and beside it our attention alone."""
     shapes = swept_batches(runner.shapes)
     if not shapes:
         return
@@ -109,6 +115,10 @@ def _run_shape(runner: Runner, op: str, shape: AttentionShape, dtype: str, backe
         return Contender(backend, [Variant("", build)], fused, "ours", capturable=backend != "eager")
 
     contenders = [ours(backend) for backend in backends]
+    if op == SWEEP:
+        calls = [context_call(x) for x in sets]
+        variant = Variant("", lambda: (calls, lambda: relative_error(calls[0](), context)))
+        contenders.append(Contender(ALONE, [variant], alone, "base"))
     contenders += [Contender(peer.name, peer.variants(sets, context), alone) for peer in peers]
     runner.compare(op, shape.name, dtype, contenders, sustained=True)
 

@@ -125,8 +125,12 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
     names = list(dict.fromkeys(row.who for members in groups.values() for row in members))
     compared = any(best_of(members, "peer") and best_of(members, "ours") for members in groups.values())
     floors = any(row.percent is not None for members in groups.values() for row in members)
+    timed = [row for members in groups.values() for row in members]
+    added_to = {row.added["to"] for row in timed if row.added}  # these have no peers of their own
+    bases = list(dict.fromkeys(row.who for row in timed if row.kind == "base" and row.who not in added_to))
     header = ["shape", "dtype", *(f"{name} us" for name in names)]
     header += ["floor us", "% of ceiling"] * floors + ["best peer / ours"] * compared
+    header += [f"best peer / {name}" for name in bases] * compared
     cells = [header]
     for (shape, dtype), members in groups.items():
         of = {row.who: row for row in members}
@@ -138,7 +142,8 @@ def table(rows: list[Row], op: str) -> list[list[str]]:
                 [format_us(ours.floor_us), f"{ours.percent:.0f}%"] if ours and ours.percent is not None else ["", ""]
             )
         if compared:
-            line.append(f"{peer.median_us / ours.median_us:.2f}x" if ours and peer else "")
+            for held in (ours, *(of.get(name) for name in bases)):
+                line.append(f"{peer.median_us / held.median_us:.2f}x" if peer and held and held.ok else "")
         cells.append(line)
     return cells
 
