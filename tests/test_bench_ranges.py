@@ -116,6 +116,7 @@ def test_a_sweep_of_batches_runs_on_a_cpu_without_eager(run, monkeypatch):
     assert rows["cpu"].ok
     assert rows["cpu"].shape == "batches 2x1..2x9..50@4/2/16"
     assert "eager" not in rows
+    assert rows["attention alone"].ok
     assert {row.op for row in run.journal.rows} == {"batches"}
 
 

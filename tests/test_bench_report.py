@@ -47,6 +47,15 @@ def test_the_table_gives_our_share_of_the_ceiling_and_the_lead_over_the_best_pee
     assert cells["flex us"] == "failed"
 
 
+def test_peers_are_held_to_ours_without_gate_and_mix_too_but_not_to_what_ours_adds_to(rows):
+    alone = replace(rows[1], who="attention alone", kind="base", median_us=8.0)
+    header, first, *_ = report.table([*rows, alone], "attention")
+    cells = dict(zip(header, first, strict=True))
+    assert (cells["best peer / ours"], cells["best peer / attention alone"]) == ("2.50x", "3.12x")
+    pair = [replace(row, added=ADDED | {"to": alone.who}) if row.kind == "ours" else row for row in rows]
+    assert not any("attention alone" in name and "/" in name for name in report.table([*pair, alone], "attention")[0])
+
+
 def test_a_row_that_is_not_ok_is_no_best_whatever_its_time(rows):
     fast = Row("pool", "shape", "bfloat16", "flex", "peer", status="wrong: off by 0.5", median_us=0.1)
     assert report.best_of([*rows, fast], "peer").who != "flex"
