@@ -13,7 +13,7 @@ from transformers.cache_utils import StaticLayer
 
 from slowfast_model.hf import accelerate_cross_attention
 from slowfast_model.hf._versions import CACHE
-from slowfast_model.hf.mllama import MaskedCrossAttention
+from slowfast_model.hf.mllama import MaskedCrossAttention, _remembered
 
 IMAGE, TILES = 97, 3  # the token's id; tiles that an image has room for
 LENGTH = 12
@@ -198,6 +198,21 @@ def test_its_cache_is_read_in_place(pair, calls, monkeypatch):
     monkeypatch.setattr(ours, "_as_tokens", looked_at)
     model.generate(**inputs_of(PROMPTS["windows move on"]), max_new_tokens=4, pad_token_id=0, do_sample=False)
     assert seen == [True] * 8
+
+
+def test_arguments_are_formed_once_for_all_layers_whose_samples_lie_alike():
+    mask = torch.zeros(2, 1, 3, 10)
+    mask[1, :, :2, 5:] = torch.finfo(mask.dtype).min
+    windows = _remembered(mask, 2, 3, 10, 5, True)
+    assert _remembered(mask, 2, 3, 10, 5, True) is windows
+    close_by, apart = (windows.arguments(tokens, mask.device) for tokens in (10, 16))
+    assert windows.arguments(10, mask.device) is close_by
+    # Both samples: the tiles that some row sees by itself, and the whole slab.
+    of_first = [[0, 0], [5, 5], [0, 10]]
+    for (places, selection), begin in ((close_by, 10), (apart, 16)):
+        of_second = [[begin, begin + 5], [begin + 5, begin + 5], [begin, begin + 10]]
+        assert selection["slow_pieces"].tolist() == of_first + of_second
+        assert [x.tolist() for x in places] == [[0, 3, 6], [0, 1, 2, 3, 4, 5], [0, 3, 6]]
 
 
 def test_text_alone_does_not_attend(pair, calls):
