@@ -81,6 +81,14 @@ def on_device_of(op):
 
 
 @triton.jit
+def prefetch(lines):
+    """Ask L2 for the 128 bytes at each of these pointers; where ``Device.prefetch``."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def tanh(x):
     """Accurate in relative terms near 0 too (warm-up gates start there), exactly 0 at 0."""
     square = x * x

@@ -36,7 +36,7 @@ from ..heuristics.triton import (
 )
 from ._block import attend_block
 from ._combine import LN2, combine_launch
-from ._common import describe, gdc_launch_dependents, on_device_of
+from ._common import describe, gdc_launch_dependents, on_device_of, prefetch
 from ._deal import work_of
 from ._launch import Launch
 from ._tiles import sequence_of, uniform
@@ -53,9 +53,7 @@ def _prefetch(tile, tokens_left, STRIDE: tl.constexpr, D: tl.constexpr, TOKENS: 
     LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
     token = tl.minimum(tl.arange(0, TOKENS), tokens_left - 1).to(tl.int64)
     lines = tile + token[:, None] * STRIDE + tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    prefetch(lines)
 
 
 @triton.jit
