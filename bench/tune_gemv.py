@@ -1,5 +1,7 @@
 """Sweep tiles of the GEMV kernels over the launches of a 7B's decode step, at batches 1 to 32.
 
+Up to ``ROWS_OF_CUDA_CORES`` rows on CUDA cores, and from 2 rows on with tensor cores.
+
     python -m bench.tune_gemv [--out FILE] [--batches 1 2 4 8 16 32] [--launches qkv o gate_up down head]
 
 For each launch and batch: what ``heuristics.gemv`` chooses, the best found, and cuBLAS on the same weights in one
@@ -11,7 +13,7 @@ is faster, come from this. Kernels compile in parallel before any is timed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowfast_kernels.heuristics.gemv import GemvConfig, GemvShape, gemv_config
+from slowfast_kernels.heuristics.gemv import ROWS_OF_CUDA_CORES, GemvConfig, GemvShape, gemv_config
 from slowfast_kernels.heuristics.triton import next_power_of_2
 from slowfast_kernels.triton import gemv
 from slowfast_kernels.triton.gemv import Norm, Projection
@@ -41,17 +43,36 @@ SHAPES = {
 }
 PAIRED = ("qkv", "gate_up")  # two tiles a program
 MOST_SUMS = 96  # float32 registers a thread: more are spilled
+FEWEST_PROGRAMS = 70  # of tensor cores: fewer do not draw the read rate
+MOST_BYTES = 144 * 1024  # of a program's tiles under way: of most an SM holds two
 
 
 def candidates(name: str, batch: int) -> list[GemvConfig]:
-    """What ``heuristics.gemv`` chooses first, then every tile whose sums fit the registers."""
-    own = gemv_config(SHAPES[name], batch)
-    configs = {own: None}
+    """What ``heuristics.gemv`` chooses first, then the others, none twice."""
+    configs = [gemv_config(SHAPES[name], batch, 2)]
+    if batch <= ROWS_OF_CUDA_CORES:
+        configs += cuda_core_candidates(name, batch)
+    if batch > 1:
+        configs += tensor_core_candidates(name, batch)
+    return list(dict.fromkeys(configs))
+
+
+def cuda_core_candidates(name: str, batch: int) -> Iterator[GemvConfig]:
+    """Every tile whose sums fit the registers."""
+    block_m = next_power_of_2(batch)
     for block_n, block_k, num_warps, stages in product((1, 2, 4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (2, 4)):
-        sums = own.block_m * block_n * block_k / (32 * num_warps)
+        sums = block_m * block_n * block_k / (32 * num_warps)
         if 2 <= sums <= MOST_SUMS and (name not in PAIRED or block_n > 1):
-            configs[GemvConfig(next_power_of_2(batch), block_n, block_k, num_warps, stages)] = None
-    return list(configs)
+            yield GemvConfig(block_m, block_n, block_k, num_warps, stages)
+
+
+def tensor_core_candidates(name: str, batch: int) -> Iterator[GemvConfig]:
+    """Every tile that makes programs enough for the GPU and leaves room for another one on most SMs."""
+    block_m = max(16, next_power_of_2(batch))
+    for block_n, (block_k, num_warps), stages in product((16, 32, 64, 128), ((128, 2), (128, 4), (256, 4)), (3, 5)):
+        fits = (block_m + block_n) * block_k * 2 * stages <= MOST_BYTES
+        if fits and SHAPES[name].outputs >= FEWEST_PROGRAMS * block_n and (name not in PAIRED or block_n > 16):
+            yield GemvConfig(block_m, block_n, block_k, num_warps, stages, tensor_cores=True)
 
 
 class Inputs:
@@ -114,9 +135,12 @@ def sweep(name: str, batch: int, device: torch.device, cache_bytes: int, budget_
 
 
 def show(entry: dict, read_bytes: int) -> str:
-    text = "{us:8.2f} us  n{block_n} k{block_k} w{num_warps} s{num_stages}"
+    def text(row: dict) -> str:
+        tile = "n{block_n} k{block_k} w{num_warps} s{num_stages}".format(**row)
+        return f"{row['us']:8.2f} us  {tile}{' dot' if row['tensor_cores'] else ''}"
+
     rate = read_bytes / entry["best"]["us"] / 1e3
-    own, best, cublas = text.format(**entry["own"]), text.format(**entry["best"]), entry["cublas_us"]
+    own, best, cublas = text(entry["own"]), text(entry["best"]), entry["cublas_us"]
     return f"{entry['launch']:8} {entry['batch']:3}  own {own}   best {best} ({rate:.0f} GB/s)   cuBLAS {cublas:.2f} us"
 
 

@@ -58,10 +58,11 @@ def gemv_limit(x: Tensor, backend: str | None) -> str | None:
     return None
 
 
-def cublas_pays(batch: int) -> str | None:
-    """Why a step of so many rows is left to cuBLAS unless the kernels are asked for; None: it is not."""
-    if batch > ROWS_THAT_PAY:
-        return f"got a batch of {batch}, for which cuBLAS is faster (from {ROWS_THAT_PAY + 1} on)"
+def cublas_pays(x: Tensor) -> str | None:
+    """Why a step with the embeddings x [B, C] is left to cuBLAS unless the kernels are asked for; None: it is not."""
+    batch, most = len(x), ROWS_THAT_PAY[x.element_size()]
+    if batch > most:
+        return f"got a batch of {batch}, for which cuBLAS is faster (from {most + 1} on)"
     return None
 
 

@@ -191,7 +191,7 @@ class DecodeSession:
         limit = gemv_limit(x, self.model.backend)
         if self._gemv and limit is not None:
             raise ValueError(f"gemv: {limit}, or gemv=None")
-        return limit is None and (self._gemv is True or cublas_pays(len(x)) is None)
+        return limit is None and (self._gemv is True or cublas_pays(x) is None)
 
     @torch.no_grad()
     def gemv_limit(self) -> str | None:
@@ -202,9 +202,10 @@ class DecodeSession:
         """
         if self._gemv is False:
             return "got gemv=False, want None or True"
-        limit = gemv_limit(self.model.model.embed_tokens(self._token), self.model.backend)
+        x = self.model.model.embed_tokens(self._token)
+        limit = gemv_limit(x, self.model.backend)
         if limit is None and self._gemv is None:
-            limit = cublas_pays(len(self._token))
+            limit = cublas_pays(x)
         return limit
 
     @property

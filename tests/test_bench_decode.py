@@ -213,7 +213,7 @@ def test_the_report_tells_what_slow_tokens_add_in_times_of_their_read():
     assert "added / slow cache's read" not in report.model_table(rows, "decode-slow")[0]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8, 32])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32])
 def test_the_sweep_of_a_launch_starts_from_the_plan_and_repeats_nothing(batch):
     pytest.importorskip("triton")
     from bench import tune_gemv
@@ -221,9 +221,11 @@ def test_the_sweep_of_a_launch_starts_from_the_plan_and_repeats_nothing(batch):
 
     for name, shape in tune_gemv.SHAPES.items():
         configs = tune_gemv.candidates(name, batch)
-        assert configs[0] == gemv_config(shape, batch)
+        assert configs[0] == gemv_config(shape, batch, 2)
         assert len(set(configs)) == len(configs) >= 3
-        assert {config.block_m for config in configs} == {configs[0].block_m}
+        assert {config.tensor_cores for config in configs} == {1: {False}, 2: {False, True}}.get(batch, {True})
+        assert {config.block_m for config in configs if not config.tensor_cores} <= {batch}
+        assert {config.block_m for config in configs if config.tensor_cores} <= {max(16, batch)}
         assert name not in tune_gemv.PAIRED or min(config.block_n for config in configs) >= 2
 
 

@@ -99,14 +99,16 @@ def test_a_step_that_gradients_follow_is_left_to_autograd(with_triton):
 
 
 def test_a_larger_batch_is_left_to_cublas_unless_the_kernels_are_asked_for(with_triton):
-    assert cublas_pays(2) is None
-    assert cublas_pays(3).startswith("got a batch of 3, for which cuBLAS is faster (from 3 on)")
+    three = torch.zeros(3, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert cublas_pays(three[:2].to(dtype)) is None
+        assert cublas_pays(three.to(dtype)).startswith("got a batch of 3, for which cuBLAS is faster (from 3 on)")
     ids = torch.ones(3, 2, dtype=torch.int64)
     model = tiny_model("triton", **SMALL | {"cross_attn_every_n_layers": None})
     model.backend = "cpu"  # of the prefill
     sessions = [DecodeSession(model, ids[:n], max_new_tokens=1, gemv=None) for n in (2, 3)]
     model.backend = "triton"
-    assert [session.gemv_limit() for session in sessions] == [None, cublas_pays(3)]
+    assert [session.gemv_limit() for session in sessions] == [None, cublas_pays(three)]
     sessions[1]._gemv = True
     assert sessions[1].gemv_limit() is None
 

@@ -101,6 +101,27 @@ def recorder(monkeypatch: pytest.MonkeyPatch):
     return start
 
 
+def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cuts bfloat16 off, and takes its bits for integers in products: from here on as a GPU."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert_float(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.tensor(data).bfloat16().view(torch.int16).numpy()
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 class Driver:
     """Triton's of a GPU of sm_90. ``launches``: (kernel's name, what its launcher was called with)."""
 

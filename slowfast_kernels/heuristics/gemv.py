@@ -1,7 +1,7 @@
 """How a decode step's linear layers are cut: tiles, the batch up to which they pay, and the floor they are held to.
 
-Tiles of a 7B's launches at 1 and 2 rows, and the batch, are measured on an H100 (``bench/tune_gemv.py``); tiles of 8
-rows and more are a rule that no run has confirmed.
+Tiles of a 7B's launches at 1 and 2 rows, and the batch, are measured on an H100 (``bench/tune_gemv.py``); tiles of
+tensor cores, and those of float32 from 8 rows on, are rules that no run has confirmed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from typing import NamedTuple
 from .triton import next_power_of_2
 
 MOST_ROWS = 32  # that a kernel takes: a program holds all of them beside each weight
-# Four rows take longer than cuBLAS's tensor cores (gate and up 130 us, cuBLAS 98), as a weight costs a multiplication a
-# row here; two take as long, with the norm, the bias, SiLU and the residual inside (100 and 98 us).
-ROWS_THAT_PAY = 2
+# A weight costs a multiplication a row on CUDA cores: four rows take longer than cuBLAS (gate and up 130 us, cuBLAS
+# 98), two as long, with the norm, the bias, SiLU and the residual inside (100 and 98 us).
+ROWS_OF_CUDA_CORES = 2
+# By bytes an element. Of two, MOST_ROWS are predicted to pay, on tensor cores: it is to be measured.
+ROWS_THAT_PAY = {2: 2, 4: 2}
 
 
 @dataclass(frozen=True)
 class GemvConfig:
     """Tiles of one launch: a program takes ``block_n`` rows of the weights (of pairs, both count) over their length."""
 
-    block_m: int  # rows of the activations, padded: all of them
+    block_m: int  # rows of the activations, padded: all of them; tensor cores want 16 or more
     block_n: int
     block_k: int  # channels at a time
     num_warps: int
     num_stages: int
+    tensor_cores: bool = False  # form the products, of 16-bit types; else CUDA cores in float32
 
 
 class GemvShape(NamedTuple):
@@ -57,9 +60,9 @@ _MEASURED = {
         GemvShape(152064, 3584): (2, 1024, 2),
     },
 }
-# Of other shapes: what is within 4% of the best of those on average, or, from 8 rows on, predicted. A program's float32
-# sums stay in registers (none is spilled, the suite compiles them) in a layout that weights are loaded in, 8 or 16
-# bytes a thread.
+# Of other shapes and of float32: what is within 4% of the best of those on average, or, from 8 rows on, predicted. A
+# program's float32 sums stay in registers (none is spilled, the suite compiles them) in a layout that weights are
+# loaded in, 8 or 16 bytes a thread.
 _BY_ROWS = {
     1: (4, 256, 4),
     2: (4, 512, 2),
@@ -71,18 +74,37 @@ _BY_ROWS = {
 
 
 @lru_cache(maxsize=4096)
-def gemv_config(shape: GemvShape, batch: int) -> GemvConfig:
-    """For ``batch`` rows of activations.
+def gemv_config(shape: GemvShape, batch: int, element_size: int) -> GemvConfig:
+    """For ``batch`` rows of activations of so many bytes an element.
 
     Raises:
         ValueError: not 1 to ``MOST_ROWS`` of them.
     """
     if not 1 <= batch <= MOST_ROWS:
         raise ValueError(f"batch: got {batch}, want 1 to {MOST_ROWS} (torch.nn.functional.linear takes more)")
+    if batch > ROWS_OF_CUDA_CORES and element_size == 2:
+        return _tensor_core_config(shape, batch)
     block_m = next_power_of_2(batch)
     block_n, block_k, num_warps = _MEASURED.get(block_m, {}).get(shape, _BY_ROWS[block_m])
     block_k = min(block_k, max(32, next_power_of_2(shape.inputs)))
     return GemvConfig(block_m, block_n, block_k, num_warps, num_stages=4)
+
+
+def _tensor_core_config(shape: GemvShape, batch: int) -> GemvConfig:
+    """Predicted. 50 to 150 KB of weights under way an SM, in two or three programs.
+
+    Every program reads all activations from L2: at most the bytes of its weights, half of them up to 16 rows and where
+    there are outputs enough for taller tiles. ``block_k`` is at least 64 a warp, two elements a thread: the norm's
+    weight is then copied ahead as the others are (a head, the tallest, has no norm).
+    """
+    block_m = max(16, next_power_of_2(batch))
+    block_n, block_k, num_stages = 16 if batch <= 8 else 32, 256, 4
+    if shape.outputs >= 65536:
+        block_n, block_k = 64, 128
+    elif shape.outputs >= 32768:
+        block_n, num_stages = 2 * block_n, 4 if batch <= 8 else 3
+    block_k = min(block_k, max(32, next_power_of_2(shape.inputs)))
+    return GemvConfig(block_m, block_n, block_k, 4, num_stages, tensor_cores=True)
 
 
 def floor_us(shapes: Sequence[GemvShape], element_size: int, read_gbps: float) -> float:

@@ -5,6 +5,9 @@ over their whole length, so that no sums are split and none are added up by anot
 modules keep them, at every launch: nothing is packed or folded, so projections stay apart in a checkpoint, and an edit
 in place shows.
 
+Products are float32 multiplications on CUDA cores, one a weight and row, or ``tl.dot`` on tensor cores, 16 rows and
+more at a time; sums are float32 either way. ``heuristics.gemv`` chooses.
+
 With dependent launch a program has its first weights in flight before it waits for the launch before. Weights must
 therefore not be written by that launch, as no launch of a decode step does.
 
@@ -23,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..heuristics.gemv import GemvConfig, GemvShape, gemv_config
-from ._common import describe, gdc_launch_dependents, gdc_wait, on_device_of
+from ._common import describe, gdc_launch_dependents, gdc_wait, on_device_of, prefetch
 
 
 class Norm(NamedTuple):
@@ -41,15 +44,12 @@ class Projection(NamedTuple):
 
 
 @triton.jit
-def _products(
-    x, weights, others, norm, eps,
+def _by_cuda_cores(
+    x, weights, others, norm,
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_M, n]: the rows of x [M, K], normalised if there is a norm, times the rows at ``weights`` [n].
-
-    Twice: of ``weights`` and of ``others``, or, where these are None, of ``weights`` again.
-    """
+    """What ``_products`` scales, by float32 multiplications, and each row's sum of squares [BLOCK_M, 1]."""
     k = tl.arange(0, BLOCK_K)[None, None, :]
     x += tl.arange(0, BLOCK_M)[:, None, None] * K + k
     weights = weights[None, :, None] + k
@@ -84,8 +84,87 @@ def _products(
         gdc_launch_dependents()
     y = tl.sum(sums, 2)
     z = y if others is None else tl.sum(other_sums, 2)
+    return y, z, tl.sum(squares, 2)
+
+
+@triton.jit
+def _prefetch_rows(rows, K: tl.constexpr, CHANNELS: tl.constexpr):
+    """Ask L2 for the first channels of ``rows`` [n], of K each."""
+    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(CHANNELS, LINE))
+    prefetch(rows[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, K - 1)[None, :])
+
+
+@triton.jit
+def _rounded_product(a, b):
+    return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype)
+
+
+@triton.jit
+def _by_tensor_cores(
+    x, weights, others, norm,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As ``_by_cuda_cores``; weights are the left operand, the rows of x are columns of the right one."""
+    # float16 has no room for the norm's weight times an activation that is not yet scaled.
+    SCALE_WEIGHTS: tl.constexpr = norm is not None and x.dtype.element_ty == tl.float16
+    k, m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
+    if PDL:
+        # The loop's copies come after the wait, those of x among them: until then L2 reads what they will ask for.
+        _prefetch_rows(weights, K, BLOCK_K * STAGES)
+        if others is not None:
+            _prefetch_rows(others, K, BLOCK_K * STAGES)
+        gdc_wait()
+    x += m[:, None] * K + k[None, :]
+    weights = weights[:, None] + k[None, :]
+    sums = tl.zeros((weights.shape[0], BLOCK_M), tl.float32)
+    if others is not None:
+        others = others[:, None] + k[None, :]
+        other_sums = tl.zeros((weights.shape[0], BLOCK_M), tl.float32)
+    gram = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for i in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        is_in = i + k < K
+        a = tl.load(x + i, mask=is_in[None, :] & (m < M)[:, None], other=0.0)
+        if norm is not None:
+            # Squares by a product too: a sum beside it would read x in another layout, and its copy lose the swizzle.
+            gram = tl.dot(a, tl.trans(a), gram)
+            scale = tl.load(norm + i + k, mask=is_in, other=0.0)[None, :]
+            if not SCALE_WEIGHTS:
+                a = _rounded_product(a, scale)
+        w = tl.load(weights + i, mask=is_in[None, :], other=0.0)
+        if SCALE_WEIGHTS:
+            w = _rounded_product(w, scale)
+        sums = tl.dot(w, tl.trans(a), sums)
+        if others is not None:
+            w = tl.load(others + i, mask=is_in[None, :], other=0.0)
+            if SCALE_WEIGHTS:
+                w = _rounded_product(w, scale)
+            other_sums = tl.dot(w, tl.trans(a), other_sums)
+    if PDL:
+        gdc_launch_dependents()
+    y = tl.trans(sums)
+    z = y if others is None else tl.trans(other_sums)
+    squares = tl.where(m[:, None] == m[None, :], gram, 0.0)
+    return y, z, tl.sum(squares, 1)[:, None]
+
+
+@triton.jit
+def _products(
+    x, weights, others, norm, eps,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, n]: the rows of x [M, K], normalised if there is a norm, times the rows at ``weights`` [n].
+
+    Twice: of ``weights`` and of ``others``, or, where these are None, of ``weights`` again.
+    """
+    if TENSOR_CORES:
+        y, z, squares = _by_tensor_cores(x, weights, others, norm, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
+    else:
+        y, z, squares = _by_cuda_cores(x, weights, others, norm, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
     if norm is not None:
-        scale = tl.rsqrt(tl.sum(squares, 2) / K + eps)
+        scale = tl.rsqrt(squares / K + eps)
         y *= scale
         z *= scale
     return y, z
@@ -95,12 +174,12 @@ def _products(
 def _linear(
     x, weight, bias, norm, residual, out, num_outputs, eps,
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_col = col < num_outputs
     rows = weight + tl.minimum(col, num_outputs - 1).to(tl.int64) * K
-    y, _ = _products(x, rows, None, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
+    y, _ = _products(x, rows, None, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, TENSOR_CORES, PDL)
     if bias is not None:
         y += tl.load(bias + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
     m = tl.arange(0, BLOCK_M)[:, None]
@@ -115,11 +194,11 @@ def _linear(
 def _gated_up(
     x, gate, up, norm, out, num_outputs, eps,
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(col, num_outputs - 1).to(tl.int64) * K
-    y, z = _products(x, gate + row, up + row, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
+    y, z = _products(x, gate + row, up + row, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, TENSOR_CORES, PDL)
     y = y / (1 + tl.exp(-y)) * z
     m = tl.arange(0, BLOCK_M)[:, None]
     is_out = (m < M) & (col < num_outputs)[None, :]
@@ -143,14 +222,14 @@ def _rotated_qkv(
     x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, norm, cos, sin, slots, out, cache, eps,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2  # channels i and i + HALF of a head turn together: a program has both
     head, channel = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_channel = channel < HALF
     clamped = tl.minimum(channel, HALF - 1)
     rows = _of_head(head, q_weight, k_weight, v_weight, NUM_Q, NUM_KV, HEAD_DIM * K) + clamped.to(tl.int64) * K
-    y, z = _products(x, rows, rows + HALF * K, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, PDL)
+    y, z = _products(x, rows, rows + HALF * K, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, TENSOR_CORES, PDL)
     if q_bias is not None:
         bias = _of_head(head, q_bias, k_bias, v_bias, NUM_Q, NUM_KV, HEAD_DIM) + clamped
         y += tl.load(bias).to(tl.float32)[None, :]
@@ -181,12 +260,13 @@ def _launch(
 ) -> None:
     """``kernel`` over ``outputs`` rows of weights as long as those of ``x``; ``grid``: of the rows of one tile."""
     batch, channels = x.shape
-    config = config or gemv_config(GemvShape(outputs, channels), batch)
+    config = config or gemv_config(GemvShape(outputs, channels), batch, x.element_size())
     dependent = describe(x.device).dependent_launch
-    block_n = max(1, config.block_n // tiles)
+    block_n = max(16 if config.tensor_cores else 1, config.block_n // tiles)
     kernel[grid(block_n)](
         x, *arguments, **constants, M=batch, K=channels,
-        BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, STAGES=config.num_stages, PDL=dependent,
+        BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, STAGES=config.num_stages,
+        TENSOR_CORES=config.tensor_cores, PDL=dependent,
         num_warps=config.num_warps, enable_fp_fusion=True, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
