@@ -28,6 +28,9 @@ from torch import Tensor
 from ..heuristics.gemv import GemvConfig, GemvShape, gemv_config
 from ._common import describe, gdc_launch_dependents, gdc_wait, on_device_of, prefetch
 
+# Triton 3.2 aborts the process where it is to copy a tile of three dimensions ahead.
+_COPIES_3D_AHEAD = not triton.__version__.startswith("3.2.")
+
 
 class Norm(NamedTuple):
     """weight * x / sqrt(mean(x^2) + eps), of the activations that a launch reads."""
@@ -263,9 +266,10 @@ def _launch(
     config = config or gemv_config(GemvShape(outputs, channels), batch, x.element_size())
     dependent = describe(x.device).dependent_launch
     block_n = max(16 if config.tensor_cores else 1, config.block_n // tiles)
+    num_stages = config.num_stages if config.tensor_cores or _COPIES_3D_AHEAD else 1
     kernel[grid(block_n)](
         x, *arguments, **constants, M=batch, K=channels,
-        BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, STAGES=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, STAGES=num_stages,
         TENSOR_CORES=config.tensor_cores, PDL=dependent,
         num_warps=config.num_warps, enable_fp_fusion=True, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
