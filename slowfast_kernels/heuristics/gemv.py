@@ -7,7 +7,7 @@ tensor cores, and those of float32 from 8 rows on, are rules that no run has con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -83,11 +83,12 @@ def gemv_config(shape: GemvShape, batch: int, element_size: int) -> GemvConfig:
     if not 1 <= batch <= MOST_ROWS:
         raise ValueError(f"batch: got {batch}, want 1 to {MOST_ROWS} (torch.nn.functional.linear takes more)")
     if batch > ROWS_OF_CUDA_CORES and element_size == 2:
-        return _tensor_core_config(shape, batch)
-    block_m = next_power_of_2(batch)
-    block_n, block_k, num_warps = _MEASURED.get(block_m, {}).get(shape, _BY_ROWS[block_m])
-    block_k = min(block_k, max(32, next_power_of_2(shape.inputs)))
-    return GemvConfig(block_m, block_n, block_k, num_warps, num_stages=4)
+        config = _tensor_core_config(shape, batch)
+    else:
+        block_m = next_power_of_2(batch)
+        block_n, block_k, num_warps = _MEASURED.get(block_m, {}).get(shape, _BY_ROWS[block_m])
+        config = GemvConfig(block_m, block_n, block_k, num_warps, num_stages=4)
+    return replace(config, block_k=min(config.block_k, max(32, next_power_of_2(shape.inputs))))
 
 
 def _tensor_core_config(shape: GemvShape, batch: int) -> GemvConfig:
@@ -103,7 +104,6 @@ def _tensor_core_config(shape: GemvShape, batch: int) -> GemvConfig:
         block_n, block_k = 64, 128
     elif shape.outputs >= 32768:
         block_n, num_stages = 2 * block_n, 4 if batch <= 8 else 3
-    block_k = min(block_k, max(32, next_power_of_2(shape.inputs)))
     return GemvConfig(block_m, block_n, block_k, 4, num_stages, tensor_cores=True)
 
 
