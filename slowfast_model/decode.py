@@ -100,16 +100,13 @@ def decode_layer(
     before, after = (gemv.Norm(n.weight, n.eps) for n in (layer.input_layernorm, layer.post_attention_layernorm))
     qkv = [gemv.Projection(m.weight, m.bias) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
     rows = x.flatten(0, 1)
-    reads_slow, output = layer.is_hybrid and slow is not None, attention.o_proj
-    later = None if reads_slow else output.weight  # slow tokens would drive them out of L2 again
-    q = gemv.rotated_qkv(rows, qkv, rope, cache.step.slots, cache.kv.flatten(0, 1), before, later)
+    q = gemv.rotated_qkv(rows, qkv, rope, cache.step.slots, cache.kv.flatten(0, 1), before)
     a = cache.attend(q).flatten(1)
-    if reads_slow:
+    if layer.is_hybrid and slow is not None:
         a = attention.add_slow(a, q, cache.slow_kv, slow, backend)
-    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj
-    rows = gemv.linear(a, gemv.Projection(output.weight, output.bias), residual=rows, upcoming=gate)
-    inner = gemv.gated_up(rows, gate, up, after, upcoming=down.weight)
-    return gemv.linear(inner, gemv.Projection(down.weight, down.bias), residual=rows)[:, None]
+    rows = gemv.linear(a, gemv.Projection(attention.o_proj.weight, attention.o_proj.bias), residual=rows)
+    inner = gemv.gated_up(rows, mlp.gate_proj.weight, mlp.up_proj.weight, after)
+    return gemv.linear(inner, gemv.Projection(mlp.down_proj.weight, mlp.down_proj.bias), residual=rows)[:, None]
 
 
 def project(head: nn.Module, x: Tensor, by_gemv: bool) -> Tensor:

@@ -28,7 +28,6 @@ from triton_launches import (
 )
 
 from slowfast_kernels.dtypes import KERNEL_DTYPES
-from slowfast_kernels.heuristics import gemv as heuristics
 from slowfast_kernels.heuristics.gemv import MOST_ROWS, GemvConfig, GemvShape, floor_us, gemv_config
 from slowfast_kernels.triton import gemv
 from slowfast_kernels.triton.gemv import Norm, Projection
@@ -183,25 +182,6 @@ def test_tensor_cores_get_weights_by_16_bytes_that_l2_reads_before_the_wait(reco
             assert "prefetch.global.L2" not in after
             assert "cp.async" not in before, "activations are what is waited for"
             assert "griddepcontrol.launch_dependents" in after
-
-
-@compiled
-@pytest.mark.parametrize("rows", [1, 8])
-def test_what_a_later_launch_reads_is_asked_of_l2_behind_the_own_weights(record, monkeypatch, rows):
-    """128 lines a program, a line a thread; without it the kernels are as they were."""
-    x, weight, inner = (triton_launches.meta(*shape) for shape in ((rows, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN)))
-    ahead = [0, 2**20, 2**40]
-    for read_ahead in ahead:
-        monkeypatch.setattr(heuristics, "READ_AHEAD_BYTES", read_ahead)
-        launches = record(90)
-        gemv.linear(x, Projection(weight), upcoming=inner)
-        gemv.gated_up(x, inner, inner, upcoming=weight)
-        for launch, later in zip(launches, (inner, weight), strict=True):
-            assert launch.constants["AHEAD"] == min(read_ahead, later.nbytes)
-            assert ("upcoming" in launch.constants) == (read_ahead == 0)
-            ptx = launch.compile(90).asm["ptx"]
-            behind = ptx[ptx.rindex("griddepcontrol.launch_dependents") :] if VERSION >= (3, 5) else ptx
-            assert behind.count("prefetch.global.L2") == (read_ahead > 0)
 
 
 # ------------------------------------------------------------------------------------------- interpreter

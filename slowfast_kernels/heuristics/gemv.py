@@ -19,9 +19,6 @@ MOST_ROWS = 32  # that a kernel takes: a program holds all of them beside each w
 ROWS_OF_CUDA_CORES = 2
 # By bytes an element. Of two, MOST_ROWS are predicted to pay, on tensor cores: it is to be measured.
 ROWS_THAT_PAY = {2: 2, 4: 2}
-# Of the next launch's weights, asked of L2 by the last programs of one: between two launches, and while attention runs,
-# which reads little. 0 until it is measured.
-READ_AHEAD_BYTES, READ_AHEAD_OF_ATTENTION_BYTES = 0, 0
 
 
 @dataclass(frozen=True)

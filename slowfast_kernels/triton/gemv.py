@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..heuristics import gemv as heuristics
 from ..heuristics.gemv import GemvConfig, GemvShape, gemv_config
 from ._common import describe, gdc_launch_dependents, gdc_wait, on_device_of, prefetch
 
@@ -175,33 +174,15 @@ def _products(
 
 
 @triton.jit
-def _read_ahead(upcoming, BYTES: tl.constexpr):
-    """Ask L2 for the first BYTES of weights that another launch will read, 128 lines a program.
-
-    By the last programs, which end together: until the next launch is under way the memory has nothing else to do.
-    """
-    LINES: tl.constexpr = 128
-    LINE: tl.constexpr = 1024 // upcoming.dtype.element_ty.primitive_bitwidth
-    WANTED: tl.constexpr = triton.cdiv(BYTES, 128 * LINES)
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    share = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1) - tl.maximum(programs - WANTED, 0)
-    if share >= 0:
-        line = tl.minimum(share * LINES + tl.arange(0, LINES), BYTES // 128 - 1)
-        prefetch(upcoming + line.to(tl.int64) * LINE)
-
-
-@triton.jit
 def _linear(
-    x, weight, bias, norm, residual, out, num_outputs, eps, upcoming,
+    x, weight, bias, norm, residual, out, num_outputs, eps,
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_col = col < num_outputs
     rows = weight + tl.minimum(col, num_outputs - 1).to(tl.int64) * K
     y, _ = _products(x, rows, None, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, TENSOR_CORES, PDL)
-    if AHEAD:
-        _read_ahead(upcoming, AHEAD)
     if bias is not None:
         y += tl.load(bias + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
     m = tl.arange(0, BLOCK_M)[:, None]
@@ -214,15 +195,13 @@ def _linear(
 
 @triton.jit
 def _gated_up(
-    x, gate, up, norm, out, num_outputs, eps, upcoming,
+    x, gate, up, norm, out, num_outputs, eps,
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(col, num_outputs - 1).to(tl.int64) * K
     y, z = _products(x, gate + row, up + row, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, TENSOR_CORES, PDL)
-    if AHEAD:
-        _read_ahead(upcoming, AHEAD)
     y = y / (1 + tl.exp(-y)) * z
     m = tl.arange(0, BLOCK_M)[:, None]
     is_out = (m < M) & (col < num_outputs)[None, :]
@@ -244,9 +223,9 @@ def _of_head(head, q, k, v, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, SIZE: tl.
 @triton.jit
 def _rotated_qkv(
     x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, norm, cos, sin, slots, out, cache, eps,
-    upcoming, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, TENSOR_CORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2  # channels i and i + HALF of a head turn together: a program has both
     head, channel = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -254,8 +233,6 @@ def _rotated_qkv(
     clamped = tl.minimum(channel, HALF - 1)
     rows = _of_head(head, q_weight, k_weight, v_weight, NUM_Q, NUM_KV, HEAD_DIM * K) + clamped.to(tl.int64) * K
     y, z = _products(x, rows, rows + HALF * K, norm, eps, M, K, BLOCK_M, BLOCK_K, STAGES, TENSOR_CORES, PDL)
-    if AHEAD:
-        _read_ahead(upcoming, AHEAD)
     if q_bias is not None:
         bias = _of_head(head, q_bias, k_bias, v_bias, NUM_Q, NUM_KV, HEAD_DIM) + clamped
         y += tl.load(bias).to(tl.float32)[None, :]
@@ -282,24 +259,18 @@ def _rotated_qkv(
 
 
 def _launch(
-    kernel, config: GemvConfig | None, grid: Callable, x: Tensor, outputs: int, *arguments,
-    upcoming: tuple[Tensor | None, int], tiles: int = 1, **constants,
-) -> None:  # fmt: skip
-    """``kernel`` over ``outputs`` rows of weights as long as those of ``x``; ``grid``: of the rows of one tile.
-
-    ``upcoming``: weights of a later launch, and how many bytes of them to ask L2 for.
-    """
+    kernel, config: GemvConfig | None, grid: Callable, x: Tensor, outputs: int, *arguments, tiles: int = 1, **constants
+) -> None:
+    """``kernel`` over ``outputs`` rows of weights as long as those of ``x``; ``grid``: of the rows of one tile."""
     batch, channels = x.shape
     config = config or gemv_config(GemvShape(outputs, channels), batch, x.element_size())
-    device, (later, ahead) = describe(x.device), upcoming
-    dependent = device.dependent_launch
-    ahead = 0 if later is None or not device.prefetch else min(ahead, later.nbytes)
+    dependent = describe(x.device).dependent_launch
     block_n = max(16 if config.tensor_cores else 1, config.block_n // tiles)
     num_stages = config.num_stages if config.tensor_cores or _COPIES_3D_AHEAD else 1
     kernel[grid(block_n)](
         x, *arguments, **constants, M=batch, K=channels,
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, STAGES=num_stages,
-        TENSOR_CORES=config.tensor_cores, PDL=dependent, upcoming=later if ahead else None, AHEAD=ahead,
+        TENSOR_CORES=config.tensor_cores, PDL=dependent,
         num_warps=config.num_warps, enable_fp_fusion=True, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
@@ -318,40 +289,29 @@ def linear(
     projection: Projection,
     norm: Norm | None = None,
     residual: Tensor | None = None,
-    upcoming: Tensor | None = None,
     config: GemvConfig | None = None,
 ) -> Tensor:
     """x [M, K] -> (residual +) normalised x times weight^T (+ bias) [M, N], rounded once.
 
-    All tensors are contiguous, of one dtype and on one device; M is at most ``heuristics.gemv.MOST_ROWS``.
-    ``upcoming``: weights that the next such launch reads, which are then partly in L2. ``config``: None for the one
-    that ``heuristics.gemv`` chooses.
+    All tensors are contiguous, of one dtype and on one device; M is at most ``heuristics.gemv.MOST_ROWS``. ``config``:
+    None for the one that ``heuristics.gemv`` chooses.
     """
     weight, bias = projection
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     norm_weight, eps = _parts(norm)
     _launch(
-        _linear, config, _rows(len(weight)), x, len(weight), weight, bias, norm_weight, residual, out, len(weight), eps,
-        upcoming=(upcoming, heuristics.READ_AHEAD_BYTES),
-    )  # fmt: skip
+        _linear, config, _rows(len(weight)), x, len(weight), weight, bias, norm_weight, residual, out, len(weight), eps
+    )
     return out
 
 
 @on_device_of
-def gated_up(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    norm: Norm | None = None,
-    upcoming: Tensor | None = None,
-    config: GemvConfig | None = None,
-) -> Tensor:
+def gated_up(x: Tensor, gate: Tensor, up: Tensor, norm: Norm | None = None, config: GemvConfig | None = None) -> Tensor:
     """x [M, K] -> silu(x gate^T) * (x up^T) [M, N] of weights [N, K]; otherwise as ``linear``."""
     out = torch.empty((x.shape[0], len(gate)), dtype=x.dtype, device=x.device)
     norm_weight, eps = _parts(norm)
     arguments = (gate, up, norm_weight, out, len(gate), eps)
-    ahead = (upcoming, heuristics.READ_AHEAD_BYTES)
-    _launch(_gated_up, config, _rows(len(gate)), x, 2 * len(gate), *arguments, upcoming=ahead, tiles=2)
+    _launch(_gated_up, config, _rows(len(gate)), x, 2 * len(gate), *arguments, tiles=2)
     return out
 
 
@@ -363,12 +323,11 @@ def rotated_qkv(
     slots: Tensor,
     cache: Tensor,
     norm: Norm | None = None,
-    upcoming: Tensor | None = None,
     config: GemvConfig | None = None,
 ) -> Tensor:
     """x [M, K] -> rotated q [M, Hq, D]; rotated k, and v, of row m go to slot ``slots[m]`` of ``cache``.
 
-    Otherwise as ``linear``; attention comes between this launch and that of ``upcoming``.
+    Otherwise as ``linear``.
 
     Args:
         projections: of q, k and v; all have a bias, or none.
@@ -385,7 +344,6 @@ def rotated_qkv(
     _launch(
         _rotated_qkv, config, lambda block_n: (num_heads, triton.cdiv(head_dim // 2, block_n)), x, num_heads * head_dim,
         q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, norm_weight, cos, sin, slots, out, cache, eps,
-        upcoming=(upcoming, heuristics.READ_AHEAD_OF_ATTENTION_BYTES), tiles=2,
-        NUM_Q=num_q, NUM_KV=num_kv, HEAD_DIM=head_dim,
+        tiles=2, NUM_Q=num_q, NUM_KV=num_kv, HEAD_DIM=head_dim,
     )  # fmt: skip
     return out
