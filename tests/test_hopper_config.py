@@ -99,6 +99,9 @@ QWEN2_7B, QWEN2_HALF_B = (28, 4, 128), (14, 2, 64)
 # V evicted first. What a sweep on an H100 (python -m bench.tune_cuda) left as the choice; another table of times is
 # another sweep, and this one then changes with it.
 SWEPT = [
+    ((1, 324, 1), QWEN2_7B, (1, 8, 1, 0, 0, False)),
+    ((1, 1360, 1), QWEN2_7B, (1, 8, 1, 0, 0, False)),
+    ((1, 2048, 1), QWEN2_7B, (1, 4, 5, 0, 0, False)),
     ((1, 5184, 1), QWEN2_7B, (1, 4, 5, 0, 0, False)),
     ((1, 98304, 1), QWEN2_7B, (1, 4, 6, 0, 0, True)),  # 201 MB of K and V pass L2 by
     ((4, 20736, 4), QWEN2_7B, (1, 4, 1, 0, 0, False)),

@@ -1,7 +1,7 @@
 """How a decode step's linear layers are cut: tiles, the batch up to which they pay, and the floor they are held to.
 
 Tiles of a 7B's launches at 1 and 2 rows, and the batch, are measured on an H100 (``bench/tune_gemv.py``); tiles of
-tensor cores, and those of float32 from 8 rows on, are rules that no run has confirmed.
+tensor cores, which beat cuBLAS as they are, and those of float32 from 8 rows on, are rules that no sweep has bettered.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ MOST_ROWS = 32  # that a kernel takes: a program holds all of them beside each w
 # A weight costs a multiplication a row on CUDA cores: four rows take longer than cuBLAS (gate and up 130 us, cuBLAS
 # 98), two as long, with the norm, the bias, SiLU and the residual inside (100 and 98 us).
 ROWS_OF_CUDA_CORES = 2
-# By bytes an element. Of two, MOST_ROWS are predicted to pay, on tensor cores: it is to be measured.
-ROWS_THAT_PAY = {2: 2, 4: 2}
+# By bytes an element. Steps of a 7B by tensor cores and by cuBLAS: 4 rows 6517 and 7683 us, 32 rows 7559 and 8482.
+ROWS_THAT_PAY = {2: MOST_ROWS, 4: 2}
 
 
 @dataclass(frozen=True)
