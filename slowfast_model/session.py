@@ -69,7 +69,8 @@ class DecodeSession:
             there is; a video that comes by ``extend`` moves them.
         gemv: a step's linear layers run as Triton kernels that read each weight once, with what stands around them
             inside, instead of cuBLAS and PyTorch's ops. None: where they run and are faster, which is up to 32
-            prompts, in float32 2 (``gemv_limit`` says why not). Layers with modules that are more than their weights are called as ever.
+            prompts, in float32 2 (``gemv_limit`` says why not). Layers with modules that are more than their weights
+            are called as ever.
 
     Raises:
         ValueError, TypeError: as ``SlowFastForCausalLM.forward``; ``max_new_tokens`` or ``max_slow_tokens`` that is no
