@@ -31,21 +31,12 @@ def fused_call(inputs: AttentionInputs, backend: str, state: torch.Tensor | None
     return partial(
         sk.slowfast_cross_attention,
         state,
-        inputs.q,
-        inputs.slow_kv,
-        inputs.cu_slow,
-        inputs.text_rows,
-        inputs.cu_text,
+        *inputs.attention,
         inputs.gate_weight,
         inputs.gate_bias,
         inputs.warm_up,
         backend=backend,
     )
-
-
-def context_call(inputs: AttentionInputs):
-    where = (inputs.cu_slow, inputs.text_rows, inputs.cu_text)
-    return partial(sk.text_cross_attention, inputs.q, inputs.slow_kv, *where)
 
 
 def fused_error(inputs: AttentionInputs, backend: str, context: torch.Tensor) -> float:
@@ -116,7 +107,7 @@ def _run_shape(runner: Runner, op: str, shape: AttentionShape, dtype: str, backe
 
     contenders = [ours(backend) for backend in backends]
     if op == SWEEP:
-        calls = [context_call(x) for x in sets]
+        calls = [partial(sk.text_cross_attention, *x.attention) for x in sets]
         variant = Variant("", lambda: (calls, lambda: relative_error(calls[0](), context)))
         contenders.append(Contender(ALONE, [variant], alone, "base"))
     contenders += [Contender(peer.name, peer.variants(sets, context), alone) for peer in peers]

@@ -83,15 +83,11 @@ def _run_shape(
 
 def choices(inputs: AttentionInputs, backends: list[str]) -> list[Choice]:
     """Ours; where a backend of its own makes the automatic backward pass, Triton's behind the automatic forward too."""
-    found = backward.choices(NAME, backends, *_arguments(inputs))
+    found = backward.choices(NAME, backends, *inputs.attention)
     auto, triton = found[0], next((choice for choice in found if choice.who == "triton"), None)
     if triton and triton.backward == "triton" and "triton" not in (auto.forward, auto.backward):
         found.insert(1, Choice(IN_PARTS, None, auto.forward, "triton"))
     return found
-
-
-def _arguments(inputs: AttentionInputs) -> tuple[Tensor, ...]:
-    return inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text
 
 
 def ours(choice: Choice, sets: Sets, upstream: list[Tensor]) -> Competitor:
@@ -102,9 +98,9 @@ def ours(choice: Choice, sets: Sets, upstream: list[Tensor]) -> Competitor:
 
 
 def _passes(choice: Choice, inputs: AttentionInputs, upstream: Tensor) -> Passes:
-    q, slow_kv, *places = _arguments(inputs)
+    q, slow_kv, *places = inputs.attention
     if choice.who == IN_PARTS:
-        given = backward.named_arguments(NAME, *_arguments(inputs), return_lse=True)
+        given = backward.named_arguments(NAME, *inputs.attention, return_lse=True)
         return InParts(given, upstream, choice.backend, choice.backward)
 
     def attend(q: Tensor, slow_kv: Tensor) -> Tensor:

@@ -31,6 +31,11 @@ class AttentionInputs:
     warm_up: Tensor  # [1]
 
     @property
+    def attention(self) -> tuple[Tensor, ...]:
+        """What attention alone takes."""
+        return self.q, self.slow_kv, self.cu_slow, self.text_rows, self.cu_text
+
+    @property
     def keys(self) -> Tensor:
         """[B, N, Hkv, D], a view; sequences of one length only."""
         return self.slow_kv[:, :, 0].unflatten(0, (self.shape.batch, -1))

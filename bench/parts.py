@@ -87,10 +87,14 @@ class Order(NamedTuple):
         return f"{pooled}{runs}, K and V {'in one product' if self.kv_at_once else 'a layer at a time'}"
 
 
+def _num_layers(projector: nn.Module) -> int:
+    return sum(isinstance(x, nn.Linear) for x in projector.modules())
+
+
 def _order(made: list[_Made], projector: nn.Module, kv_at_once: bool) -> Order:
     """``made``: the calls of a projector and of the pooling of its one video."""
     names = [call.name for call in made]
-    num_pools, num_layers = names.count("slowfast_pool"), sum(isinstance(x, nn.Linear) for x in projector.modules())
+    num_pools, num_layers = names.count("slowfast_pool"), _num_layers(projector)
     products = sum(name in PRODUCTS for name in names)
     before_pool = sum(name in PRODUCTS for name in names[: names.index("slowfast_pool")])
     runs = products // max(num_layers, 1)
@@ -99,7 +103,7 @@ def _order(made: list[_Made], projector: nn.Module, kv_at_once: bool) -> Order:
 
 def _of_last_layer(made: list[_Made], projector: nn.Module) -> list[_Made]:
     """Of the calls of a projector those of its last linear layer, one a run."""
-    num_layers = sum(isinstance(x, nn.Linear) for x in projector.modules())
+    num_layers = _num_layers(projector)
     products = [call for call in made if call.name in PRODUCTS]
     return products[num_layers - 1 :: num_layers]
 

@@ -77,22 +77,18 @@ def tile_of(backend: str, inputs: AttentionInputs) -> tuple[int, int] | None:
             from slowfast_kernels.calls import AttentionTensors
             from slowfast_kernels.triton.attention import Attention
 
-            config = Attention(AttentionTensors(*_places(inputs))).config
+            config = Attention(AttentionTensors(*inputs.attention)).config
             return config.block_m, config.block_n
         case "cpu":
             return 48, 48  # with AVX-512: csrc/cpu/isa/attention.h
     return None
 
 
-def _places(inputs: AttentionInputs) -> tuple[Tensor, ...]:
-    return inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text
-
-
 def _ours(who: str, backend: str, sets: Sets, want: Tensor, cost: Cost, **selection: Tensor) -> Contender:
     """``who`` other than ``backend``: a row that the backend's own is held to."""
 
     def build():
-        calls = [partial(sk.text_cross_attention, *_places(x), **selection, backend=backend) for x in sets]
+        calls = [partial(sk.text_cross_attention, *x.attention, **selection, backend=backend) for x in sets]
         return calls, lambda: relative_error(calls[0](), want)
 
     kind = "ours" if who == backend else "base"

@@ -119,7 +119,8 @@ class Pipeline:
         return [self.model.vision_tower(part) for part in pixels]
 
     def pool(self) -> tuple[Tensor, Tensor, list]:
-        return self.model._slow_and_fast([self.features], self.model.get_input_embeddings().weight)
+        embeddings = self.model.get_input_embeddings().weight
+        return self.model._slow_and_fast([self.features], embeddings, self.model._shared_norm_eps())
 
     def keys_and_values(self) -> list[Tensor]:
         normalised = self.model._shared_norm_eps() is not None

@@ -28,8 +28,7 @@ GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 33)
 def fused(config: HopperConfig, inputs: AttentionInputs) -> torch.Tensor:
     out = torch.empty_like(inputs.state)
     gate = Gate.of(inputs.gate_weight, inputs.gate_bias, inputs.warm_up)
-    attention = AttentionTensors(inputs.q, inputs.slow_kv, inputs.cu_slow, inputs.text_rows, inputs.cu_text)
-    tensors = FusedTensors.of(inputs.state, attention, gate)
+    tensors = FusedTensors.of(inputs.state, AttentionTensors(*inputs.attention), gate)
     cuda.Attention(tensors, gate=gate, config=config)(tensors, out=out)
     return out
 

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 import triton
 
-from slowfast_kernels.calls import FusedTensors
+from slowfast_kernels.calls import AttentionTensors, FusedTensors
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics.triton import (
     AttentionConfig,
@@ -47,22 +47,8 @@ MANY_ROWS = [
 
 
 def fused(config: AttentionConfig, inputs: AttentionInputs) -> torch.Tensor:
-    gating = (inputs.gate_weight, inputs.gate_bias, inputs.warm_up)
-    tensors = FusedTensors(
-        inputs.state,
-        inputs.q,
-        inputs.slow_kv,
-        inputs.cu_slow,
-        inputs.text_rows,
-        inputs.cu_text,
-        None,
-        None,
-        None,
-        None,
-        *gating,
-        None,
-    )
-    gate = Gate.of(*gating)
+    gate = Gate.of(inputs.gate_weight, inputs.gate_bias, inputs.warm_up)
+    tensors = FusedTensors.of(inputs.state, AttentionTensors(*inputs.attention), gate)
     return attention.Attention(tensors, gate=gate, config=config).attend_and_mix(tensors, gate)
 
 

@@ -54,6 +54,14 @@ def gate_arguments(
     return None, None, None if warm_up is None else warm_up.to(computed), value
 
 
+def project_folded(tokens: Tensor, projection: nn.Linear, factor: Tensor) -> Tensor:
+    """``projection(tokens * factor)``, factor [C], in one GEMM and without a pass over the tokens [Ns, C].
+
+    The product of factor and weight is formed afresh, a read of the projection a prefill, so that nothing can go stale.
+    """
+    return F.linear(tokens, (projection.weight * factor).to(projection.weight.dtype), projection.bias)
+
+
 @can_be_plain
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary embedding."""
@@ -102,14 +110,10 @@ class HybridAttention(SelfAttention):
     def project_slow(self, tokens: Tensor, norm_weight: Tensor | None) -> Tensor:
         """K and V of normalised slow tokens [Ns, C], as [Ns, Hkv, 2, D]: interleaved as the projection writes them.
 
-        ``norm_weight`` [C]: the tokens lack the norm's weight, so the projection carries it: one GEMM and no pass over
-        the tokens. The product is formed afresh, a read of the projection a prefill, so that nothing can go stale.
+        ``norm_weight`` [C]: the tokens lack the norm's weight, so the projection carries it.
         """
         proj = self.cross_attn_kv_proj
-        if norm_weight is None:
-            kv = proj(tokens)
-        else:
-            kv = F.linear(tokens, (proj.weight * norm_weight).to(proj.weight.dtype), proj.bias)
+        kv = proj(tokens) if norm_weight is None else project_folded(tokens, proj, norm_weight)
         return kv.reshape(-1, self.num_kv_heads, 2, self.head_dim)
 
     def gating(self, state: Tensor, text_rows: Tensor) -> tuple[Tensor | None, ...]:

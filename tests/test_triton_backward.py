@@ -12,7 +12,7 @@ from cases import poison
 from test_triton import local_bytes
 from test_triton_visible import PIECES, RANGES, make_call, seen_by
 from torch import Tensor
-from triton_launches import HALF, VERSION, compile_all, compiled, index, interpreted, meta, recorder
+from triton_launches import HALF, VERSION, compile_all, compiled, index, interpreted, meta, recorder, skip_unknown
 
 from slowfast_kernels import eager
 from slowfast_kernels.calls import AttentionTensors, BackwardTensors
@@ -260,8 +260,7 @@ ARCHS = [(name, 90) for name in CALLS] + [(name, arch) for name in list(CALLS)[:
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "arch"), ARCHS)
 def test_every_kernel_compiles(record, what, arch):
-    if arch == 100 and VERSION < (3, 3):
-        pytest.skip("this ptxas knows no sm_100")
+    skip_unknown(arch)
     launches = record(arch)
     run_on_meta(64, 10368, **CALLS[what])
     names = [launch.name for launch, _ in compile_all(launches, arch)]

@@ -24,7 +24,7 @@ from triton_launches import (
     interpreted,
     recorder,
     round_bfloat16,
-    triton,
+    skip_unknown,
 )
 
 from slowfast_kernels.dtypes import KERNEL_DTYPES
@@ -135,13 +135,24 @@ def test_the_step_compiles_for_hopper_without_spills(record, rows, dtype, tmp_pa
 @pytest.mark.parametrize("arch", [80, 100])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_step_compiles_for_other_gpus(record, rows, arch):
-    if arch == 100 and VERSION < (3, 3):
-        pytest.skip(f"the ptxas of triton {triton.__version__} knows no sm_100")
+    skip_unknown(arch)
     launches = record(arch)
     launch_step(rows)
     del launches[3]  # as the second
     names = [launch.name for launch, _ in compile_all(launches, arch)]
     assert names == ["_rotated_qkv", "_linear", "_gated_up", "_linear"]
+
+
+def around_the_wait(ptx: str) -> tuple[str, str] | None:
+    """What a dependent launch does before it waits, and after; None where Triton has none."""
+    dependent = VERSION >= (3, 5)
+    assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == int(dependent)
+    if not dependent:
+        return None
+    before, after = ptx.split("griddepcontrol.wait")
+    assert "cp.async" not in before, "activations are what is waited for"
+    assert "griddepcontrol.launch_dependents" in after
+    return before, after
 
 
 @compiled
@@ -152,15 +163,12 @@ def test_weights_are_loaded_by_vectors_and_the_first_of_them_before_the_wait(rec
     for launch in launches[:3]:
         ptx = launch.compile(90).asm["ptx"]
         assert "ld.global.v2.b32" in ptx or "ld.global.v4.b32" in ptx
-        dependent = VERSION >= (3, 5)
-        assert launch.options.get("launch_pdl", False) == dependent
-        assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == int(dependent)
-        if dependent:
-            before, after = ptx.split("griddepcontrol.wait")
+        parts = around_the_wait(ptx)
+        assert launch.options.get("launch_pdl", False) == (parts is not None)
+        if parts:
+            before, _ = parts
             assert "ld.global.v" in before
-            assert "cp.async" not in before, "activations are what is waited for"
             assert "st.global" not in before
-            assert "griddepcontrol.launch_dependents" in after
 
 
 @compiled
@@ -173,15 +181,12 @@ def test_tensor_cores_get_weights_by_16_bytes_that_l2_reads_before_the_wait(reco
         assert copied.count(16) > 0.8 * len(copied)
         assert set(copied) <= {4, 16}, "4: the norm's weight"
         assert "mma.sync" in ptx
-        dependent = VERSION >= (3, 5)
-        assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == int(dependent)
-        if dependent:
+        parts = around_the_wait(ptx)
+        if parts:
+            before, after = parts
             assert "ld.global" not in ptx[: ptx.rindex("mma.sync")], "the loop waits for nothing but copies"
-            before, after = ptx.split("griddepcontrol.wait")
             assert "prefetch.global.L2" in before
             assert "prefetch.global.L2" not in after
-            assert "cp.async" not in before, "activations are what is waited for"
-            assert "griddepcontrol.launch_dependents" in after
 
 
 # ------------------------------------------------------------------------------------------- interpreter

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
-from triton_launches import HALF, VERSION, compile_all, compiled, index, interpreted, meta, recorder
+from triton_launches import HALF, compile_all, compiled, index, interpreted, meta, recorder, skip_unknown
 
 from slowfast_kernels.calls import AttentionTensors, FusedTensors, MergeTensors
 from slowfast_kernels.gate import Gate
@@ -308,8 +308,7 @@ def visible(num_text, num_slow, heads=(28, 4), dim=128, dtype=HALF, ranges=True,
 @pytest.mark.parametrize("what", VISIBLE)
 def test_ranges_and_pieces_compile(record, what, arch):
     """Both of their loops keep loads in flight, also where a block looks its piece up."""
-    if arch == 100 and VERSION < (3, 3):
-        pytest.skip("this ptxas knows no sm_100")
+    skip_unknown(arch)
     launches = record(arch)
     visible(*QUESTION, ranges=False)
     visible(*QUESTION, **dict(zip(("ranges", "pieces", "pair"), VISIBLE[what], strict=True)))

@@ -73,7 +73,7 @@ _HOPPER_LONG_DECODE_BLOCKS = 1024
 # Units of two videos: clusters of 8 without groups, 2x1x10368 21.3 -> 19.8 us, 2x1x5184 13.9 -> 12.6 (24).
 _HOPPER_TWO_VIDEOS = range(5, 9)
 # One short video, plain and in a piece: clusters of 8 without groups 3.3 and 5.7 us over 324 tokens instead of 4.6 and
-# 6.8, 4.9 and 7.4 over 1360 instead of 5.5 and 7.7; over 2048 plain alone is faster (25).
+# 6.8, 4.9 and 7.4 over 1360 instead of 5.5 and 7.7; over 2048 plain alone is faster (24).
 _HOPPER_SHORT_DECODE_BLOCKS = 48
 # Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
 # which groups add up, or, for clusters, the last group's reading of all partial rows.
@@ -212,8 +212,8 @@ def _hopper_decode_splits(units: int, blocks: int, num_sms: int) -> tuple[int, i
     clusters of 2 for batches that fill the GPU, with two groups instead of four: 16x1x10368 119.3 -> 117.9 us (24).
     """
     is_long = blocks >= _HOPPER_LONG_DECODE_BLOCKS
-    few_blocks = 8 <= blocks <= _HOPPER_SHORT_DECODE_BLOCKS
-    if (units in _HOPPER_TWO_VIDEOS and blocks >= 8 and not is_long) or (units < _HOPPER_TWO_VIDEOS[0] and few_blocks):
+    most = _HOPPER_LONG_DECODE_BLOCKS - 1 if units in _HOPPER_TWO_VIDEOS else _HOPPER_SHORT_DECODE_BLOCKS
+    if units <= _HOPPER_TWO_VIDEOS[-1] and 8 <= blocks <= most:
         return 8, 1
     if units <= _hopper_clusters(num_sms)[4] and blocks >= 4:
         ctas = _HOPPER_SATURATING_CTAS_LONG if is_long else _HOPPER_SATURATING_CTAS

@@ -16,14 +16,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import slowfast_kernels as sk
 
-from ..attention import gate_arguments
+from ..attention import gate_arguments, project_folded
 from ..checkpoint import interleave_kv
 from ..config import SlowFastConfig
 from ..layers import weights_dtype
@@ -106,7 +105,7 @@ class HybridAttention(ReplacedAttention):
         return kv
 
     def _project(self, tokens: Tensor, are_normalised: bool) -> Tensor:
-        """[Ns, 2 Hkv D]. The factor of a norm that is folded is multiplied in afresh, so that nothing can go stale."""
+        """[Ns, 2 Hkv D]. What tokens that are normalised lack is the norm's factor, which the projection carries."""
         (layer,) = self._decoder_layer
         norm, projection = layer.input_layernorm, self.cross_attn_kv_proj
         if not are_normalised:
@@ -114,7 +113,7 @@ class HybridAttention(ReplacedAttention):
         scale = factor(norm, self._norm_offset)
         if not is_plain(projection, nn.Linear):
             return projection((tokens * scale).to(tokens.dtype))
-        return F.linear(tokens, (projection.weight * scale).to(projection.weight.dtype), projection.bias)
+        return project_folded(tokens, projection, scale)
 
     @property
     def bare_norm_eps(self) -> float | None:

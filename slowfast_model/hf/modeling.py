@@ -296,15 +296,15 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             return (inputs_embeds == marker.to(inputs_embeds)).all(-1)
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
-    def _slow_and_fast(self, features: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    def _slow_and_fast(
+        self, features: list[Tensor], like: Tensor, norm_eps: float | None
+    ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         if not features:
             nothing = like.new_zeros(0, self.config.mm_hidden_size)
             tokens = self.mm_projector(nothing).to(like.device)
             return tokens, tokens, []
         features = [x.to(like.device, like.dtype) for x in features]
-        slow, fast, counts = project_and_pool(
-            self.mm_projector, features, self.slow_fast, self._shared_norm_eps(), None
-        )
+        slow, fast, counts = project_and_pool(self.mm_projector, features, self.slow_fast, norm_eps, None)
         return slow.to(like.device), fast.to(like.device), counts
 
     def _shared_norm_eps(self) -> float | None:
@@ -446,7 +446,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         gradient, so that data-parallel ranks agree.
         """
         placeholders, valid, restarts = rows
-        slow, fast, counts = self._slow_and_fast(features, embeddings)
+        norm_eps = self._shared_norm_eps()
+        slow, fast, counts = self._slow_and_fast(features, embeddings, norm_eps)
         new = NewVideos.of(placeholders, counts, repeats)
         if features:
             self._check_turn(past_length)
@@ -461,8 +462,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         before = None if held is None else held.total
         begin, end = ranges(self.slow_fast, new.seen, before, valid, placeholders, restarts)
         older = {} if held is None else held.kv
-        normalised = bool(features) and self._shared_norm_eps() is not None
-        read = {"tokens": slow, "tokens_are_normalised": normalised, "held": older}
+        read = {"tokens": slow, "tokens_are_normalised": norm_eps is not None, "held": older}
         return embeddings, SlowReading.of(after.pieces, begin, end, **read), after
 
     def _factor_like(self, x: Tensor) -> Tensor | float:
