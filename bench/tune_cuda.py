@@ -51,6 +51,7 @@ def candidates(shape: AttentionShape) -> Iterator[HopperConfig]:
     if tiles <= 100:
         most_waves = 3 if max(shape.slow) > 50000 else 1
     yield own
+    yield replace(own, gates_first=not own.gates_first)
     for step in (-6, -3, 3, 6) if own.long_blocks else ():
         yield replace(own, long_blocks=max(1, own.long_blocks + step))
     even = replace(own, whole_units=0, long_blocks=0)
@@ -73,6 +74,7 @@ def tune(sets: list[AttentionInputs], device: torch.device, budget_s: float) -> 
 def show(entry: dict) -> str:
     def line(name: str, row: dict) -> str:
         uneven = f" whole {row['whole_units']} long {row['long_blocks']}" if row["long_blocks"] else ""
+        uneven += " gates first" if row["gates_first"] else ""
         return f"  {name:9} {row['us']:7.1f} us  cluster {row['cluster_size']} groups {row['num_groups']}{uneven}"
 
     return "\n".join([line("heuristic", entry["heuristic"])] + [line("best", row) for row in entry["all"][:5]])

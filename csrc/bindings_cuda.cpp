@@ -18,8 +18,9 @@ namespace {
 
 #ifdef SLOWFAST_WITH_SM90
 void cross_attention(Address params, Address plan, Address stream) {
-  const CrossAttentionParams& p = read_attention(params);
   const auto& split = *static_cast<const cuda::SplitPlan*>(pointer(plan));
+  CrossAttentionParams p = read_attention(params);
+  if (split.gates_first) p = cuda::form_gates(p, split, pointer(stream));
   switch (p.head_dim) {
     case 64: return cuda::cross_attention_sm90_d64(p, split, pointer(stream));
     case 128: return cuda::cross_attention_sm90_d128(p, split, pointer(stream));

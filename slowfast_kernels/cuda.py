@@ -29,7 +29,7 @@ from .calls import (
     attention_bytes,
     scale_of,
 )
-from .gate import Gate, float_value
+from .gate import WEIGHTED_GATES, Gate, float_value
 from .gradients import (
     attention_differentiable,
     attention_needs,
@@ -262,7 +262,7 @@ class Attention:
         self.device, num_sms = q.device, _num_sms(q.device)
         # All rows of one sequence see the same blocks of its pieces, as they do of one run.
         has_ranges = sample.slow_begin is not None or sample.slow_end is not None
-        self.config = config = config or hopper_attention_config(
+        config = config or hopper_attention_config(
             text_rows.shape[0],
             slow_kv.shape[0],
             batch,
@@ -273,7 +273,10 @@ class Attention:
             has_ranges or (sample.slow_pieces is not None and batch > 1),
             num_sms,
         )
-        splits = config.cluster_size * config.num_groups
+        if gate is None or gate.kind not in WEIGHTED_GATES:  # there is nothing to form
+            config = replace(config, gates_first=False)
+        self.config, splits = config, config.cluster_size * config.num_groups
+        self.num_gates = text_rows.shape[0] if config.gates_first else 0
         self.is_fused = isinstance(sample, FusedTensors)
         inputs, state = (sample.attention, sample.state) if self.is_fused else (sample, None)
         self.params = cross_attention_params(inputs, scale_of(q, softmax_scale), splits, state, gate)
@@ -303,20 +306,25 @@ class Attention:
             places = {"partial_out": 0, "partial_stats": out_size, "partial_gates": out_size + stats_size}
             parts = [Slot(name, "workspace", 4 * floats) for name, floats in places.items()]
             parts.append(Slot("counters", "counters"))
+        if self.num_gates:
+            made.append("gates")
+            parts.append(Slot("partial_gates", "gates"))
         structs = (self.params, slots), (self.plan, parts)
         return kernel_call(extension().cuda_cross_attention, type(sample), made, *structs)
 
     def describe(self) -> CallPlan:
-        config = self.config
-        plan = CallPlan(
-            tiles={"block_m": 64 * config.consumers, "block_n": config.block_n, **asdict(config)},
-            num_splits=config.cluster_size * config.num_groups,
-            grid=config.grid(self.params.num_kv_heads),
-            workspace_bytes=4 * sum(self.workspace or ()),
-        )
+        config, notes = self.config, []
+        if config.gates_first:
+            notes.append("a launch before forms the gates")
         if config.dealt_ctas:
-            return replace(plan, num_splits=None, notes=("the device deals out blocks by what rows see",))
-        return plan
+            notes.append("the device deals out blocks by what rows see")
+        return CallPlan(
+            tiles={"block_m": 64 * config.consumers, "block_n": config.block_n, **asdict(config)},
+            num_splits=None if config.dealt_ctas else config.cluster_size * config.num_groups,
+            grid=config.grid(self.params.num_kv_heads),
+            workspace_bytes=4 * (sum(self.workspace or ()) + self.num_gates),
+            notes=tuple(notes),
+        )
 
     def __call__(
         self,
@@ -339,6 +347,9 @@ class Attention:
             *sizes, num_counters = self.workspace
             floats = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
             made += [floats.data_ptr(), _counters(self.device, num_counters).data_ptr()]
+        if self.num_gates:
+            gates = torch.empty(self.num_gates, dtype=torch.float32, device=self.device)
+            made.append(gates.data_ptr())
         _launch(self.call, self.device, addresses or addresses_of(tensors), *made)
 
 

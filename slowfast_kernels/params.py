@@ -117,7 +117,7 @@ class SplitPlan(ctypes.Structure):
     _fields_ = [
         *_fields(c_int32, "dealt_ctas num_sms share_slots grid_heads grid_groups even_units even_blocks"),
         *_fields(c_int32, "consumers cluster_size num_groups max_tiles whole_units long_blocks"),
-        ("kv_evict_first", c_bool),
+        *_fields(c_bool, "kv_evict_first gates_first"),
         *_fields(c_void_p, "partial_out partial_stats partial_gates counters"),
         ("heads_per_kv", c_int32),
         *_fields(c_uint32, "heads_per_kv_reciprocal splits_reciprocal"),

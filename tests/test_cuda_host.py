@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import Shape, make_inputs
+from cases import Shape, gate_of, make_inputs
 
 from slowfast_kernels import cuda
 from slowfast_kernels.calls import (
@@ -23,6 +23,7 @@ from slowfast_kernels.calls import (
     PoolCallOptions,
     PoolTensors,
 )
+from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics.cuda import HopperConfig, cuda_mix_backward_blocks
 from slowfast_kernels.params import (
     BackwardPlan,
@@ -208,6 +209,45 @@ def test_without_groups_there_is_no_workspace(inputs, launched):
     attend, tensors = attention_of(inputs, HopperConfig(2, 4, 1, 2))
     attend(tensors)
     assert launched[0][1].partial_out is None
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gates_that_come_first_have_a_place_for_each_text_row(inputs, launched, monkeypatch, groups):
+    config = HopperConfig(2, 1, groups, 2, gates_first=True)
+    gate = Gate.of(*inputs.gating)
+    tensors = FusedTensors.of(inputs.state, AttentionTensors(*inputs.attention), gate)
+    made, empty = [], torch.empty
+
+    def record(*size, **kind):
+        made.append(empty(*size, **kind))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", record)
+    attend = cuda.Attention(tensors, gate=gate, config=config)
+    attend(tensors, out=inputs.state.clone())
+    ((params, plan),) = launched
+    assert plan.gates_first
+    assert params.gate.weight == inputs.gate_weight.data_ptr()
+    *_, gates = made
+    assert plan.partial_gates == gates.data_ptr()
+    assert (gates.shape, gates.dtype) == ((24,), torch.float32)
+    assert attend.describe().workspace_bytes == sum(4 * x.numel() for x in made) + 4 * (config.workspace(2, 64)[3])
+    assert "a launch before forms the gates" in attend.describe().notes
+
+
+@pytest.mark.parametrize("way", ["none", "given", "attention alone"])
+def test_gates_without_a_weight_are_not_formed_first(inputs, launched, rng, way):
+    config = HopperConfig(2, 1, 1, 2, gates_first=True)
+    gate, tensors = None, AttentionTensors(*inputs.attention)
+    if way != "attention alone":
+        gating, options = gate_of(way, inputs, rng())
+        gate = Gate.of(*gating, **{"value" if name == "gate_value" else name: x for name, x in options.items()})
+        tensors = FusedTensors.of(inputs.state, tensors, gate)
+    attend = cuda.Attention(tensors, gate=gate, config=config)
+    attend(tensors, out=inputs.state.clone())
+    assert not launched[0][1].gates_first
+    assert launched[0][1].partial_gates is None
+    assert attend.describe().notes == ()
 
 
 def test_the_kernel_is_told_how_it_is_cut(inputs, launched):

@@ -15,7 +15,7 @@ import slowfast_kernels as sk
 from slowfast_kernels import cuda
 from slowfast_kernels._extension import unavailable_reason
 from slowfast_kernels.calls import FusedTensors
-from slowfast_kernels.gate import Gate
+from slowfast_kernels.gate import WEIGHTED_GATES, Gate
 from slowfast_kernels.heuristics.cuda import HopperConfig
 
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -107,6 +107,53 @@ def test_every_plan_is_accurate_and_repeatable(plan, dtype, head_dim, rng):
     for _ in range(REPEATS):
         again = attend(inputs, config)
         assert all(reference.same_bits(a, b) for a, b in zip(again, (context, lse, out), strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("plan", PLANS)
+def test_under_every_plan_gates_may_be_formed_first(plan, head_dim, rng):
+    shape, config = PLANS[plan]
+    inputs = make_inputs(shape._replace(dim=head_dim), torch.bfloat16, torch.device("cuda"), rng("cuda"))
+    config = replace(config, gates_first=True)
+    *_, out = check(inputs, config)
+    for _ in range(REPEATS):
+        assert reference.same_bits(attend(inputs, config)[2], out)
+
+
+# More rows than warps fit on the GPU, and more channels than a lane loads at once; the rows between see nothing.
+MANY = Shape(((4000, 300), (50, 0), (950, 130)), (28, 4), 128, other_rows=9)
+
+
+@pytest.mark.parametrize("parameters", [None, torch.float32], ids=["parameters alike", "float32 parameters"])
+@pytest.mark.parametrize("way", WEIGHTED_GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_the_gates_of_many_rows_are_formed_first_whatever_their_kind(dtype, way, parameters, rng):
+    inputs = make_inputs(MANY, dtype, torch.device("cuda"), rng("cuda"))
+    gating = tuple(x.to(parameters or dtype) for x in inputs.gating)
+    arguments = (inputs.state, *inputs.attention, *gating)
+    assert "a launch before forms the gates" in sk.explain(sk.slowfast_cross_attention, *arguments, gate=way).notes
+    out = sk.slowfast_cross_attention(*arguments, gate=way)
+    plain = sk.slowfast_cross_attention(*arguments, gate=way, backend="eager")
+    exact = reference.attention(*inputs.attention)
+    rows = inputs.text_rows.long()
+    mixed = reference.gated_mix(inputs.state, exact.context, inputs.text_rows, *gating, gate=way)
+    reference.assert_accurate(out[rows], plain[rows], mixed[rows], exact.noise)
+    assert reference.same_bits(out[inputs.other_rows], inputs.state[inputs.other_rows])
+    blind = rows[4000:4050]
+    assert reference.same_bits(out[blind], inputs.state[blind])
+
+
+def test_gates_that_come_first_follow_what_a_graph_is_replayed_on(rng):
+    inputs = make_inputs(MANY, torch.bfloat16, torch.device("cuda"), rng("cuda"))
+    other = make_inputs(MANY, torch.bfloat16, torch.device("cuda"), rng("cuda"))
+    sk.slowfast_cross_attention(*inputs.fused)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sk.slowfast_cross_attention(*inputs.fused)
+    inputs.state.copy_(other.state)
+    inputs.gate_weight.copy_(other.gate_weight)
+    graph.replay()
+    assert reference.same_bits(out, sk.slowfast_cross_attention(*inputs.fused))
 
 
 @pytest.mark.parametrize("head_dim", [128, 64])

@@ -173,7 +173,7 @@ def test_a_batch_leaves_room_for_groups_that_uneven_lengths_ask_for(num_text, nu
     out, stats, gates, counters = config.workspace(4, 128)
     assert out >= parts * rows * 128
     assert stats >= parts * rows * 2
-    assert gates >= parts * config.cluster_size * rows * 3
+    assert gates == 0 if config.gates_first else gates >= parts * config.cluster_size * rows * 3
     assert counters >= parts * (config.cluster_size if config.cluster_size > 1 else config.consumers)
 
 
@@ -247,8 +247,20 @@ def test_ranges_and_pieces_get_plans_that_hold_whatever_rows_see(num_text, num_s
         assert config.num_groups > 1, "a workspace is made"
         out, stats, gates, counters = config.workspace(4, 128)
         assert (out, stats) == (config.dealt_ctas * 128 * 128, config.dealt_ctas * 128 * 2)
-        assert gates == config.max_tiles * 4 * 128 * 3
+        assert gates == (0 if config.gates_first else config.max_tiles * 4 * 128 * 3)
         assert counters == config.dealt_ctas * 2
+
+
+def test_many_text_rows_have_their_gates_formed_first_unless_splits_fix_a_rows_bits():
+    def gates_first(batch: int, num_text: int, num_slow: int, heads: tuple[int, int] = (28, 4), num_splits: int = 0):
+        config = hopper_attention_config(batch * num_text, batch * num_slow, batch, *heads, 128, num_splits)
+        return config.gates_first
+
+    first = [(32, 64, 2048), (8, 128, 2048), (16, 64, 2048), (4, 128, 20736, (32, 8)), (16, 128, 5184), (32, 128, 5184)]
+    assert all(gates_first(*shape) for shape in first)
+    within = [(8, 64, 2048), (16, 32, 5184), (8, 64, 10368), (8, 128, 5184), (1, 1024, 10368), (1, 1, 5184)]
+    assert not any(gates_first(*shape) for shape in within)
+    assert not gates_first(32, 64, 2048, num_splits=1)
 
 
 def test_a_fixed_number_of_splits_leaves_nothing_to_a_deal():

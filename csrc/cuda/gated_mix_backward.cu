@@ -402,7 +402,7 @@ void gated_mix_backward(const GatedMixBackwardParams& p, void* stream_address) {
   dispatch_dtype(p.dtype, [&](auto tag) { launch<typename decltype(tag)::type>(p, stream); });
   if (p.partials == nullptr) return;
   const auto blocks = static_cast<unsigned>((p.partial_stride + kSumColumns - 1) / kSumColumns);
-  launch_dependent(sum_partials, blocks, kSumThreads, stream, p, "gated_mix_backward (sums)");
+  launch_dependent(sum_partials, blocks, kSumThreads, stream, "gated_mix_backward (sums)", p);
 }
 
 }  // namespace slowfast::cuda

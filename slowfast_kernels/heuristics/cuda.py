@@ -19,6 +19,7 @@ class HopperConfig:
     whole_units: int = 0  # the first (tile, KV head) units, which a CTA each takes without a split
     long_blocks: int = 0  # KV blocks of every group but the last, which gets the rest; 0: equal groups
     kv_evict_first: bool = False
+    gates_first: bool = False  # a launch before forms all gates that have a weight, not each unit those of its rows
     dealt_ctas: int = 0  # CTAs to which the device deals out blocks, where rows see ranges (deal.cuh); 0: equal groups
     # Where the device sees uneven lengths, it cuts units otherwise (shares.cuh), for so many groups at once; 0: never.
     share_slots: int = 0
@@ -50,13 +51,14 @@ class HopperConfig:
     def workspace(self, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
         """Floats of partial outputs, statistics and gates, and counters, if it ``leaves_parts``."""
         units, rows = self.max_tiles * num_kv_heads - self.whole_units, 64 * self.consumers
+        gates = 0 if self.gates_first else rows * 3  # of a CTA's rows; those that come first are not among the parts
         if self.dealt_ctas > 0:
             parts = self.dealt_ctas * rows
-            return parts * head_dim, parts * 2, units * rows * 3, self.dealt_ctas * self.consumers
+            return parts * head_dim, parts * 2, units * gates, self.dealt_ctas * self.consumers
         shared = 2 * self.share_slots
         parts = max(units * self.num_groups if self.num_groups > 1 else 0, shared)
         counters = max(units, shared) * self.cluster_size if self.cluster_size > 1 else parts * self.consumers
-        return parts * rows * head_dim, parts * rows * 2, max(units, shared) * self.cluster_size * rows * 3, counters
+        return parts * rows * head_dim, parts * rows * 2, max(units, shared) * self.cluster_size * gates, counters
 
 
 # Numbers in brackets are sections of bench/NOTES.md.
@@ -84,6 +86,10 @@ _HOPPER_CLUSTER_US, _HOPPER_CLUSTER_GROUP_US, _HOPPER_PARTIAL_BYTES_A_US = 4.0, 
 _HOPPER_LEVEL_US = 3.0
 _HOPPER_MAX_GROUPS = 32
 _HOPPER_DEALT_BATCH, _HOPPER_DEALT_TILES = 64, 512
+# Gates, counted once a KV head, from which on a launch before forms them: 32x64x2048 151.3 -> 132.0 us, 8x128x2048 69.6
+# -> 67.0, 4x128x20736 at 32 / 8 heads 251.6 -> 241.5; 8x64x2048 would take 38.6 instead of 35.0. Groups share them out,
+# and hide twice as many: 16x128x5184 265.6 -> 251.4, 8x128x5184 130.5 -> 134.0 (32).
+_HOPPER_GATES_FIRST = 4096
 # Uneven batches: every CTA looks at all lengths, 32 at a time. CTAs of decode, which do not all end together: more than
 # saturate the memory.
 _HOPPER_SHARED_BATCH = 256
@@ -142,7 +148,9 @@ def hopper_attention_config(
     _, choice = min(plans, key=lambda plan: plan[0])
     if deals and choice["cluster_size"] == 1:  # clusters add up faster than a deal makes good
         choice = {"cluster_size": 1, "num_groups": 2, "dealt_ctas": max_tiles * num_kv_heads + num_sms}
-    config = HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, **choice)
+    formed = num_text * num_kv_heads  # gates that units form: each KV head's those of all rows
+    gates_first = formed >= _HOPPER_GATES_FIRST * (1 if choice["num_groups"] == 1 else 2)
+    config = HopperConfig(consumers, max_tiles=max_tiles, kv_evict_first=evict_first, gates_first=gates_first, **choice)
     if selects:
         return config
     slots = ({1: num_sms} | clusters)[config.cluster_size]

@@ -19,9 +19,9 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-template <typename Params>
-void launch_dependent(void (*kernel)(Params), unsigned blocks, unsigned threads, cudaStream_t stream, const Params& p,
-                      const char* name) {
+template <typename... Params>
+void launch_dependent(void (*kernel)(Params...), unsigned blocks, unsigned threads, cudaStream_t stream, const char* name,
+                      const Params&... params) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -33,7 +33,7 @@ void launch_dependent(void (*kernel)(Params), unsigned blocks, unsigned threads,
 #ifdef SLOWFAST_WITH_SM90  // else what runs on Hopper has been compiled without the wait
   config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 ? 1 : 0;
 #endif
-  check(cudaLaunchKernelEx(&config, kernel, p), name);
+  check(cudaLaunchKernelEx(&config, kernel, params...), name);
 }
 
 }  // namespace slowfast::cuda

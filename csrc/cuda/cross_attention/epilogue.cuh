@@ -156,8 +156,8 @@ struct Gates {
 
   __device__ void prepare(int warp, int lane) const {
     // Few rows go ahead of Q; many would hold it up.
-    const bool are_few = text_end() - text_begin() <= 8;
-    if (forms_gates() && are_few) prefetch(warp * 32 + lane);
+    const bool are_few = text_end() - text_begin() <= 8, fetches = forms_gates() && !plan.gates_first;
+    if (fetches && are_few) prefetch(warp * 32 + lane);
     if (warp == 0 && lane == 0 && p.state != nullptr) shared.gate_function = Gate(p.gate, GateScalars(p.gate, p.gate.weight != nullptr));
     for (int i = warp * 32 + lane; i < num_rows; i += 32 * Traits::kGateWarps) {
       const int kv_head = unit.kv_head + is_next_kv_head(first_row + i);
@@ -165,7 +165,7 @@ struct Gates {
     }
     ptx::mbarrier_arrive(&shared.places_full);
     if (forms_gates()) {
-      if (!are_few) prefetch(warp * 32 + lane);
+      if (fetches && !are_few) prefetch(warp * 32 + lane);
       if (shares_items()) {
         take_items<kGateLoads>(lane);
         while (*static_cast<volatile int*>(&shared.gate_items_done) < num_items()) {

@@ -29,11 +29,12 @@ struct SplitPlan {
   int32_t whole_units;   // the first units (by KV head, then tile), a CTA each without a split; 0 unless cluster_size is 1
   int32_t long_blocks;   // KV blocks of every group but the last, which gets the rest; 0: equal groups
   bool kv_evict_first;   // each KV byte is read once
+  bool gates_first;      // a launch before forms the gates of all text rows, which have a weight (form_gates)
   // Workspace, for more than one group. Its units are those that groups share: max_tiles * Hkv - whole_units.
   // A part is a group's; with share_slots there are 2 * share_slots at least, and as many units.
   float* partial_out;    // [units, num_groups, kBlockM * D]
   float* partial_stats;  // [units, num_groups, kBlockM, 2]
-  float* partial_gates;  // [units, cluster_size, kBlockM, 3]
+  float* partial_gates;  // [units, cluster_size, kBlockM, 3]; with gates_first [Nt], for any number of groups
   int32_t* counters;     // [units, cluster_size == 1 ? kConsumers * num_groups : cluster_size]; zero before and after a
                          // launch
   // Set by the launch. The reciprocals are 2^32 / x, rounded up (0 for x = 1), for a division by one multiplication.
@@ -41,6 +42,9 @@ struct SplitPlan {
   uint32_t heads_per_kv_reciprocal;  // see text_of
   uint32_t splits_reciprocal;        // of cluster_size * num_groups
 };
+
+// With gates_first: leaves the gates in partial_gates, and returns the call that takes them from there.
+CrossAttentionParams form_gates(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 
 void cross_attention_sm90_d64(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
 void cross_attention_sm90_d128(const CrossAttentionParams& params, const SplitPlan& plan, void* stream);
