@@ -52,6 +52,22 @@ def test_few_rows_of_a_7b_have_the_tiles_that_were_measured(shape, one, two):
     assert gemv_config(GemvShape(*shape), 2, 2) == GemvConfig(2, *two, 4)
 
 
+@pytest.mark.parametrize(
+    ("shape", "few", "many"),
+    [
+        ((4608, HIDDEN), (64, 128, 2, 5), (32, 128, 2, 5)),
+        ((HIDDEN, HIDDEN), (16, 256, 4, 4), (32, 256, 4, 4)),
+        ((2 * INNER, HIDDEN), (64, 128, 2, 3), (32, 128, 2, 5)),
+        ((HIDDEN, INNER), (16, 256, 4, 4), (32, 256, 4, 4)),
+        ((VOCAB, HIDDEN), (64, 128, 4, 4), (64, 128, 4, 4)),
+        ((70 * 64 - 1, HIDDEN), (32, 128, 2, 5), (32, 128, 2, 5)),  # too few programs of 64
+    ],
+)
+def test_batches_of_a_7b_have_the_tiles_that_were_measured(shape, few, many):
+    assert gemv_config(GemvShape(*shape), 8, 2) == GemvConfig(16, *few, tensor_cores=True)
+    assert gemv_config(GemvShape(*shape), 32, 2) == GemvConfig(32, *many, tensor_cores=True)
+
+
 @pytest.mark.parametrize("batch", range(1, MOST_ROWS + 1))
 def test_every_batch_has_tiles_that_hold_its_rows_and_no_more_channels_than_there_are(batch):
     for shape in (GemvShape(VOCAB, HIDDEN), GemvShape(7, 48)):
@@ -65,7 +81,8 @@ def test_every_batch_has_tiles_that_hold_its_rows_and_no_more_channels_than_ther
 
 @pytest.mark.parametrize("batch", range(1, MOST_ROWS + 1))
 def test_three_rows_of_16_bits_or_more_are_tensor_cores_in_tiles_of_16_or_more(batch):
-    for shape in (GemvShape(VOCAB, HIDDEN), GemvShape(2 * INNER, HIDDEN), GemvShape(HIDDEN, INNER), GemvShape(7, 48)):
+    shapes = [(VOCAB, HIDDEN), (2 * INNER, HIDDEN), (4608, HIDDEN), (2304, HIDDEN), (HIDDEN, INNER), (7, 48), (48, 32)]
+    for shape in (GemvShape(*shape) for shape in shapes):
         config = gemv_config(shape, batch, 2)
         assert config.tensor_cores == (batch >= 3)
         if config.tensor_cores:

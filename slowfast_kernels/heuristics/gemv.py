@@ -1,7 +1,7 @@
 """How a decode step's linear layers are cut: tiles, the batch up to which they pay, and the floor they are held to.
 
-Tiles of a 7B's launches at 1 and 2 rows, and the batch, are measured on an H100 (``bench/tune_gemv.py``); tiles of
-tensor cores, which beat cuBLAS as they are, and those of float32 from 8 rows on, are rules that no sweep has bettered.
+Tiles of a 7B's launches at 1 and 2 rows, rules for tensor cores, and the batch are measured on an H100
+(``bench/tune_gemv.py``); those of float32 from 8 rows on are predicted.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ _BY_ROWS = {
 }
 
 
+_FEWEST_PROGRAMS = 70  # fewer do not draw the read rate
+
+
 @lru_cache(maxsize=4096)
 def gemv_config(shape: GemvShape, batch: int, element_size: int) -> GemvConfig:
     """For ``batch`` rows of activations of so many bytes an element.
@@ -92,19 +95,21 @@ def gemv_config(shape: GemvShape, batch: int, element_size: int) -> GemvConfig:
 
 
 def _tensor_core_config(shape: GemvShape, batch: int) -> GemvConfig:
-    """Predicted. 50 to 150 KB of weights under way an SM, in two or three programs.
+    """50 to 150 KB of weights under way an SM, in two or three programs: within 4% of the best of a 7B's launches.
 
-    Every program reads all activations from L2: at most the bytes of its weights, half of them up to 16 rows and where
-    there are outputs enough for taller tiles. ``block_k`` is at least 64 a warp, two elements a thread: the norm's
-    weight is then copied ahead as the others are (a head, the tallest, has no norm).
+    What widens (q, k and v; gate and up) has a norm inside, and is faster with two warps, a third at 8 rows of q, k and
+    v. Every program reads all activations from L2: at most the bytes of its weights, half of them up to 16 rows and
+    where there are outputs enough for taller tiles. ``block_k`` is at least 64 a warp, two elements a thread: the
+    norm's weight is then copied ahead as the others are (a head, the tallest, has no norm).
     """
     block_m = max(16, next_power_of_2(batch))
-    block_n, block_k, num_stages = 16 if batch <= 8 else 32, 256, 4
     if shape.outputs >= 65536:
-        block_n, block_k = 64, 128
-    elif shape.outputs >= 32768:
-        block_n, num_stages = 2 * block_n, 4 if batch <= 8 else 3
-    return GemvConfig(block_m, block_n, block_k, 4, num_stages, tensor_cores=True)
+        return GemvConfig(block_m, 64, 128, 4, 4, tensor_cores=True)
+    if shape.outputs <= shape.inputs:
+        return GemvConfig(block_m, 16 if batch <= 8 else 32, 256, 4, 4, tensor_cores=True)
+    block_n = 64 if block_m == 16 and shape.outputs >= 64 * _FEWEST_PROGRAMS else 32
+    num_stages = 3 if block_n == 64 and shape.outputs >= 32768 else 5
+    return GemvConfig(block_m, block_n, 128, 2, num_stages, tensor_cores=True)
 
 
 def floor_us(shapes: Sequence[GemvShape], element_size: int, read_gbps: float) -> float:
