@@ -275,7 +275,8 @@ class Attention:
         )
         if gate is None or gate.kind not in WEIGHTED_GATES:  # there is nothing to form
             config = replace(config, gates_first=False)
-        self.config, splits = config, config.cluster_size * config.num_groups
+        self.config = config
+        splits = config.cluster_size * config.num_groups
         self.num_gates = text_rows.shape[0] if config.gates_first else 0
         self.is_fused = isinstance(sample, FusedTensors)
         inputs, state = (sample.attention, sample.state) if self.is_fused else (sample, None)

@@ -143,6 +143,21 @@ def test_the_gates_of_many_rows_are_formed_first_whatever_their_kind(dtype, way,
     assert reference.same_bits(out[blind], inputs.state[blind])
 
 
+def test_gates_that_come_first_are_of_the_state_that_the_call_before_leaves(rng):
+    """Every row is a text row, so that nothing is copied between the two."""
+    inputs = make_inputs(MANY._replace(other_rows=0), torch.bfloat16, torch.device("cuda"), rng("cuda"))
+    _, *rest = inputs.fused
+    expected = inputs.state
+    for _ in range(4):
+        expected = sk.slowfast_cross_attention(expected, *rest)
+        torch.cuda.synchronize()
+    for _ in range(REPEATS):
+        state = inputs.state
+        for _ in range(4):
+            state = sk.slowfast_cross_attention(state, *rest)
+        assert reference.same_bits(state, expected)
+
+
 def test_gates_that_come_first_follow_what_a_graph_is_replayed_on(rng):
     inputs = make_inputs(MANY, torch.bfloat16, torch.device("cuda"), rng("cuda"))
     other = make_inputs(MANY, torch.bfloat16, torch.device("cuda"), rng("cuda"))

@@ -227,9 +227,11 @@ def test_a_mix_of_4096_rows_or_more_goes_to_triton_where_it_is_faster(rows, chos
     assert choose_backend(call, EVERYTHING_IS_HERE | {"triton": "not installed"}).backend == "cuda"
 
 
-def test_the_backward_of_a_mix_stays_where_it_is_fastest():
-    call = OpCall("gated_residual_mix", "cuda", torch.bfloat16, (9, 0), num_text=8192, backward=True)
-    assert choose_backend(call, EVERYTHING_IS_HERE).backend == "cuda"
+@pytest.mark.parametrize(("rows", "chosen"), [(1, "triton"), (4095, "triton"), (4096, "cuda"), (8192, "cuda")])
+def test_gradients_of_a_mix_of_fewer_than_4096_rows_go_to_triton_where_they_are_faster(rows, chosen):
+    call = OpCall("gated_residual_mix", "cuda", torch.bfloat16, (9, 0), num_text=rows, backward=True)
+    assert choose_backend(call, EVERYTHING_IS_HERE).backend == chosen
+    assert choose_backend(call, EVERYTHING_IS_HERE | {"triton": "not installed"}).backend == "cuda"
 
 
 def test_no_other_op_leaves_cuda_for_the_number_of_its_rows():

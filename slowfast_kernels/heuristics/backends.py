@@ -84,13 +84,17 @@ def _hopper_limit(call: OpCall) -> str | None:
 
 
 MIX_ROWS_FOR_TRITON = 4096  # 8192 rows of 3584 on an H100: 59.9 us, CUDA 66.5; 1024 rows: 8.06, CUDA 8.11
+# Its gradients: 256 rows 8.85 us, Triton 7.70; 1024 18.0 and 15.5; 2048 31.7 and 30.7; 4096 56.1 and 59.0.
+MIX_BACKWARD_ROWS_FOR_CUDA = 4096
 
 
 def _slower_reason(backend: str, call: OpCall) -> str | None:
     """Why a backend that supports a call is passed over for the next one, by measured crossover or for its memory."""
-    is_mix = call.op == "gated_residual_mix" and not call.backward  # there: 8192 rows 110.5 us, Triton 112.5
-    if backend == "cuda" and is_mix and call.num_text >= MIX_ROWS_FOR_TRITON:
-        return f"Triton's mix is faster from {MIX_ROWS_FOR_TRITON} rows on"
+    if backend == "cuda" and call.op == "gated_residual_mix":
+        if not call.backward and call.num_text >= MIX_ROWS_FOR_TRITON:
+            return f"Triton's mix is faster from {MIX_ROWS_FOR_TRITON} rows on"
+        if call.backward and call.num_text < MIX_BACKWARD_ROWS_FOR_CUDA:
+            return f"Triton's gradients of the mix are faster below {MIX_BACKWARD_ROWS_FOR_CUDA} rows"
     if backend == "cuda" and call.op == "text_cross_attention" and call.backward and call.rows_outweigh:
         return "Triton's gradients take less memory where there are many text rows for few slow tokens"
     return None
