@@ -3,12 +3,13 @@
     compute-sanitizer --tool memcheck python -m bench.sanitize     (also racecheck, synccheck, initcheck)
 
 Every way that the Hopper attention cuts a call (one and two consumers, half tiles paired and alone, clusters of 1 to
-8, groups, whole units and uneven groups, shares of uneven sequences, blocks dealt out), both head dimensions and half
-dtypes, ragged batches with empty sequences; ranges, pieces, K and V apart, merging; its gradients; pool and mix.
+8, groups, whole units and uneven groups, shares of uneven sequences, blocks dealt out, gates formed first), both head
+dimensions and half dtypes, ragged batches with empty sequences; ranges, pieces, K and V apart, merging; its gradients; pool and mix.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -148,6 +149,7 @@ def main() -> None:
     for cluster, groups in ((1, 1), (2, 2), (8, 1), (1, 3)):
         config = HopperConfig(2, cluster, groups, 2)
         attention(((24, 1900),), (14, 2), 128, torch.bfloat16, config)  # 168 rows: a full tile and a half one
+        attention(((24, 1900),), (14, 2), 128, torch.bfloat16, replace(config, gates_first=True))
     for groups, whole, length in ((5, 0, 0), (3, 0, 5), (2, 2, 7)):
         config = HopperConfig(2, 1, groups, 2, whole_units=whole, long_blocks=length)
         attention(((24, 1900),), (14, 2), 128, torch.bfloat16, config)
