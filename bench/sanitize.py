@@ -4,7 +4,8 @@
 
 Every way that the Hopper attention cuts a call (one and two consumers, half tiles paired and alone, clusters of 1 to
 8, groups, whole units and uneven groups, shares of uneven sequences, blocks dealt out, gates formed first), both head
-dimensions and half dtypes, ragged batches with empty sequences; ranges, pieces, K and V apart, merging; its gradients; pool and mix.
+dimensions and half dtypes, ragged batches with empty sequences; ranges, pieces, K and V apart, merging; its gradients;
+pool and mix.
 """
 
 from __future__ import annotations

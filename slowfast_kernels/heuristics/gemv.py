@@ -17,7 +17,7 @@ MOST_ROWS = 32  # that a kernel takes: a program holds all of them beside each w
 # A weight costs a multiplication a row on CUDA cores: four rows take longer than cuBLAS (gate and up 130 us, cuBLAS
 # 98), two as long, with the norm, the bias, SiLU and the residual inside (100 and 98 us).
 ROWS_OF_CUDA_CORES = 2
-# By bytes an element. Steps of a 7B by tensor cores and by cuBLAS: 4 rows 6517 and 7683 us, 32 rows 7559 and 8482.
+# By bytes an element. Steps of a 7B by tensor cores and by cuBLAS: 4 rows 5915 and 7436 us, 32 rows 6873 and 8496.
 ROWS_THAT_PAY = {2: MOST_ROWS, 4: 2}
 
 

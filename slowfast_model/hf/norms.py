@@ -16,8 +16,12 @@ from ..plain import can_be_plain, is_plain
 
 @cache
 def factor_offset(kind: type[nn.Module]) -> float | None:
-    """What a class of norms adds to its weight before it multiplies ``x / rms(x)``. None: it does something else."""
-    weight, x = torch.tensor([[0.5, -0.25, 2.0, 1.5], [3.0, -1.0, 0.25, 2.0]], device="cpu")
+    """What a class of norms adds to its weight before it multiplies ``x / rms(x)``. None: it does something else.
+
+    In float32 on the CPU: models are often made while another type or device is the default.
+    """
+    own = {"dtype": torch.float32, "device": "cpu"}
+    weight, x = torch.tensor([[0.5, -0.25, 2.0, 1.5], [3.0, -1.0, 0.25, 2.0]], **own)
     eps = 0.5  # so large that its place counts
     try:
         with torch.device("cpu"), torch.no_grad():

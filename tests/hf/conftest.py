@@ -33,6 +33,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def norms_unknown() -> None:
+    """As in a new process: the first model of a kind may be one that is loaded in half precision, on no device."""
+    from slowfast_model.hf.norms import factor_offset  # transformers is imported after the above is set
+
+    factor_offset.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def seed(request) -> int:
     """A number of this test in this run; what is drawn without a generator is drawn from it."""
     number = zlib.crc32(f"{os.environ['SLOWFAST_TEST_SEED']} {request.node.nodeid}".encode())

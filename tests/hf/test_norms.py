@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, batch, close, prompt, slow_fast_model, video
 from torch import nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from slowfast_model.hf.attention import HybridAttention
 from slowfast_model.hf.norms import factor_offset
@@ -67,6 +68,18 @@ def test_norms_of_transformers_are_known_by_what_they_do(kind, offset):
     name, prefix = kind.split(".")
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     assert factor_offset(getattr(module, f"{prefix}RMSNorm")) == offset
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_norm_is_known_whatever_type_and_device_are_the_default(dtype, device):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert factor_offset(Qwen2RMSNorm) == 0.0
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Identity, Shifted, EpsOutside])

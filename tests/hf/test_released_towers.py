@@ -73,6 +73,18 @@ def smooth_levels(smooth):
     return smooth.clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
+def test_pixels_are_float32_whatever_type_is_the_default():
+    frames, whole = pictures(20, 30), Preprocess(16, True, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    pixels, before = whole(frames), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = whole(frames)
+    finally:
+        torch.set_default_dtype(before)
+    assert pixels.dtype == torch.float32
+    assert torch.equal(again, pixels)
+
+
 @pytest.mark.parametrize("keeps_aspect", [True, False], ids=["shorter_edge", "squeezed"])
 @pytest.mark.parametrize(
     ("height", "width", "size"),
