@@ -53,7 +53,15 @@ def test_the_hopper_sweep_starts_from_the_heuristic_and_repeats_nothing(name):
     assert configs[0] == tune_cuda.own_config(shape)
     assert len(set(configs)) == len(configs) >= 5
     assert all(config.cluster_size * config.num_groups <= -(-max(shape.slow) // config.block_n) for config in configs)
-    assert {config.max_tiles for config in configs} == {configs[0].max_tiles}
+    packed = sum(shape.text) * shape.heads.num_q // shape.heads.num_kv
+    for config in configs:
+        assert packed <= 64 * config.consumers * config.max_tiles
+        assert (config.max_tiles == configs[0].max_tiles) == (config.consumers == configs[0].consumers) or packed <= 64
+
+
+def test_the_hopper_sweep_tries_either_number_of_consumers_where_a_sequence_fills_no_tile():
+    configs = tune_cuda.candidates(parse_attention("16x8x2048"))
+    assert {config.consumers for config in configs} == {1, 2}
 
 
 def test_a_report_names_the_heuristic_s_choice_among_the_ranked():
