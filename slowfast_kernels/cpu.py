@@ -193,7 +193,7 @@ def prepare_gated_residual_mix_backward(
     def run(tensors: BackwardTensors) -> tuple[Tensor | None, ...]:
         inputs, grad = tensors.inputs, row_major(tensors.grads[0])
         gradients = new_gradients(mix_differentiable(inputs), needs)
-        partials = torch.empty(num_floats, dtype=torch.float32) if num_floats else None
+        partials = torch.empty(num_floats, dtype=torch.float32, device="cpu") if num_floats else None
         mine, gate = copy(params), inputs.gate(options)
         held = fill_gated_mix_backward(mine, grad, inputs, gate, gradients, partials)  # noqa: F841  as above
         kernel(addressof(mine), torch.get_num_threads())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import slowfast_kernels as sk
 
-from .transfer import to_device
+from .transfer import ON_HOST, to_device
 
 
 @dataclass
@@ -63,11 +63,11 @@ class SlowSlots:
     def numbers(self, first: Sequence[int], last: Sequence[int]) -> Tensor:
         """Slots int64 of the tokens first[b] <= j < last[b] of each sample b, sample by sample."""
         runs = zip(accumulate(self.sizes, initial=0), first, last, strict=False)
-        return torch.cat([torch.arange(begin + i, begin + j) for begin, i, j in runs])
+        return torch.cat([torch.arange(begin + i, begin + j, **ON_HOST) for begin, i, j in runs])
 
     def sequences(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """``cu_slow`` and ``pieces`` of a SlowContext."""
-        bounds = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32)
+        bounds = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32, **ON_HOST)
         if self.room is None:
             return to_device(bounds, device), None
         every = torch.arange(len(bounds), dtype=torch.int32, device=device)
@@ -85,8 +85,8 @@ class NewRows:
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, device: torch.device) -> NewRows:
         """The first ``lengths`` rows of each sample."""
-        rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(lengths)])
-        cu_rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        rows = torch.cat([torch.arange(b * width, b * width + n, **ON_HOST) for b, n in enumerate(lengths)])
+        cu_rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, **ON_HOST)
         return cls(to_device(rows.int(), device), to_device(cu_rows, device), width)
 
     @property

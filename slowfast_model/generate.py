@@ -14,7 +14,7 @@ from slowfast_kernels.numbers import as_bool, as_int
 from .sampling import Choice, prompt_ids_seen, sample
 from .session import Decodes, DecodeSession
 from .tokens import IMAGE_TOKEN_INDEX
-from .transfer import to_device
+from .transfer import ON_HOST, to_device
 
 __all__ = ["DecodeSession", "GenerationMixin", "Streamer", "sample"]
 
@@ -140,7 +140,7 @@ class GenerationMixin:
             session.capture(compile_step=compile_step)
 
         ends = [i for i in choice.ends if i < vocab_size]
-        ends = to_device(torch.tensor(ends), device) if ends else None
+        ends = to_device(torch.tensor(ends, **ON_HOST), device) if ends else None
         seen = None
         if choice.repetition_penalty is not None:
             seen = prompt_ids_seen(input_ids, attention_mask, vocab_size).to(device)

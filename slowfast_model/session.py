@@ -24,7 +24,7 @@ from .config import SlowFastConfig
 from .decode import cublas_pays, gemv_limit, project
 from .layers import Rope, compute_dtype
 from .tokens import Layout, decode_rows
-from .transfer import to_device
+from .transfer import ON_HOST, to_device
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -115,7 +115,7 @@ class DecodeSession:
         self._cos, self._sin = model.rope(torch.arange(capacity, device=device), x.dtype)
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
         hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
-        self.position = to_device(torch.tensor(layout.lengths), device)
+        self.position = to_device(torch.tensor(layout.lengths, **ON_HOST), device)
         last = hidden[torch.arange(batch, device=device), self.position - 1]
         self.logits = model.lm_head(last)
 
@@ -158,7 +158,7 @@ class DecodeSession:
                 rows, cu_text = decode_rows(held, device)
                 self.slow = SlowContext(self._slots.sequences(device)[0], rows, cu_text)
             return
-        ends = to_device(torch.tensor(held, dtype=torch.int32), device)
+        ends = to_device(torch.tensor(held, dtype=torch.int32, **ON_HOST), device)
         if self.slow is None:
             cu_slow, pieces = self._slots.sequences(device)
             every = torch.arange(len(held) + 1, dtype=torch.int32, device=device)
@@ -314,7 +314,7 @@ class DecodeSession:
                 cache.slow_kv = slow_kv
             raise
         self.logits, self._most_likely = logits, None
-        self.position += to_device(torch.tensor(layout.lengths), x.device)
+        self.position += to_device(torch.tensor(layout.lengths, **ON_HOST), x.device)
         self._lengths = [a + b for a, b in zip(self._lengths, layout.lengths, strict=True)]
         self.steps_left = self._capacity - max(self._lengths)
         if context is not None:
@@ -362,7 +362,7 @@ class DecodeSession:
         slow_end = layout.slow_end
         if slots.room is not None and slow_end is None:
             width = layout.source.shape[1]
-            ends = to_device(torch.tensor(slots.held, dtype=torch.int32), device)
+            ends = to_device(torch.tensor(slots.held, dtype=torch.int32, **ON_HOST), device)
             slow_end = ends[layout.text_rows.long() // width]
         cu_slow, pieces = slots.sequences(device)
         slow = SlowContext(cu_slow, layout.text_rows, layout.cu_text, slow_end=slow_end, pieces=pieces)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from slowfast_kernels.ops.checks import check_dense
 
-from .transfer import Download, to_device
+from .transfer import ON_HOST, Download, to_device
 
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
@@ -140,7 +140,7 @@ def _check_values(samples: list[Tensor], targets: list[Tensor], vocab_size: int,
 
 
 def _prefix_sums(counts: Sequence[int], device: torch.device) -> Tensor:
-    return to_device(torch.tensor([0, *counts]).cumsum(0).int(), device)
+    return to_device(torch.tensor([0, *counts], **ON_HOST).cumsum(0).int(), device)
 
 
 def attending_rows(
@@ -200,17 +200,17 @@ def splice(
         slow, start = before, 0
         for end in [*markers, len(ids)]:
             text = target[start:end]
-            source.append(torch.arange(next_text, next_text + len(text)))
+            source.append(torch.arange(next_text, next_text + len(text), **ON_HOST))
             kind.append(torch.where(text == IGNORE_INDEX, PROMPT, RESPONSE))
             label.append(text)
-            seen.append(torch.full((len(text),), slow))
+            seen.append(torch.full((len(text),), slow, **ON_HOST))
             next_text, start = next_text + len(text), end + 1
             if end < len(ids):
                 num_fast, num_slow = videos[next_video]
-                source.append(torch.arange(next_fast, next_fast + num_fast))
-                kind.append(torch.full((num_fast,), VISUAL))
-                label.append(torch.full((num_fast,), IGNORE_INDEX))
-                seen.append(torch.full((num_fast,), slow))
+                source.append(torch.arange(next_fast, next_fast + num_fast, **ON_HOST))
+                kind.append(torch.full((num_fast,), VISUAL, **ON_HOST))
+                label.append(torch.full((num_fast,), IGNORE_INDEX, **ON_HOST))
+                seen.append(torch.full((num_fast,), slow, **ON_HOST))
                 seen[-1][-1:] += num_slow
                 next_fast, next_video, slow = next_fast + num_fast, next_video + 1, slow + num_slow
         kind = torch.cat(kind)
@@ -246,5 +246,5 @@ def splice(
 def decode_rows(slow_lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """text_rows and cu_text of a decode step: one row a sample, which attends if the sample has slow tokens."""
     attends = [int(count > 0) for count in slow_lengths]
-    rows = torch.tensor([b for b, yes in enumerate(attends) if yes], dtype=torch.int32)
+    rows = torch.tensor([b for b, yes in enumerate(attends) if yes], dtype=torch.int32, **ON_HOST)
     return to_device(rows, device), _prefix_sums(attends, device)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ON_HOST = {"device": "cpu"}  # what is made there to go to a device, whatever the default device is
+
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on ``device``. Its pinned copy is kept by the allocator until the GPU has read it."""

@@ -108,7 +108,7 @@ def load_video(
     pictures = torch.from_numpy(np.stack([frames[index] for index in taken]))
     if not return_times:
         return pictures
-    return pictures, torch.tensor([shown.seconds(index) for index in taken], dtype=torch.float64)
+    return pictures, torch.tensor([shown.seconds(index) for index in taken], dtype=torch.float64, device="cpu")
 
 
 def _exact_rate(fps: float) -> Fraction:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import slowfast_kernels as sk
 
+from ..transfer import ON_HOST
 from .attention import ReplacedAttention, StandIn, subclass_of
 
 NAME = "slowfast-windows"  # of our function in the AttentionInterface
@@ -87,8 +88,8 @@ def _windows(mask: Tensor | None, batch: int, rows: int, tokens: int, tile: int,
     """Of an additive ``mask`` [B, 1, n, S], 0 on what is seen; None where it says nothing by tiles."""
     device = None if mask is None else mask.device
     if mask is None:
-        whole = torch.tensor([[0, tokens]]).expand(batch, 1, 2)
-        begin = torch.zeros(batch * rows, dtype=torch.int32)
+        whole = torch.tensor([[0, tokens]], **ON_HOST).expand(batch, 1, 2)
+        begin = torch.zeros(batch * rows, dtype=torch.int32, **ON_HOST)
         return _Windows(begin, torch.full_like(begin, tokens), whole, True)
     if tokens % tile or mask.shape[1] != 1 or mask.shape[-1] != tokens:
         return None

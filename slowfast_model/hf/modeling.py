@@ -218,7 +218,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         if isinstance(module, PatchTower):
             nn.init.normal_(module.position, std=0.02)
         if "position_ids" in module._buffers:  # of SigLIP's and CLIP's embeddings: no checkpoint holds them
-            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]))
+            places = module.position_ids
+            places.copy_(torch.arange(places.shape[-1], device=places.device))
 
     def initialize_weights(self) -> None:
         """As transformers'; a warm-up gate that a checkpoint did not have starts at 0."""

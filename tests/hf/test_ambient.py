@@ -1,0 +1,60 @@
+"""What a caller has set for the whole process does not reach in: every tensor that the plug-in makes names its device.
+
+transformers is not held to that, so that the default device itself cannot be another one here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import test_mllama
+import torch
+from families import FAMILIES, batch, prompt, slow_fast_model, video
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+import slowfast_kernels
+import slowfast_model
+
+OURS = tuple(str(Path(package.__file__).parent) for package in (slowfast_kernels, slowfast_model))
+
+
+class DeviceNamed(TorchFunctionMode):
+    """A call of ours that leaves the device to the default fails. Modules are made where the caller says."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _device_constructors() and (kwargs or {}).get("device") is None:
+            frame = sys._getframe(1)
+            assert not frame.f_code.co_filename.startswith(OURS), f"{func.__name__} at line {frame.f_lineno}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mode_sees_a_device_that_is_left_out():
+    source = compile("torch.zeros(2)", str(Path(OURS[1]) / "made_up.py"), "eval")
+    with DeviceNamed(), pytest.raises(AssertionError, match="zeros at line 1"):
+        eval(source, {"torch": torch})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_training_and_generation_name_the_device(family):
+    model, features = slow_fast_model(family), video()
+    inputs = batch([prompt(model, 3, features, 4), prompt(model, 5, 6)])
+    with DeviceNamed():
+        out = model(**inputs, video_features=[features], labels=inputs["input_ids"])
+        out.loss.backward()
+        for cache in (None, "static"):
+            model.generate(**inputs, video_features=[features], max_new_tokens=3, cache_implementation=cache)
+
+
+@pytest.mark.parametrize("prompts", test_mllama.PROMPTS.values(), ids=test_mllama.PROMPTS)
+def test_mllamas_layers_name_the_device(prompts):
+    inputs = test_mllama.inputs_of(prompts)
+    model = slowfast_model.hf.accelerate_cross_attention(test_mllama.tiny_model())
+    with DeviceNamed():
+        for attention in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+            model(**inputs)
+            model(**{name: x for name, x in inputs.items() if name != "cross_attention_mask"})
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
