@@ -16,7 +16,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import slowfast_kernels as sk
 
-from ..transfer import ON_HOST
 from .attention import ReplacedAttention, StandIn, subclass_of
 
 NAME = "slowfast-windows"  # of our function in the AttentionInterface
@@ -84,13 +83,20 @@ class _Windows:
         return self.placed[key]
 
 
-def _windows(mask: Tensor | None, batch: int, rows: int, tokens: int, tile: int, look: bool) -> _Windows | None:
+def _everything(batch: int, rows: int, tokens: int, device: torch.device) -> _Windows:
+    """Of no mask: each row sees all."""
+    begin = torch.zeros(batch * rows, dtype=torch.int32, device=device)
+    return _Windows(begin, torch.full_like(begin, tokens), _whole(batch, tokens, device), True)
+
+
+def _whole(batch: int, tokens: int, device: torch.device) -> Tensor:
+    """[B, 1, 2]: one piece of each sample, all of it."""
+    return F.pad(torch.full((batch, 1, 1), tokens, device=device), (1, 0))
+
+
+def _windows(mask: Tensor, batch: int, rows: int, tokens: int, tile: int, look: bool) -> _Windows | None:
     """Of an additive ``mask`` [B, 1, n, S], 0 on what is seen; None where it says nothing by tiles."""
-    device = None if mask is None else mask.device
-    if mask is None:
-        whole = torch.tensor([[0, tokens]], **ON_HOST).expand(batch, 1, 2)
-        begin = torch.zeros(batch * rows, dtype=torch.int32, **ON_HOST)
-        return _Windows(begin, torch.full_like(begin, tokens), whole, True)
+    device = mask.device
     if tokens % tile or mask.shape[1] != 1 or mask.shape[-1] != tokens:
         return None
     sees = mask[:, 0, :, ::tile] == 0  # [B, n, tiles]
@@ -106,14 +112,15 @@ def _windows(mask: Tensor | None, batch: int, rows: int, tokens: int, tile: int,
     begin, end = (torch.where(sees_all, x, y * tile) for x, y in ((total * tile, begin), (total * tile + tokens, end)))
     starts = torch.arange(0, tokens, tile, device=device).expand(batch, -1)
     tiles = torch.stack([starts, starts + used.long() * tile], -1)
-    whole = F.pad(torch.full((batch, 1, 1), tokens, device=device), (1, 0))
     exact = None
     if look:
         window = torch.where(sees_all, tokens, count[..., -1] * tile) == end - begin
         in_tiles = (mask[:, 0].unflatten(-1, (-1, tile)) == 0) == sees[..., None]
         hides = (mask[:, 0] == 0) | (mask[:, 0] <= torch.finfo(mask.dtype).min / 2)
         exact = bool(window.all() & in_tiles.all() & hides.all())
-    return _Windows(begin.flatten().int(), end.flatten().int(), torch.cat([tiles, whole], 1), exact)
+    return _Windows(
+        begin.flatten().int(), end.flatten().int(), torch.cat([tiles, _whole(batch, tokens, device)], 1), exact
+    )
 
 
 def _as_tokens(keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
@@ -140,7 +147,11 @@ def attend(module: StandIn, query, key, value, attention_mask, **kwargs):
     # Several rows without a mask are causal by sdpa and not by eager: the model's own affair.
     is_plain = not kwargs.get("dropout") and not kwargs.get("output_attentions")
     if is_plain and (rows == 1 or (not compiling and attention_mask is not None)):
-        windows = _remembered(attention_mask, batch, rows, key.shape[2], module._module._tile, not compiling)
+        sizes = batch, rows, key.shape[2]
+        if attention_mask is None:
+            windows = _everything(*sizes, query.device)
+        else:
+            windows = _remembered(attention_mask, *sizes, module._module._tile, not compiling)
     if windows is None or windows.are_exact is False:
         return module.attend_as_chosen(query, key, value, attention_mask, **kwargs)
     module._has_attended = True
@@ -152,9 +163,9 @@ def attend(module: StandIn, query, key, value, attention_mask, **kwargs):
     return context.unflatten(0, (batch, rows)), None
 
 
-def _remembered(mask: Tensor | None, *rest) -> _Windows | None:
+def _remembered(mask: Tensor, *rest) -> _Windows | None:
     """``_windows``, once a mask: every layer of a forward pass is given the same one."""
-    if mask is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return _windows(mask, *rest)
     key = (mask._version, rest)
     found = getattr(mask, "_slowfast_windows", None)
