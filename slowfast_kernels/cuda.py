@@ -216,8 +216,8 @@ def prepare_text_cross_attention_backward(
 
 
 def prepare_cross_attention(sample: FusedTensors, options: FusedOptions) -> Callable:
-    """A function of tensors alike: attention, gate and mix in one launch; where there are rows without text, a copy of
-    ``state`` goes before it.
+    """A function of tensors alike: attention, gate and mix in one launch, or gates in one before
+    (``HopperConfig.gates_first``). Where there are rows without text, a copy of ``state`` goes before.
     """
     num_text = sample.text_rows.shape[0]
     if num_text == 0 or sample.slow_kv.shape[0] == 0:

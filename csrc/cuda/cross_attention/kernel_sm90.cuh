@@ -1,4 +1,4 @@
-// Text-to-slow-token cross-attention for Hopper, with gate and mix: one launch.
+// Text-to-slow-token cross-attention for Hopper, with gate and mix: one launch, or two (gates_sm90.cu).
 //
 //   out[r] = state[r] + g(state[r]) * softmax(scale q[r] K^T) V      for every text row r of every sequence
 //
