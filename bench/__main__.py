@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--shapes",
         default="",
         help="comma-separated patterns or parts of shape names, or explicit shapes: "
-        "attention and ranges BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL], mix TEXTofROWS[@C], "
+        "attention and ranges BATCHxTEXTxSLOW[@HQ/HKV/D], pool FRAMESxHxW[/pPOOL][/tTEMPORAL][@C], mix TEXTofROWS[@C], "
         "model and hf FRAMES, train BATCHxTEXTxFRAMESf, released FRAMES-sSAMPLINGtTEMPORAL, decode BATCHxCACHED, "
         "mllama TEXTxIMAGESi; "
         "'batches' and 'ragged' of attention: a sweep, and uneven batches against even ones, which run only when named",

@@ -68,13 +68,15 @@ def parse_attention(text: str) -> AttentionShape | None:
 
 
 def parse_pool(text: str) -> PoolShape | None:
-    """``FRAMESxHxW``, ``FRAMESxHxW/pPOOL`` or ``FRAMESxHxW/pPOOL/tTEMPORAL``."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/p(\d+))?(?:/t(\d+))?", text)
+    """``FRAMESxHxW``, with ``/pPOOL``, ``/tTEMPORAL`` and ``@CHANNELS`` behind it as wanted, in this order."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/p(\d+))?(?:/t(\d+))?(?:@(\d+))?", text)
     if match is None:
         return None
     frames, grid, pool, temporal = int(match[1]), (int(match[2]), int(match[3])), int(match[4] or 2), int(match[5] or 4)
+    channels = int(match[6] or PoolShape.channels)
     _check(text, frames=frames, rows=grid[0], columns=grid[1], pool_stride=pool, temporal_stride=temporal)
-    shape = PoolShape((frames,), grid, pool_stride=pool, temporal_stride=temporal, on_cpu=True)
+    _check(text, channels=channels)
+    shape = PoolShape((frames,), grid, channels, pool, temporal_stride=temporal, on_cpu=True)
     try:
         shape.plan  # noqa: B018 (it knows which grids and strides go together)
     except ValueError as error:

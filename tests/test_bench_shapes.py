@@ -189,6 +189,7 @@ def test_slow_tokens_cost_a_small_part_of_what_self_attention_over_them_costs():
         (registry.ATTENTION, selection.parse_attention, "2x3x77", "2x3x77@28/4/128"),
         (registry.ATTENTION, selection.parse_attention, "1x1x9@4/2/16", "1x1x9@4/2/16"),
         (registry.POOL, selection.parse_pool, "7x6x6/p3", "7x6x6/p3/t4@3584"),
+        (registry.POOL, selection.parse_pool, "7x6x6/p3/t2@64", "7x6x6/p3/t2@64"),
         (registry.MIX, selection.parse_mix, "3of5@64", "3of5@64"),
         (registry.TRAIN, selection.parse_train, "2x9x8f", "2x9x8f"),
     ],
