@@ -24,13 +24,19 @@ from .plain import can_be_plain, is_plain
 from .prefill import projects_at_once
 
 
-def _in_one_dtype(weight: Tensor, bias: Tensor, warm_up: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The kernel reads a gate's weights in one type: the widest that one of them is kept in."""
+def _in_one_dtype(
+    weight: Tensor, bias: Tensor, warm_up: Tensor | None, state: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The kernel reads a gate's weights in one type, that of the state or float32: the widest that one is kept in.
+
+    Where autocast computes in another half type than the weights', that is float32.
+    """
     widest = torch.promote_types(weight.dtype, bias.dtype)
     if warm_up is not None:
         widest = torch.promote_types(widest, warm_up.dtype)
-        warm_up = warm_up.to(widest)
-    return weight.to(widest), bias.to(widest), warm_up
+    if widest not in (state, torch.float32):
+        widest = torch.promote_types(widest, state)
+    return weight.to(widest), bias.to(widest), None if warm_up is None else warm_up.to(widest)
 
 
 def gate_arguments(
@@ -44,7 +50,7 @@ def gate_arguments(
     if is_plain(gate_proj, nn.Sequential) and len(gate_proj) == 1:
         (linear,) = gate_proj
         if is_plain(linear, nn.Linear) and linear.bias is not None:
-            return *_in_one_dtype(linear.weight, linear.bias, warm_up), None
+            return *_in_one_dtype(linear.weight, linear.bias, warm_up, state.dtype), None
     rows = state.index_select(0, text_rows)
     computed = torch.promote_types(state.dtype, torch.float32)
     weights = [p for p in gate_proj.parameters() if p.is_floating_point()]

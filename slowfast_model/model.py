@@ -27,7 +27,7 @@ from .attention import DecoderLayer, project_slow_at_once
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import GenerationMixin
-from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype
+from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype, without_autocast
 from .tokens import IGNORE_INDEX, Layout, Prompts, splice
 from .vision import build_projector, check_features, project_and_pool
 
@@ -191,7 +191,8 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         )
         text = self.model.embed_tokens(layout.text_ids)
         zero = text.new_zeros(1, text.shape[1])
-        rows = torch.cat([text, zero] if fast is None else [text, fast, zero])
+        with without_autocast(text.device):  # in which tensors of the other half type are not put together
+            rows = torch.cat([text, zero] if fast is None else [text, fast, zero])
         context = None
         if self.config.hybrid_layers and slow is not None:
             context = SlowContext(

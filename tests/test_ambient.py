@@ -111,3 +111,18 @@ def test_frames_are_encoded_as_without(ambient):
     tower = PatchTower(12, grid=4)
     frames = torch.randint(256, (3, 20, 30, 3), dtype=torch.uint8)
     check(lambda: encode_frames(tower, frames), ambient)
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_may_be_of_another_half_type_than_the_weights(weights):
+    other = torch.float16 if weights == torch.bfloat16 else torch.bfloat16
+    model, videos = tiny_model(None), features((4, 4))
+    ids = torch.tensor([[1, VIDEO, 2, 3]])
+    exact = model(ids, videos).logits
+    model, videos = model.to(weights), [x.to(weights) for x in videos]
+    with torch.autocast("cpu", dtype=other):
+        out = model(ids, videos, labels=ids.clamp(min=0))
+        out.loss.backward()
+        model.generate(ids, frame_features=videos, max_new_tokens=3)
+    assert (out.logits - exact).abs().max() < 0.1 * exact.abs().max()
+    assert all(p.grad.dtype == weights and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

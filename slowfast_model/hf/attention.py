@@ -93,9 +93,16 @@ class HybridAttention(ReplacedAttention):
             return super().forward(*args, **kwargs)
         return StandIn(self, NAME, slow_context).forward(*args, **kwargs)
 
+    def __setstate__(self, state: dict) -> None:
+        """Copied, or unpickled in a process that has not seen the norm's class yet."""
+        super().__setstate__(state)
+        factor_offset(self._norm_class)
+
     def slow_kv(self, reading: SlowReading, like: Tensor) -> Tensor:
         """K and V [Ns, Hkv, 2, D] of all slow tokens, in the type and on the device of ``like``."""
         kv = reading.held.get(self.layer_idx)
+        if kv is not None:
+            kv = kv.to(like.device, like.dtype)  # autocast may have been on when they were made, and be off now
         if reading.tokens is not None:
             new = self._project(reading.tokens.to(like.device), reading.tokens_are_normalised)
             new = new.to(like.dtype).unflatten(-1, (-1, 2, self.head_dim))
@@ -221,7 +228,8 @@ def make_hybrid(layer: nn.Module, config: SlowFastConfig) -> None:
     attention.__class__ = subclass_of(type(attention), HybridAttention)
     attention._decoder_layer = (layer,)  # in a tuple: no child of its child
     attention._slow_gate, attention._warm_up_tanh = config.gate, not config.updates_every_row
-    attention._norm_offset = factor_offset(type(layer.input_layernorm))
+    attention._norm_class = type(layer.input_layernorm)
+    attention._norm_offset = factor_offset(attention._norm_class)
     options = {"dtype": weights_dtype(attention), "device": device_of(attention.o_proj)}
     own = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.k_proj
     attention.cross_attn_kv_proj = nn.Linear(own.in_features, 2 * _kv_width(attention), **options)
@@ -274,6 +282,8 @@ def start_from_own_kv(attention: HybridAttention) -> None:
     A missing bias is a zero bias.
     """
     projection = attention.cross_attn_kv_proj
+    if projection.weight.is_meta:  # there is nothing to start from
+        return
     pairs = _own_kv(attention)
     heads = _kv_width(attention) // attention.head_dim
     for into, (k, v) in zip((projection.weight, projection.bias), zip(*pairs, strict=True), strict=True):

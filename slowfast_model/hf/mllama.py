@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import slowfast_kernels as sk
 
+from ..layers import compute_dtype
 from .attention import ReplacedAttention, StandIn, subclass_of
 
 NAME = "slowfast-windows"  # of our function in the AttentionInterface
@@ -155,6 +156,8 @@ def attend(module: StandIn, query, key, value, attention_mask, **kwargs):
     if windows is None or windows.are_exact is False:
         return module.attend_as_chosen(query, key, value, attention_mask, **kwargs)
     module._has_attended = True
+    own_type = compute_dtype(query.dtype, query.device)  # to which autocast brings the arguments of SDPA
+    query, key, value = (x.to(own_type) for x in (query, key, value))
     tokens, apart = _as_tokens(key, value)
     places, selection = windows.arguments(apart, query.device)
     context = sk.text_cross_attention(
@@ -167,7 +170,7 @@ def _remembered(mask: Tensor, *rest) -> _Windows | None:
     """``_windows``, once a mask: every layer of a forward pass is given the same one."""
     if torch.compiler.is_compiling():
         return _windows(mask, *rest)
-    key = (mask._version, rest)
+    key = (None if mask.is_inference() else mask._version, rest)  # an inference tensor has no version
     found = getattr(mask, "_slowfast_windows", None)
     if found is None or found[0] != key:
         found = mask._slowfast_windows = (key, _windows(mask, *rest))

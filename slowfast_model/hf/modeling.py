@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -99,14 +100,17 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         self.language_model = language_model
         self.vocab_size = language_model.config.vocab_size
         device = device_of(language_model.get_input_embeddings())
+        place = nullcontext() if device.type == "meta" else device  # whatever the default device is
         if vision_tower is None and config.vision_tower is not None:
-            vision_tower = build_tower(config.vision_tower)
+            with place:
+                vision_tower = build_tower(config.vision_tower)
             if device.type != "meta":  # 4.57 makes parameters there and buffers, which no checkpoint holds, elsewhere
                 vision_tower.to(device)
         if vision_tower is not None:  # no attribute without a tower, as tools look for one
             self.vision_tower = vision_tower
         slow_fast = config.slow_fast()
-        self.mm_projector = build_projector(slow_fast) if config.mm_hidden_size is not None else None
+        with place:
+            self.mm_projector = build_projector(slow_fast) if config.mm_hidden_size is not None else None
         if self.mm_projector is not None:
             self.mm_projector.to(device=device, dtype=self.get_input_embeddings().weight.dtype)
         layers = self.get_decoder().layers

@@ -10,26 +10,31 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..plain import can_be_plain, is_plain
 
 
-@cache
 def factor_offset(kind: type[nn.Module]) -> float | None:
     """What a class of norms adds to its weight before it multiplies ``x / rms(x)``. None: it does something else.
 
-    In float32 on the CPU: models are often made while another type or device is the default.
+    Asked on a small tensor, and known from then on. As models are often made while another type or device is the
+    default, or while new parameters go to no device, the tensor and the weight are float32 on the CPU by name.
     """
+    try:
+        return _asked(kind)
+    except Exception:  # whatever a class does that is no such norm; asked again the next time
+        return None
+
+
+@cache
+def _asked(kind: type[nn.Module]) -> float | None:
     own = {"dtype": torch.float32, "device": "cpu"}
     weight, x = torch.tensor([[0.5, -0.25, 2.0, 1.5], [3.0, -1.0, 0.25, 2.0]], **own)
     eps = 0.5  # so large that its place counts
-    try:
-        with torch.device("cpu"), torch.no_grad():
-            norm = kind(len(weight), eps=eps).float()
-            norm.weight.copy_(weight)
-            found, kept = norm(x), eps_of(norm)
-    except Exception:  # whatever a class does that is no such norm
-        return None
+    with torch.device("cpu"), torch.no_grad():
+        norm = kind(len(weight), eps=eps)
+        found, kept = functional_call(norm, {"weight": weight}, (x,)), eps_of(norm)
     if kept != eps or list(norm.state_dict()) != ["weight"]:
         return None
     can_be_plain(kind, ("weight",))

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from threading import Lock
 
 import torch
+
+_LOCK = Lock()
+_WATCHED: dict[tuple[int, str], list] = {}  # by owner and method: blocks that watch it, and what the instance had
+_STAGES: ContextVar[dict[tuple[int, str], Callable]] = ContextVar("stages", default={})  # noqa: B039  never changed
+
+
+def _timed(plain: Callable, key: tuple[int, str]) -> Callable:
+    def timed(*args, **kwargs):
+        with _STAGES.get().get(key, nullcontext)():
+            return plain(*args, **kwargs)
+
+    return timed
 
 
 class Stopwatch:
@@ -41,21 +56,30 @@ class Stopwatch:
 
     @contextmanager
     def method(self, owner: object, method: str, name: str) -> Iterator[None]:
-        """While the block lasts, each call of ``owner``'s ``method`` is a stage."""
-        plain, own = getattr(owner, method), vars(owner).get(method)
+        """While the block lasts, each call of ``owner``'s ``method`` in this thread is a stage.
 
-        def timed(*args, **kwargs):
-            with self.stage(name):
-                return plain(*args, **kwargs)
-
-        setattr(owner, method, timed)
+        Threads may watch one owner at the same time: its method is replaced while any of them does.
+        """
+        key = (id(owner), method)
+        with _LOCK:
+            if key not in _WATCHED:
+                _WATCHED[key] = [0, vars(owner).get(method)]
+                setattr(owner, method, _timed(getattr(owner, method), key))
+            _WATCHED[key][0] += 1
+        before = _STAGES.get()
+        token = _STAGES.set(before | {key: partial(self.stage, name)})
         try:
             yield
         finally:
-            if own is None:
-                delattr(owner, method)
-            else:
-                setattr(owner, method, own)
+            _STAGES.reset(token)
+            with _LOCK:
+                _WATCHED[key][0] -= 1
+                if not _WATCHED[key][0]:
+                    _, own = _WATCHED.pop(key)
+                    if own is None:
+                        delattr(owner, method)
+                    else:
+                        setattr(owner, method, own)
 
     def peak_memory(self) -> int | None:
         """Most bytes of tensors since the start; None: not on a GPU."""

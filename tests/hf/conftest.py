@@ -35,9 +35,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def norms_unknown() -> None:
     """As in a new process: the first model of a kind may be one that is loaded in half precision, on no device."""
-    from slowfast_model.hf.norms import factor_offset  # transformers is imported after the above is set
+    from slowfast_model.hf import norms  # transformers is imported after the above is set
 
-    factor_offset.cache_clear()
+    norms._asked.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -21,28 +21,28 @@ STRIDES = {"mm_video_pooling_stride": 2, "fast_token_temporal_stride": 4}
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _TOKENS = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 256}
-_SMALL = _SIZES | _HEADS | _TOKENS
+SMALL = _SIZES | _HEADS | _TOKENS
 
 # (configuration class, its settings)
 FAMILIES = {
-    "qwen2": ("Qwen2Config", _SMALL),
-    "qwen2.5": ("Qwen2Config", _SMALL | {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_theta": 1e6}),
-    "qwen3": ("Qwen3Config", _SMALL | {"head_dim": 24}),
-    "llama": ("LlamaConfig", _SMALL),
+    "qwen2": ("Qwen2Config", SMALL),
+    "qwen2.5": ("Qwen2Config", SMALL | {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_theta": 1e6}),
+    "qwen3": ("Qwen3Config", SMALL | {"head_dim": 24}),
+    "llama": ("LlamaConfig", SMALL),
     "smollm2": (
         "LlamaConfig",
-        _SMALL | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+        SMALL | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     ),
-    "mistral": ("MistralConfig", _SMALL | {"sliding_window": 6, "head_dim": 16}),
+    "mistral": ("MistralConfig", SMALL | {"sliding_window": 6, "head_dim": 16}),
     "gemma2": (
         "Gemma2Config",
-        _SMALL
+        SMALL
         | {"head_dim": 32, "query_pre_attn_scalar": 40, "sliding_window": 6}
         | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
     ),
     "gemma3": (
         "Gemma3TextConfig",
-        _SMALL | {"head_dim": 32, "query_pre_attn_scalar": 40, "sliding_window": 6, "sliding_window_pattern": 2},
+        SMALL | {"head_dim": 32, "query_pre_attn_scalar": 40, "sliding_window": 6, "sliding_window_pattern": 2},
     ),
 }
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import test_mllama
 import torch
-from families import FAMILIES, batch, prompt, slow_fast_model, video
+from families import FAMILIES, SMALL, batch, prompt, slow_fast_model, video
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import slowfast_kernels
 import slowfast_model
+from slowfast_model import PatchTower
+from slowfast_model.hf import add_slow_fast
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (slowfast_kernels, slowfast_model))
 
@@ -46,6 +49,19 @@ def test_forward_training_and_generation_name_the_device(family):
         out.loss.backward()
         for cache in (None, "static"):
             model.generate(**inputs, video_features=[features], max_new_tokens=3, cache_implementation=cache)
+
+
+def test_slow_fast_layers_may_be_added_to_a_model_without_memory():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**SMALL))
+    assert add_slow_fast(model, 12, (0, 2), video_token_id=99).device.type == "meta"
+
+
+def test_slow_fast_layers_are_added_where_the_model_is_whatever_device_is_the_default():
+    model, tower = AutoModelForCausalLM.from_config(Qwen2Config(**SMALL)), PatchTower(12, grid=4)
+    with torch.device("meta"):
+        model = add_slow_fast(model, 12, (0, 2), vision_tower=tower, video_token_id=99)
+    assert {x.device.type for x in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("prompts", test_mllama.PROMPTS.values(), ids=test_mllama.PROMPTS)

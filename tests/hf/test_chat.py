@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -232,6 +233,29 @@ def test_later_tokens_are_not_slowed_by_what_times_the_first(make):
     chat.ask("what", [frames(8)], on_text=lambda text: timed.append("slow_kv" in vars(first)))
     assert timed
     assert not any(timed)
+
+
+def test_chats_over_one_model_in_two_threads_leave_nothing_on_it(make):
+    chat, failed = make(), []
+    barrier = threading.Barrier(2)
+
+    def ask(conversation):
+        try:
+            for _ in range(3):
+                barrier.wait(60)
+                conversation.reset()
+                assert conversation.ask("what", [frames(8)]).timings["kv"] > 0
+        except Exception as problem:
+            failed.append(problem)
+
+    threads = [threading.Thread(target=ask, args=(x,)) for x in (chat, VideoChat(chat.model, chat.processor))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert "_slow_and_fast" not in vars(chat.model)
+    assert not any("slow_kv" in vars(attention) for attention in chat.model.hybrid_attentions())
 
 
 def test_one_token_alone_has_no_time_of_later_ones(make):

@@ -114,6 +114,24 @@ def test_logits_are_its_own(pair, inputs, attention, use_cache, calls):
     assert calls.count == 2
 
 
+def test_logits_in_inference_mode_are_its_own(pair, inputs, calls):
+    model, ours = pair
+    with torch.inference_mode():
+        close(ours(**inputs).logits, model(**inputs).logits)
+    assert calls.count == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_as_it_is_for_its_own(pair, inputs, dtype, calls):
+    model, ours = pair
+    exact = model(**inputs).logits
+    with torch.autocast("cpu", dtype=dtype):
+        own, got = model(**inputs).logits, ours(**inputs).logits
+    assert got.dtype == own.dtype
+    assert (got - exact).abs().max() < 2 * (own - exact).abs().max()
+    assert calls.count == 2
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logits_without_a_mask_are_its_own(pair, inputs, attention):
     """By sdpa rows are then causal over tiles, by eager they see all of them."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import io
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from families import FAMILIES, batch, close, prompt, slow_fast_model, video
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from slowfast_model import plain
+from slowfast_model.hf import SlowFastVLForConditionalGeneration, norms
 from slowfast_model.hf.attention import HybridAttention
 from slowfast_model.hf.norms import factor_offset
 
@@ -127,3 +131,36 @@ def test_a_projection_that_must_be_called_is_given_what_its_norm_gives(seen):
     close(logits(model), logits(model, grad=True))
     assert seen == [True, True, False, False]
     close(*given)
+
+
+def test_a_norm_is_known_while_new_parameters_go_nowhere():
+    """As in every ``from_pretrained`` of transformers 4.57."""
+    with init_empty_weights():
+        assert factor_offset(Qwen2RMSNorm) == 0.0
+
+
+def test_a_norm_that_could_not_be_asked_is_asked_again(monkeypatch):
+    forward = Qwen2RMSNorm.forward
+    with monkeypatch.context() as broken:
+        broken.setattr(Qwen2RMSNorm, "forward", lambda self, x: 1 / 0)
+        assert factor_offset(Qwen2RMSNorm) is None
+    assert Qwen2RMSNorm.forward is forward
+    assert factor_offset(Qwen2RMSNorm) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_is_loaded_first_normalises_once(dtype, tmp_path):
+    slow_fast_model("gemma3").save_pretrained(tmp_path)
+    norms._asked.cache_clear()
+    model = SlowFastVLForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert [attention.bare_norm_eps for attention in model.hybrid_attentions()] == [1e-6] * 2
+
+
+def test_a_model_that_is_unpickled_first_normalises_once(monkeypatch):
+    written = io.BytesIO()
+    torch.save(slow_fast_model(), written)
+    norms._asked.cache_clear()
+    monkeypatch.delitem(plain._FORWARDS, Qwen2RMSNorm)
+    written.seek(0)
+    model = torch.load(written, weights_only=False)
+    assert all(attention.bare_norm_eps is not None for attention in model.hybrid_attentions())

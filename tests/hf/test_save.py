@@ -238,6 +238,22 @@ def test_half_precision(family, dtype, tmp_path):
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_may_be_of_another_half_type_than_the_weights(weights):
+    other = torch.float16 if weights == torch.bfloat16 else torch.bfloat16
+    model = slow_fast_model()
+    inputs = inputs_of(model)
+    exact = answer(model, inputs)
+    model = model.to(weights)
+    ids, features = inputs
+    with torch.autocast("cpu", dtype=other):
+        got = answer(model, inputs)
+        model(ids, video_features=[features], labels=ids).loss.backward()
+    assert (got.float() - exact).abs().max() < 0.1 * exact.abs().max()
+    gates = [attention.cross_attn_gate_proj[0].weight.grad for attention in model.hybrid_attentions()]
+    assert all(grad.dtype == weights and grad.isfinite().all() and grad.any() for grad in gates)
+
+
 def test_autocast_computes_in_half_precision():
     model = slow_fast_model()
     inputs = inputs_of(model)

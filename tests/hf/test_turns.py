@@ -60,6 +60,18 @@ def test_a_turn_of_text_goes_on_from_the_cache(family, kind, name):
     assert got == from_scratch(model, ids, mask, videos)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["autocast first", "autocast later"])
+@pytest.mark.parametrize("shows", ["text", "a video"])
+def test_autocast_may_be_on_in_one_turn_alone(first, shows):
+    model = slow_fast_model(causal_slow_tokens=True)
+    videos = [video()] + [video(4)] * (shows == "a video")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=first):
+        ids, mask, cache = first_turn(model, [prompt(model, 2, videos[0], 3)], videos[:1])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not first):
+        ids, mask, (got,) = second_turn(model, ids, mask, [prompt(model, 4, *videos[1:], 5)], videos[1:] or None, cache)
+    assert len(got) == GREEDY["max_new_tokens"]
+
+
 def test_a_static_cache_whose_first_row_is_padded_goes_on():
     """4.57 counts a static cache's length in its first row."""
     model = slow_fast_model()
