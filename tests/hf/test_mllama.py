@@ -84,16 +84,17 @@ def pair():
 
 
 class Calls:
-    """Counts calls of the op."""
+    """Counts calls of the op, and keeps the types that it computed in."""
 
     def __init__(self, monkeypatch):
         import slowfast_model.hf.mllama as ours
 
-        self.count, inner = 0, ours.sk.text_cross_attention
+        self.count, self.types, inner = 0, set(), ours.sk.text_cross_attention
 
-        def counted(*args, **kwargs):
+        def counted(q, *args, **kwargs):
             self.count += 1
-            return inner(*args, **kwargs)
+            self.types.add(q.dtype)
+            return inner(q, *args, **kwargs)
 
         monkeypatch.setattr(ours.sk, "text_cross_attention", counted)
 
@@ -128,6 +129,7 @@ def test_autocast_is_as_it_is_for_its_own(pair, inputs, dtype, calls):
     with torch.autocast("cpu", dtype=dtype):
         own, got = model(**inputs).logits, ours(**inputs).logits
     assert got.dtype == own.dtype
+    assert calls.types == {dtype}, "as SDPA is cast"
     assert (got - exact).abs().max() < 2 * (own - exact).abs().max()
     assert calls.count == 2
 
