@@ -46,7 +46,7 @@ def add_slow_fast(
         mm_hidden_size: width of the vision features.
         hybrid_layers: indices of the decoder layers that attend slow tokens.
         vision_tower: a module, or (name, settings), of ``towers.TOWERS``, which is saved with the model; None:
-            features are given.
+            features are given. It computes in its own type here, and in the model's where the model is loaded.
         video_token_id: the id that stands for a fast token; the vocabulary is not changed. None: text alone until
             ``config.video_token_id`` is set.
         kv_init: "lm": K and V of slow tokens start as the layer's k_proj and v_proj; "fresh": at random.
