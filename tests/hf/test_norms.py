@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from families import FAMILIES, batch, close, prompt, slow_fast_model, video
 from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from slowfast_model import plain
@@ -81,7 +82,7 @@ def test_a_norm_is_known_whatever_type_and_device_are_the_default(dtype, device)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            assert factor_offset(Qwen2RMSNorm) == 0.0
+            assert [factor_offset(kind) for kind in (Qwen2RMSNorm, GemmaRMSNorm)] == [0.0, 1.0]
     finally:
         torch.set_default_dtype(before)
 
