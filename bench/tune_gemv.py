@@ -23,7 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowfast_kernels.heuristics.gemv import ROWS_OF_CUDA_CORES, GemvConfig, GemvShape, gemv_config
+from slowfast_kernels.heuristics.gemv import (
+    FEWEST_PROGRAMS,
+    ROWS_OF_CUDA_CORES,
+    GemvConfig,
+    GemvShape,
+    gemv_config,
+)
 from slowfast_kernels.heuristics.triton import next_power_of_2
 from slowfast_kernels.triton import gemv
 from slowfast_kernels.triton.gemv import Norm, Projection
@@ -43,7 +49,6 @@ SHAPES = {
 }
 PAIRED = ("qkv", "gate_up")  # two tiles a program
 MOST_SUMS = 96  # float32 registers a thread: more are spilled
-FEWEST_PROGRAMS = 70  # of tensor cores: fewer do not draw the read rate
 MOST_BYTES = 144 * 1024  # of a program's tiles under way: of most an SM holds two
 
 

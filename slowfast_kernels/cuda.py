@@ -273,7 +273,7 @@ class Attention:
             has_ranges or (sample.slow_pieces is not None and batch > 1),
             num_sms,
         )
-        if gate is None or gate.kind not in WEIGHTED_GATES:  # there is nothing to form
+        if config.gates_first and (gate is None or gate.kind not in WEIGHTED_GATES):  # there is nothing to form
             config = replace(config, gates_first=False)
         self.config = config
         splits = config.cluster_size * config.num_groups

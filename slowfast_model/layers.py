@@ -60,16 +60,16 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What a linear layer returns for activations of ``dtype``: the autocast type where autocast is on."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # of meta, torch cannot be asked
-        return dtype
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(device.type) if _is_autocast_on(device) else dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Types are as torch promotes them while the block lasts."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if _is_autocast_on(device) else nullcontext()
+
+
+def _is_autocast_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # of meta, torch cannot be asked
 
 
 def weights_dtype(*modules: nn.Module) -> torch.dtype:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,8 +36,7 @@ class Preprocess:
         pixels = _resize(frames.permute(0, 3, 1, 2).float(), (height, new_width))
         pixels = _centre(pixels, 3, self.size)  # columns that are cut off need no second pass
         pixels = _centre(_resize(pixels, (new_height, pixels.shape[3])), 2, self.size)
-        as_pixels = {"dtype": pixels.dtype, "device": pixels.device}
-        mean, std = (torch.tensor(x, **as_pixels)[:, None, None] for x in (self.mean, self.std))
+        mean, std = (pixels.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
         return (pixels / 255 - mean) / std
 
 

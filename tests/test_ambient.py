@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import reference
 import torch
+from ambient import default_type
 from cases import Shape, Video, make_frames, make_inputs
 from model_cases import VIDEO, features, one_thread, tiny_model  # noqa: F401  the fixture of this module
 
@@ -14,16 +13,6 @@ import slowfast_kernels as sk
 from slowfast_model import DecodeSession, PatchTower, encode_frames
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def default_type(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 AMBIENT = {
@@ -35,9 +24,7 @@ everywhere = pytest.mark.parametrize("ambient", AMBIENT)
 
 
 def tensors_of(x) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        return [x.detach()]
-    return [each for part in x if part is not None for each in tensors_of(part)]
+    return [x] if isinstance(x, torch.Tensor) else [each for part in x if part is not None for each in tensors_of(part)]
 
 
 def check(run, ambient):
@@ -51,12 +38,8 @@ def check(run, ambient):
 
 def with_gradients(result, *inputs):
     """``result`` and the gradients of its floating-point parts' squares."""
-    parts = [x for x in tensors_of_graph(result) if x.requires_grad]
+    parts = [x for x in tensors_of(result) if x.requires_grad]
     return result, torch.autograd.grad(sum(x.float().pow(2).sum() for x in parts), inputs)
-
-
-def tensors_of_graph(x) -> list[torch.Tensor]:
-    return [x] if isinstance(x, torch.Tensor) else [each for part in x for each in tensors_of_graph(part)]
 
 
 @everywhere

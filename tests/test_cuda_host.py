@@ -169,6 +169,19 @@ def launched(monkeypatch):
 
 
 @pytest.fixture
+def made(monkeypatch):
+    """What ``torch.empty`` makes from here on."""
+    found, empty = [], torch.empty
+
+    def record(*size, **kind):
+        found.append(empty(*size, **kind))
+        return found[-1]
+
+    monkeypatch.setattr(torch, "empty", record)
+    return found
+
+
+@pytest.fixture
 def inputs(rng):
     return make_inputs(Shape(((24, 400),), (14, 2), 64, other_rows=3), torch.bfloat16, CPU, rng())
 
@@ -178,15 +191,8 @@ def attention_of(inputs, config: HopperConfig) -> tuple[cuda.Attention, Attentio
     return cuda.Attention(tensors, config=config), tensors
 
 
-def test_the_parts_of_a_workspace_follow_one_another_and_fill_it(inputs, launched, monkeypatch):
+def test_the_parts_of_a_workspace_follow_one_another_and_fill_it(inputs, launched, made):
     config = HopperConfig(2, 1, 3, 2)
-    made, empty = [], torch.empty
-
-    def record(*size, **kind):
-        made.append(empty(*size, **kind))
-        return made[-1]
-
-    monkeypatch.setattr(torch, "empty", record)
     attend, tensors = attention_of(inputs, config)
     attend(tensors)
     (_, plan), (workspace,) = launched[0], made
@@ -212,17 +218,10 @@ def test_without_groups_there_is_no_workspace(inputs, launched):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_gates_that_come_first_have_a_place_for_each_text_row(inputs, launched, monkeypatch, groups):
+def test_gates_that_come_first_have_a_place_for_each_text_row(inputs, launched, made, groups):
     config = HopperConfig(2, 1, groups, 2, gates_first=True)
     gate = Gate.of(*inputs.gating)
     tensors = FusedTensors.of(inputs.state, AttentionTensors(*inputs.attention), gate)
-    made, empty = [], torch.empty
-
-    def record(*size, **kind):
-        made.append(empty(*size, **kind))
-        return made[-1]
-
-    monkeypatch.setattr(torch, "empty", record)
     attend = cuda.Attention(tensors, gate=gate, config=config)
     attend(tensors, out=inputs.state.clone())
     ((params, plan),) = launched

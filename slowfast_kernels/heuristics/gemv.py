@@ -17,6 +17,7 @@ MOST_ROWS = 32  # that a kernel takes: a program holds all of them beside each w
 # A weight costs a multiplication a row on CUDA cores: four rows take longer than cuBLAS (gate and up 130 us, cuBLAS
 # 98), two as long, with the norm, the bias, SiLU and the residual inside (100 and 98 us).
 ROWS_OF_CUDA_CORES = 2
+FEWEST_PROGRAMS = 70  # of tensor cores: fewer do not draw the read rate
 # By bytes an element. Steps of a 7B by tensor cores and by cuBLAS: 4 rows 5915 and 7436 us, 32 rows 6873 and 8496.
 ROWS_THAT_PAY = {2: MOST_ROWS, 4: 2}
 
@@ -73,9 +74,6 @@ _BY_ROWS = {
 }
 
 
-_FEWEST_PROGRAMS = 70  # fewer do not draw the read rate
-
-
 @lru_cache(maxsize=4096)
 def gemv_config(shape: GemvShape, batch: int, element_size: int) -> GemvConfig:
     """For ``batch`` rows of activations of so many bytes an element.
@@ -107,7 +105,7 @@ def _tensor_core_config(shape: GemvShape, batch: int) -> GemvConfig:
         return GemvConfig(block_m, 64, 128, 4, 4, tensor_cores=True)
     if shape.outputs <= shape.inputs:
         return GemvConfig(block_m, 16 if batch <= 8 else 32, 256, 4, 4, tensor_cores=True)
-    block_n = 64 if block_m == 16 and shape.outputs >= 64 * _FEWEST_PROGRAMS else 32
+    block_n = 64 if block_m == 16 and shape.outputs >= 64 * FEWEST_PROGRAMS else 32
     num_stages = 3 if block_n == 64 and shape.outputs >= 32768 else 5
     return GemvConfig(block_m, block_n, 128, 2, num_stages, tensor_cores=True)
 

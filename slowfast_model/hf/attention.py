@@ -25,7 +25,7 @@ import slowfast_kernels as sk
 from ..attention import gate_arguments, project_folded
 from ..checkpoint import interleave_kv
 from ..config import SlowFastConfig
-from ..layers import weights_dtype
+from ..layers import weights_dtype, without_autocast
 from ..plain import is_plain
 from .norms import eps_of, factor, factor_offset, is_bare
 from .videos import SlowReading
@@ -282,8 +282,6 @@ def start_from_own_kv(attention: HybridAttention) -> None:
     A missing bias is a zero bias.
     """
     projection = attention.cross_attn_kv_proj
-    if projection.weight.is_meta:  # there is nothing to start from
-        return
     pairs = _own_kv(attention)
     heads = _kv_width(attention) // attention.head_dim
     for into, (k, v) in zip((projection.weight, projection.bias), zip(*pairs, strict=True), strict=True):
@@ -297,6 +295,6 @@ def _weight_and_bias(projection: nn.Module) -> tuple[Tensor, Tensor]:
         return projection.weight, projection.weight.new_zeros(len(projection.weight)) if bias is None else bias
     device, dtype = device_of(projection), weights_dtype(projection)
     one = torch.eye(projection.in_features, device=device, dtype=dtype)
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         bias = projection(torch.zeros_like(one[:1]))[0]
         return (projection(one) - bias).T, bias

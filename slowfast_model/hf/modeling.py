@@ -100,12 +100,11 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         self.language_model = language_model
         self.vocab_size = language_model.config.vocab_size
         device = device_of(language_model.get_input_embeddings())
-        place = nullcontext() if device.type == "meta" else device  # whatever the default device is
+        # Not the default device. 4.57 makes parameters on meta, and buffers, which no checkpoint holds, elsewhere.
+        place = nullcontext() if device.type == "meta" else device
         if vision_tower is None and config.vision_tower is not None:
             with place:
                 vision_tower = build_tower(config.vision_tower)
-            if device.type != "meta":  # 4.57 makes parameters there and buffers, which no checkpoint holds, elsewhere
-                vision_tower.to(device)
         if vision_tower is not None:  # no attribute without a tower, as tools look for one
             self.vision_tower = vision_tower
         slow_fast = config.slow_fast()

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from accelerate import init_empty_weights
+from ambient import default_type
 from families import FAMILIES, batch, close, prompt, slow_fast_model, video
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -78,13 +79,8 @@ def test_norms_of_transformers_are_known_by_what_they_do(kind, offset):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_norm_is_known_whatever_type_and_device_are_the_default(dtype, device):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            assert [factor_offset(kind) for kind in (Qwen2RMSNorm, GemmaRMSNorm)] == [0.0, 1.0]
-    finally:
-        torch.set_default_dtype(before)
+    with default_type(dtype), torch.device(device):
+        assert [factor_offset(kind) for kind in (Qwen2RMSNorm, GemmaRMSNorm)] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Identity, Shifted, EpsOutside])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from ambient import default_type
 from families import HYBRID, STRIDES, VIDEO, language_model
 from PIL import Image
 from released_cases import randomised
@@ -75,12 +76,9 @@ def smooth_levels(smooth):
 
 def test_pixels_are_float32_whatever_type_is_the_default():
     frames, whole = pictures(20, 30), Preprocess(16, True, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-    pixels, before = whole(frames), torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    pixels = whole(frames)
+    with default_type(torch.bfloat16):
         again = whole(frames)
-    finally:
-        torch.set_default_dtype(before)
     assert pixels.dtype == torch.float32
     assert torch.equal(again, pixels)
 

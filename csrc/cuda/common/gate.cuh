@@ -27,6 +27,13 @@ __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t index,
   }
 }
 
+// Channels 8 * vector .. 8 * vector + 7 of a float32 weight.
+__device__ __forceinline__ void load_floats(const void* weight, int vector, float (&w)[8]) {
+  const float4* place = static_cast<const float4*>(weight) + 2 * vector;
+  const float4 low = __ldg(place), high = __ldg(place + 1);
+  w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+}
+
 // Loaded apart from their use: a kernel issues these loads first and waits for them behind those of its first row.
 struct GateScalars {
   uint32_t bias, warm_up;

@@ -265,9 +265,8 @@ struct Gates {
   __device__ __forceinline__ void multiply_by_floats(float (&dots)[2], const T* const (&states)[2], int vector) const {
 #pragma unroll 1
     for (const int end = num_vectors(); vector < end; vector += 32 * Traits::kGateWarps) {
-      const float4* weight = static_cast<const float4*>(p.gate.weight) + 2 * vector;
-      const float4 low = __ldg(weight), high = __ldg(weight + 1);
-      const float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      float w[8];
+      load_floats(p.gate.weight, vector, w);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float x[8];

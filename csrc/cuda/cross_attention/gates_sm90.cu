@@ -25,9 +25,7 @@ __device__ __forceinline__ float dot_of(const uint4& state, const GateParams& ga
   float x[8], w[8];
   unpack<T>(state, x);
   if (gate.dtype == DType::kFloat32) {
-    const float4* weight = static_cast<const float4*>(gate.weight) + 2 * vector;
-    const float4 low = __ldg(weight), high = __ldg(weight + 1);
-    w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+    load_floats(gate.weight, vector, w);
   } else {
     unpack<T>(__ldg(static_cast<const uint4*>(gate.weight) + vector), w);
   }
