@@ -77,6 +77,10 @@ _HOPPER_TWO_VIDEOS = range(5, 9)
 # One short video, plain and in a piece: clusters of 8 without groups 3.3 and 5.7 us over 324 tokens instead of 4.6 and
 # 6.8, 4.9 and 7.4 over 1360 instead of 5.5 and 7.7; over 2048 plain alone is faster (24).
 _HOPPER_SHORT_DECODE_BLOCKS = 48
+# Batches of more packed rows a sequence than these: 8x8x2048 28.9 us in clusters of 2 by 4 groups, 20.1 in clusters
+# of 4; 16x8x2048 38.8 by 2 and 2, 31.6 in whole units; 16x8x5184 72.6 and, in 4 groups, 66.8 (33).
+_HOPPER_FEW_ROWS = 16
+_HOPPER_SHORT_BATCH_BLOCKS = 96
 # Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
 # which groups add up, or, for clusters, the last group's reading of all partial rows.
 _HOPPER_CTA_US = 6.5
@@ -129,7 +133,7 @@ def hopper_attention_config(
     blocks = max(1, -(-(num_slow // batch) // block_n))
     clusters = _hopper_clusters(num_sms)
     if consumers == 1:
-        cluster_size, groups = _hopper_decode_splits(units, blocks, num_sms)
+        cluster_size, groups = _hopper_decode_splits(units, blocks, rows, num_sms)
         config = HopperConfig(consumers, cluster_size, groups, max_tiles, kv_evict_first=evict_first)
         if units in _HOPPER_TWO_VIDEOS and not selects:
             return config  # a look at the lengths costs them 7%: 2x1x5184 11.9 -> 12.9 us (30)
@@ -213,21 +217,30 @@ def _cluster_plans(units: int, blocks: int, head_dim: int, clusters: dict[int, i
             yield waves * (_HOPPER_CTA_US + us) + overhead, {"cluster_size": cluster_size, "num_groups": groups}
 
 
-def _hopper_decode_splits(units: int, blocks: int, num_sms: int) -> tuple[int, int]:
+def _hopper_decode_splits(units: int, blocks: int, rows: int, num_sms: int) -> tuple[int, int]:
     """(cluster size, groups). Decode is bytes: CTAs that saturate the memory are enough, more only add partials.
 
     Clusters add up faster than groups, so that somewhat fewer CTAs without groups are better for two short videos, and
     clusters of 2 for batches that fill the GPU, with two groups instead of four: 16x1x10368 119.3 -> 117.9 us (24).
+    Of more than a few rows partials are large: batches of them have whole units, or no more CTAs than the GPU holds
+    (``_HOPPER_FEW_ROWS``).
     """
     is_long = blocks >= _HOPPER_LONG_DECODE_BLOCKS
     most = _HOPPER_LONG_DECODE_BLOCKS - 1 if units in _HOPPER_TWO_VIDEOS else _HOPPER_SHORT_DECODE_BLOCKS
     if units <= _HOPPER_TWO_VIDEOS[-1] and 8 <= blocks <= most:
         return 8, 1
-    if units <= _hopper_clusters(num_sms)[4] and blocks >= 4:
+    clusters = _hopper_clusters(num_sms)[4]
+    if units <= clusters and blocks >= 4:
         ctas = _HOPPER_SATURATING_CTAS_LONG if is_long else _HOPPER_SATURATING_CTAS
         ctas = ctas * num_sms // HOPPER_SMS
         return 4, max(1, min(blocks // 4, ctas // (4 * units)))
     most = 2 * num_sms
+    if rows > _HOPPER_FEW_ROWS:
+        if units <= 2 * clusters and 8 * units <= most and blocks >= 4:
+            return 4, 1
+        is_short = blocks <= _HOPPER_SHORT_BATCH_BLOCKS
+        groups = (2 if 3 * units <= num_sms else 1) if is_short else most // units
+        return 1, max(1, min(blocks, groups))
     cluster_size = 2 if 2 * units <= most and blocks >= 2 else 1
     return cluster_size, max(1, min(blocks, most // units) // cluster_size)
 
