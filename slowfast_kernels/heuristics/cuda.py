@@ -78,9 +78,10 @@ _HOPPER_TWO_VIDEOS = range(5, 9)
 # 6.8, 4.9 and 7.4 over 1360 instead of 5.5 and 7.7; over 2048 plain alone is faster (24).
 _HOPPER_SHORT_DECODE_BLOCKS = 48
 # Batches of more packed rows a sequence than these: 8x8x2048 28.9 us in clusters of 2 by 4 groups, 20.1 in clusters
-# of 4; 16x8x2048 38.8 by 2 and 2, 31.6 in whole units; 16x8x5184 72.6 and, in 4 groups, 66.8 (33).
+# of 4; 8x8x20736 131.1 and, in 3 groups, 120.5; 16x8x2048 38.8 by 2 and 2, 31.6 in whole units; 16x8x5184 72.6 and, in
+# 4 groups, 66.8. One row, short: 8x1x2048 17.8 by 2 and 4, 16.4 in clusters of 2 alone (33).
 _HOPPER_FEW_ROWS = 16
-_HOPPER_SHORT_BATCH_BLOCKS = 96
+_HOPPER_SHORT_BATCH_BLOCKS, _HOPPER_LONG_BATCH_BLOCKS = 96, 256
 # Microseconds of a 128-row CTA: start and end; a KV block; what a cluster's reduction adds; a level of the tree in
 # which groups add up, or, for clusters, the last group's reading of all partial rows.
 _HOPPER_CTA_US = 6.5
@@ -222,8 +223,8 @@ def _hopper_decode_splits(units: int, blocks: int, rows: int, num_sms: int) -> t
 
     Clusters add up faster than groups, so that somewhat fewer CTAs without groups are better for two short videos, and
     clusters of 2 for batches that fill the GPU, with two groups instead of four: 16x1x10368 119.3 -> 117.9 us (24).
-    Of more than a few rows partials are large: batches of them have whole units, or no more CTAs than the GPU holds
-    (``_HOPPER_FEW_ROWS``).
+    Of more than a few rows partials are large, and in batches of them clusters do not have groups beside
+    (``_HOPPER_FEW_ROWS``); nor have short videos.
     """
     is_long = blocks >= _HOPPER_LONG_DECODE_BLOCKS
     most = _HOPPER_LONG_DECODE_BLOCKS - 1 if units in _HOPPER_TWO_VIDEOS else _HOPPER_SHORT_DECODE_BLOCKS
@@ -235,14 +236,15 @@ def _hopper_decode_splits(units: int, blocks: int, rows: int, num_sms: int) -> t
         ctas = ctas * num_sms // HOPPER_SMS
         return 4, max(1, min(blocks // 4, ctas // (4 * units)))
     most = 2 * num_sms
-    if rows > _HOPPER_FEW_ROWS:
-        if units <= 2 * clusters and 8 * units <= most and blocks >= 4:
+    is_short = blocks <= _HOPPER_SHORT_BATCH_BLOCKS
+    if rows > _HOPPER_FEW_ROWS and blocks >= 4:
+        if units > 2 * clusters:
+            return 1, 1 if is_short else max(1, most // units)
+        if blocks <= _HOPPER_LONG_BATCH_BLOCKS:
             return 4, 1
-        is_short = blocks <= _HOPPER_SHORT_BATCH_BLOCKS
-        groups = (2 if 3 * units <= num_sms else 1) if is_short else most // units
-        return 1, max(1, min(blocks, groups))
+        return 1, max(1, _HOPPER_SATURATING_CTAS_LONG * num_sms // HOPPER_SMS // units)
     cluster_size = 2 if 2 * units <= most and blocks >= 2 else 1
-    return cluster_size, max(1, min(blocks, most // units) // cluster_size)
+    return cluster_size, 1 if is_short else max(1, min(blocks, most // units) // cluster_size)
 
 
 # -------------------------------------------------------------------------------------------------------- its gradients
