@@ -18,6 +18,7 @@ from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList, Te
 
 from slowfast_kernels.numbers import as_int
 
+from ..sdpa import without_cudnn_attention
 from ..video import load_video
 from ..weight_files import read_json
 from ._versions import CACHE
@@ -57,6 +58,10 @@ class VideoChat:
 
     The prompt is that of the processor's chat template. A turn's text is cut from the template's whole conversation,
     and what the model has answered stays in it id by id.
+
+    A turn runs without cuDNN's attention, which makes a plan for every new length, but for steps over a static cache,
+    whose shapes stay. PyTorch's flag for it is the process's: ``on_text`` and other threads find it off meanwhile
+    (``slowfast_model.sdpa``).
 
     >>> chat = VideoChat.from_pretrained("my-model")  # doctest: +SKIP
     >>> chat.ask("What happens?", ["clip.mp4"]).text  # doctest: +SKIP
@@ -189,7 +194,7 @@ class VideoChat:
             inputs = self.processor(text=[text], videos=frames or None, return_tensors="pt", add_special_tokens=False)
             new = inputs["input_ids"].to(self.model.device)
             self._check_room(new.shape[1])
-        with watch.stage("tower"):
+        with watch.stage("tower"), without_cudnn_attention():
             features = self._features(inputs.get("pixel_values_videos", []), watch, on_progress)
         counts = {"videos": len(frames), "frames": sum(map(len, frames))}
         counts["fast_tokens"] = int((new == self.model.config.video_token_id).sum()) if frames else 0
@@ -286,7 +291,9 @@ class VideoChat:
         if features:
             given["video_features"] = features
         self._is_stopped = False
-        with ExitStack() as parts:
+        with ExitStack() as whole, ExitStack() as parts:  # of the answer; those until its first token
+            grows = self.static_rows is None
+            (whole if grows else parts).enter_context(without_cudnn_attention())
             if features:
                 parts.enter_context(watch.method(self.model, "_slow_and_fast", "pool"))
                 for attention in self.model.hybrid_attentions():

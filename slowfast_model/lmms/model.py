@@ -23,6 +23,7 @@ from tqdm import tqdm
 from slowfast_kernels.numbers import as_int
 
 from ..hf import PRESETS, SlowFastVLForConditionalGeneration, SlowFastVLProcessor
+from ..sdpa import without_cudnn_attention
 from ..video import load_video
 
 EVALUATION = PRESETS["evaluation"]
@@ -136,7 +137,7 @@ class SlowFast(lmms):
         ).to(self.device)
         tokenizer = self.processor.tokenizer
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        with torch.inference_mode():
+        with torch.inference_mode(), without_cudnn_attention():  # prompts are of many lengths
             ids = self.model.generate(**inputs, **self._generation(settings), pad_token_id=padding)
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 
@@ -11,6 +12,8 @@ from families import HYBRID, STRIDES, VIDEO, WIDTH, language_model, open_gates, 
 from test_generate import recomputed
 from test_processor import WORDS, clip, frames  # noqa: F401
 from torch._dynamo.testing import CompileCounter
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
 
 from slowfast_model import PatchTower, encode_frames, load_video
@@ -262,6 +265,61 @@ def test_one_token_alone_has_no_time_of_later_ones(make):
     timings = make({"max_new_tokens": 1}).ask("what").timings
     assert timings["token"] is timings["tokens_per_second"] is None
     assert timings["prefill"] > 0
+
+
+# ------------------------------------------------------------------------------------------------- backends
+
+
+def seen_by(chat) -> list[bool]:
+    """Whether cuDNN may attend, at each call of the tower and of the language model."""
+    seen: list[bool] = []
+    for module in (chat.model.vision_tower, chat.model.language_model):
+        module.register_forward_pre_hook(lambda *given: seen.append(cuda.cudnn_sdp_enabled()))
+    return seen
+
+
+def test_a_turn_runs_without_cudnns_attention(make):
+    chat = make()
+    seen = seen_by(chat)
+    chat.ask("what is this", [frames(8)])
+    chat.ask("a cat")
+    assert seen == [False] * (1 + 5 + 5)
+    assert cuda.cudnn_sdp_enabled()
+
+
+def test_steps_over_a_static_cache_have_the_backends_that_the_user_chose(make):
+    chat = make({"static_rows": 64})
+    seen = seen_by(chat)
+    for question, videos in (("what is this", [frames(8)]), ("a cat", [])):
+        chat.ask(question, videos)
+        assert seen == [False] * (1 + len(videos)) + [True] * 4
+        seen.clear()
+
+
+def test_a_user_who_left_cudnn_alone_keeps_it(make):
+    chat = make()
+    seen = seen_by(chat)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        with contextlib.suppress(RuntimeError):  # a CPU has no such backend
+            chat.ask("what is this", [frames(8)])
+        assert cuda.cudnn_sdp_enabled()
+        assert not cuda.flash_sdp_enabled()
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("settings", [{}, {"static_rows": 64}])
+def test_an_error_of_a_turn_gives_cudnn_back(make, settings):
+    chat = make(settings)
+
+    def fails(*given):
+        raise RuntimeError("no more")
+
+    for module in (chat.model.language_model, chat.model.vision_tower):
+        module.register_forward_pre_hook(fails)
+        with pytest.raises(RuntimeError, match="no more"):
+            chat.ask("what", [frames(8)])
+        assert cuda.cudnn_sdp_enabled()
 
 
 # ------------------------------------------------------------------------------------------------- stopwatch

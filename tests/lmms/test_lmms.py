@@ -231,6 +231,17 @@ def test_a_system_prompt_goes_before_the_question(make, monkeypatch):
     assert model.processor.decode(given[0]["input_ids"][0]) == "system a cat user a dog ? assistant"
 
 
+def test_answers_are_made_without_cudnns_attention(make, clips):
+    model, seen = make(device="cpu"), []
+    for module in (model.model.vision_tower, model.model.language_model):
+        module.register_forward_pre_hook(lambda *given: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    content = [{"type": "video", "url": clips[0]["clip"]}, {"type": "text", "text": "what"}]
+    model._answer([[{"role": "user", "content": content}]], {"max_new_tokens": 2})
+    assert len(seen) > 1
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_weights_are_of_the_type_that_is_asked_for(make):
     assert make("dtype=bfloat16", device="cpu").model.dtype == torch.bfloat16
 

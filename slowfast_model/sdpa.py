@@ -1,0 +1,43 @@
+"""Which of ``scaled_dot_product_attention``'s backends serve calls whose lengths change.
+
+cuDNN, which PyTorch prefers on Hopper and Blackwell where it is new enough, builds an execution plan for every shape
+that a thread has not had before, and that takes longer than the forward pass of a decoded token. A cache that grows has
+a new shape at every token. The other backends build nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+from torch.backends import cuda
+
+_LOCK = Lock()
+_open = 0  # blocks that hold cuDNN off
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """While the block lasts, ``scaled_dot_product_attention`` does without cuDNN, and then has it again if it had.
+
+    Nothing is done where the user has disabled flash or efficient attention: flash takes no mask, and efficient no
+    groups of heads in older versions, so that a call of cuDNN's might find no other. PyTorch's flags are those of the
+    process: what other threads compute meanwhile does without cuDNN too, and of blocks that overlap the last to end
+    gives it back. What ``torch.compile`` traces in the block keeps the backend that was chosen there.
+    """
+    global _open
+    with _LOCK:
+        has_others = cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()
+        holds = has_others and (_open > 0 or cuda.cudnn_sdp_enabled())
+        if holds:
+            cuda.enable_cudnn_sdp(False)
+            _open += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            if holds:
+                _open -= 1
+                if not _open:
+                    cuda.enable_cudnn_sdp(True)
