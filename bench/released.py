@@ -5,7 +5,8 @@ a CPU a tiny one with a SigLIP. One model takes the strides of each shape. Stage
 each alone, by the wall clock from a call to its answer: decoding the file, preprocessing (where the tower is, and on
 the host beside it), the tower, projector and pooling, keys and values of the hybrid layers, prefill (which does the
 last two itself), a token; and all of it in one. A decoded token is transformers' eager step with a dynamic cache;
-``bench model`` has the captured one.
+``bench model`` has the captured one. Where there is attention of PyTorch's, a stage runs as in ``ask``, without cuDNN:
+with it a stage's time would hold the making of plans for lengths that the process had not seen before.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ def make_model(shape: ReleasedShape, dtype: str, device: torch.device):
     for attention in model.hybrid_attentions():
         attention.cross_attn_warm_up_gate.fill_(0.9)
     return model
+
+
+def as_in_ask(call: Call) -> Call:
+    """``call``, with the backends of attention that a ``VideoChat`` has."""
+    from slowfast_model.sdpa import without_cudnn_attention
+
+    return without_cudnn_attention()(call)
 
 
 class Pipeline:
@@ -150,14 +158,14 @@ class Pipeline:
         where = {"preprocess": self.device} | ({} if self.device == host else {"preprocess on the host": host})
         for who, device in where.items():
             yield Stage(who, partial(self.preprocess, device), _finite)
-        yield Stage("tower", partial(self.encode, self.preprocess(self.device)), _finite)
+        yield Stage("tower", as_in_ask(partial(self.encode, self.preprocess(self.device))), _finite)
         yield Stage("project and pool", self.pool, lambda found: _finite(found[:2]))
         yield Stage("K and V", self.keys_and_values, _finite)
-        yield Stage("prefill", self.prefill, lambda found: _finite([found.logits]))
-        yield Stage("a token", partial(self.step, self.cache), lambda found: _finite([found]))
+        yield Stage("prefill", as_in_ask(self.prefill), lambda found: _finite([found.logits]))
+        yield Stage("a token", as_in_ask(partial(self.step, self.cache)), lambda found: _finite([found]))
         length = self.ids.shape[1] + ANSWER
         whole = f"file to {ANSWER} tokens" if self.video is not None else f"frames to {ANSWER} tokens"
-        yield Stage(whole, self.answer, lambda found: found.shape[1] == length)
+        yield Stage(whole, as_in_ask(self.answer), lambda found: found.shape[1] == length)
 
 
 def _finite(tensors) -> bool:

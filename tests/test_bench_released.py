@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_cases import CPU
+from torch.backends import cuda
 
 from bench import __main__ as cli
 from bench import released, report, selection
@@ -73,6 +74,20 @@ def test_a_file_is_decoded_and_answered_about(run):
     assert list(stages)[-1] == whole
     for who in (f"decode {video.name}", whole):
         assert stages[who].is_right(stages[who].call())
+
+
+@needs_transformers
+def test_what_attends_runs_as_in_ask_whatever_lengths_came_before():
+    pipeline, seen = a_pipeline(None), []
+    assert len(pipeline.features) == SHAPE.frames  # made before they are asked for
+    for module in (pipeline.model.vision_tower, pipeline.model.language_model):
+        module.register_forward_pre_hook(lambda *given: seen.append(cuda.cudnn_sdp_enabled()))
+    for stage in pipeline.stages():
+        seen.clear()
+        stage.call()
+        assert bool(seen) == (stage.who in ("tower", "prefill", "a token", "frames to 16 tokens"))
+        assert not any(seen)
+        assert cuda.cudnn_sdp_enabled()
 
 
 @needs_transformers
