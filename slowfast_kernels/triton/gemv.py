@@ -52,16 +52,19 @@ def _by_cuda_cores(
     M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """What ``_products`` scales, by float32 multiplications, and each row's sum of squares [BLOCK_M, 1]."""
+    """What ``_products`` scales, by float32 multiplications, and each row's sum of squares [BLOCK_M, 1].
+
+    Weights, which pass L2 by once a step, are the first to leave it: what all layers share stays.
+    """
     k = tl.arange(0, BLOCK_K)[None, None, :]
     x += tl.arange(0, BLOCK_M)[:, None, None] * K + k
     weights = weights[None, :, None] + k
-    first = tl.load(weights, mask=k < K, other=0.0)
+    first = tl.load(weights, mask=k < K, other=0.0, eviction_policy="evict_first")
     sums = tl.zeros((BLOCK_M, weights.shape[1], BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_M, 1, BLOCK_K), tl.float32)
     if others is not None:
         others = others[None, :, None] + k
-        other_first = tl.load(others, mask=k < K, other=0.0)
+        other_first = tl.load(others, mask=k < K, other=0.0, eviction_policy="evict_first")
         other_sums = tl.zeros((BLOCK_M, weights.shape[1], BLOCK_K), tl.float32)
     if PDL:
         gdc_wait()
@@ -75,13 +78,13 @@ def _by_cuda_cores(
         if i == 0:
             w = first
         else:
-            w = tl.load(weights + i, mask=is_in, other=0.0)
+            w = tl.load(weights + i, mask=is_in, other=0.0, eviction_policy="evict_first")
         sums += w.to(tl.float32) * a
         if others is not None:
             if i == 0:
                 w = other_first
             else:
-                w = tl.load(others + i, mask=is_in, other=0.0)
+                w = tl.load(others + i, mask=is_in, other=0.0, eviction_policy="evict_first")
             other_sums += w.to(tl.float32) * a
     if PDL:
         gdc_launch_dependents()
