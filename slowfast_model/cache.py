@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import slowfast_kernels as sk
 
-from .transfer import ON_HOST, to_device
+from .transfer import ON_HOST, to_device, upload
 
 
 @dataclass
@@ -85,9 +86,8 @@ class NewRows:
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, device: torch.device) -> NewRows:
         """The first ``lengths`` rows of each sample."""
-        rows = torch.cat([torch.arange(b * width, b * width + n, **ON_HOST) for b, n in enumerate(lengths)])
-        cu_rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, **ON_HOST)
-        return cls(to_device(rows.int(), device), to_device(cu_rows, device), width)
+        rows = np.concatenate([np.arange(b * width, b * width + n, dtype=np.int32) for b, n in enumerate(lengths)])
+        return cls(*upload([rows, np.array([0, *accumulate(lengths)], np.int32)], device), width)
 
     @property
     def last(self) -> Tensor:
@@ -98,17 +98,21 @@ class NewRows:
 class Appending:
     """Where new tokens go in the LM's cache, and what they attend: the same in every layer."""
 
-    def __init__(self, batch: int, capacity: int, device: torch.device, backend: str | None) -> None:
+    def __init__(self, capacity: int, backend: str | None) -> None:
         self.capacity, self.backend = capacity, backend
-        self._starts = torch.arange(batch, device=device) * capacity
-        self._positions = torch.arange(capacity, device=device)
-        self._one_each = NewRows.of([1] * batch, 1, device)
-        # The slots of a sequence are a piece of the cache, of which each new token sees a range: what is before it.
-        self.cu_pieces = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        self.pieces = torch.stack([self._starts, self._starts + capacity], 1).int()
         self.new: NewRows | None = None  # None: prefill
         self.slots = self.ends = self.mask = None
         self.by_gemv = False  # layers that can run as the kernels of ``decode``
+
+    def lay_out(self, batch: int, device: torch.device) -> None:
+        """What every ``begin`` reads. A prefill reads none of it, so that it may be made while the GPU is busy."""
+        starts = np.arange(batch, dtype=np.int64) * self.capacity
+        # The slots of a sequence are a piece of the cache, of which each new token sees a range: what is before it.
+        pieces = np.stack([starts, starts + self.capacity], 1).astype(np.int32)
+        places = upload([starts, pieces, np.arange(batch + 1, dtype=np.int32)], device)
+        self._starts, self.pieces, self.cu_pieces = places
+        self._positions = torch.arange(self.capacity, device=device)
+        self._one_each = NewRows.of([1] * batch, 1, device)
 
     def begin(self, position: Tensor, new: NewRows | None = None) -> None:
         """Append tokens from ``position`` [B] int64 on: one a sequence, or those of ``new``."""
@@ -201,8 +205,9 @@ class KVCache:
         device: torch.device,
         backend: str | None = None,
     ) -> None:
-        self.step = Appending(batch, capacity, device, backend)
+        self.step = Appending(capacity, backend)
         # zeros, not empty: a masked position must not hold a NaN, which SDPA would multiply by 0
         shape = (batch, capacity, num_kv_heads, 2, head_dim)
-        kv = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
+        kv = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        torch._foreach_zero_(kv)  # a few launches for all of them
         self.layers = [LayerCache(x, self.step) for x in kv]

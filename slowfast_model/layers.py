@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slowfast_kernels.bounded_cache import BoundedCache
+from slowfast_kernels.constants import plain_tensors
+
 from .transfer import to_device
 
 
@@ -50,6 +53,30 @@ def rope_at(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) 
     angles = positions[..., None, None].float() * to_device(_inverse_frequencies(head_dim, theta), positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+_first: BoundedCache[Rope] = BoundedCache(64 * 2**20)  # bytes, over all devices
+
+
+def first_rope(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rope:
+    """``rope_at`` of the positions 0..length - 1. No weight is in these tables: they are kept, and not to be written.
+
+    A stream has its own, as another could read them before they are written. Those of a CUDA graph are in its memory
+    and not kept; nor are any that would fill the cache alone.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    rounded = 1 << (length - 1).bit_length()
+    is_long = 2 * rounded * head_dim * dtype.itemsize > _first.max_bytes
+    if is_long or (stream is not None and torch.cuda.is_current_stream_capturing()):
+        return rope_at(torch.arange(length, device=device), head_dim, theta, dtype)
+    key = (rounded, head_dim, theta, dtype, device, stream)
+    tables = _first.get(key)
+    if tables is None:
+        with plain_tensors():
+            tables = rope_at(torch.arange(rounded, device=device), head_dim, theta, dtype)
+        tables = _first.put(key, tables, sum(x.nbytes for x in tables))
+    cos, sin = tables
+    return cos[:length], sin[:length]
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:

@@ -27,7 +27,7 @@ from .attention import DecoderLayer, project_slow_at_once
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import GenerationMixin
-from .layers import RMSNorm, Rope, compute_dtype, rope_at, weights_dtype, without_autocast
+from .layers import RMSNorm, Rope, compute_dtype, first_rope, weights_dtype, without_autocast
 from .tokens import IGNORE_INDEX, Layout, Prompts, splice
 from .vision import build_projector, check_features, project_and_pool
 
@@ -190,9 +190,11 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
             held=held,
         )
         text = self.model.embed_tokens(layout.text_ids)
-        zero = text.new_zeros(1, text.shape[1])
+        parts = [text] if fast is None else [text, fast]
+        if min(layout.lengths) < layout.source.shape[1]:  # which is padding's row
+            parts.append(text.new_zeros(1, text.shape[1]))
         with without_autocast(text.device):  # in which tensors of the other half type are not put together
-            rows = torch.cat([text, zero] if fast is None else [text, fast, zero])
+            rows = torch.cat(parts)
         context = None
         if self.config.hybrid_layers and slow is not None:
             context = SlowContext(
@@ -243,10 +245,10 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         dtype = weights_dtype(self.model.mm_projector, self)
         return self.model.mm_projector(torch.zeros(0, width, dtype=dtype, device=device))
 
-    def rope(self, positions: Tensor, dtype: torch.dtype | None = None) -> Rope:
-        """Rotary tables at ``positions``, in the type that the layers compute in, given embeddings of ``dtype``."""
-        dtype = compute_dtype(dtype or weights_dtype(self), positions.device)
-        return rope_at(positions, self.config.head_dim, self.config.rope_theta, dtype)
+    def rope(self, length: int, x: Tensor) -> Rope:
+        """Rotary tables at positions 0..length - 1, in the type that the layers compute in, given embeddings ``x``."""
+        dtype = compute_dtype(x.dtype, x.device)
+        return first_rope(length, self.config.head_dim, self.config.rope_theta, dtype, x.device)
 
     # -------------------------------------------------------------------------------------- calls
 
@@ -254,7 +256,7 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         """What comes before the layers: Python over lengths, and tables that are the same bits in every run."""
         training = self.training and torch.is_grad_enabled()
         x, layout, slow = self.prepare(*inputs, run_every_module=training)
-        return x, self.rope(torch.arange(x.shape[1], device=x.device), x.dtype), layout, slow
+        return x, self.rope(x.shape[1], x), layout, slow
 
     # The one graph break of torch.compile(model), on purpose: a batch is laid out by its values. This form of
     # torch.compiler.disable, which torch's optimizers use, does not import the compiler (seconds) before it is needed.

@@ -41,7 +41,7 @@ class Decodes(Protocol):
         self, input_ids, frame_features, attention_mask, labels, *, held: Sequence[int] | None = None
     ) -> tuple[Tensor, Layout, SlowContext | None]: ...
 
-    def rope(self, positions: Tensor, dtype: torch.dtype | None = None) -> Rope: ...
+    def rope(self, length: int, x: Tensor) -> Rope: ...
 
 
 class DecodeSession:
@@ -112,9 +112,10 @@ class DecodeSession:
             config.num_hidden_layers, batch, capacity, *heads, dtype=dtype, device=device, backend=model.backend
         )
 
-        self._cos, self._sin = model.rope(torch.arange(capacity, device=device), x.dtype)
+        self._cos, self._sin = model.rope(capacity, x)
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
         hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
+        self.cache.step.lay_out(batch, device)
         self.position = to_device(torch.tensor(layout.lengths, **ON_HOST), device)
         last = hidden[torch.arange(batch, device=device), self.position - 1]
         self.logits = model.lm_head(last)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from slowfast_kernels.ops.checks import check_dense
 
-from .transfer import ON_HOST, Download, to_device
+from .transfer import Download, upload
 
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
@@ -30,7 +31,7 @@ class Layout:
     """B samples of L' rows. Index tensors are on the model's device."""
 
     text_ids: Tensor  # [n] ids of all text tokens, sample by sample
-    source: Tensor  # [B, L'] row of cat(text embeddings, fast tokens, one zero row)
+    source: Tensor  # [B, L'] row of cat(text embeddings, fast tokens, one zero row for padding)
     token_types: Tensor  # [B, L'] PROMPT, RESPONSE, VISUAL or PADDING
     labels: Tensor | None  # [B, L'] IGNORE_INDEX on visual and padding rows
     lengths: list[int]  # valid rows of each sample
@@ -97,32 +98,41 @@ class Prompts:
         _check_batch(input_ids, attention_mask, labels, self.device)
         self._download = Download(input_ids, attention_mask, labels)
 
-    def selected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Ids and labels of each sample without padding, on the CPU. Waits for them and for nothing queued since."""
+    def selected(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Ids and labels int64 of each sample without padding. Waits for them and for nothing queued since."""
         return _selected(*self._download.wait())
 
 
 def _selected(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[list, list]:
-    ids = input_ids.long()
-    keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else _mask(attention_mask)
-    targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.long()
+    ids = _values(input_ids).astype(np.int64)
+    targets = np.full_like(ids, IGNORE_INDEX) if labels is None else _values(labels).astype(np.int64)
+    if attention_mask is None:
+        return list(ids), list(targets)
+    keep = _mask(_values(attention_mask))
     for b, row in enumerate(keep):
         if not row.any():
             raise ValueError(f"attention_mask: got no selected token in row {b}, want at least one")
     return [row[k] for row, k in zip(ids, keep, strict=True)], [row[k] for row, k in zip(targets, keep, strict=True)]
 
 
-def _mask(mask: Tensor) -> Tensor:
+def _values(x: Tensor) -> np.ndarray:
+    """Those of the host. A wrapper, a function transform's or a subclass, has no memory, but can be listed."""
+    if type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return x.numpy()
+    return np.array(x.tolist())
+
+
+def _mask(mask: np.ndarray) -> np.ndarray:
     """Integers 0 and 1 as bool."""
-    keep = mask.bool()
+    keep = mask.astype(bool)
     wrong = mask[mask != keep]
     if len(wrong):
-        raise ValueError(f"attention_mask: got {int(wrong[0])}, want 1 on tokens and 0 on padding")
+        raise ValueError(f"attention_mask: got {wrong[0]}, want 1 on tokens and 0 on padding")
     return keep
 
 
-def _check_values(samples: list[Tensor], targets: list[Tensor], vocab_size: int, num_videos: int) -> None:
-    flat, wanted = torch.cat(samples), torch.cat(targets)
+def _check_values(samples: list[np.ndarray], targets: list[np.ndarray], vocab_size: int, num_videos: int) -> None:
+    flat, wanted = np.concatenate(samples), np.concatenate(targets)
     text = flat != IMAGE_TOKEN_INDEX
     markers = int((~text).sum())
     if markers != num_videos:
@@ -132,20 +142,20 @@ def _check_values(samples: list[Tensor], targets: list[Tensor], vocab_size: int,
         )
     wrong = flat[((flat < 0) | (flat >= vocab_size)) & text]
     if len(wrong):
-        raise ValueError(f"input_ids: got {int(wrong[0])}, want 0..{vocab_size - 1} or {IMAGE_TOKEN_INDEX} for a video")
+        raise ValueError(f"input_ids: got {wrong[0]}, want 0..{vocab_size - 1} or {IMAGE_TOKEN_INDEX} for a video")
     # not read where a video stands: labels are often copied from the ids
     wrong = wanted[((wanted < 0) | (wanted >= vocab_size)) & (wanted != IGNORE_INDEX) & text]
     if len(wrong):
-        raise ValueError(f"labels: got {int(wrong[0])}, want 0..{vocab_size - 1} or {IGNORE_INDEX} for no target")
+        raise ValueError(f"labels: got {wrong[0]}, want 0..{vocab_size - 1} or {IGNORE_INDEX} for no target")
 
 
-def _prefix_sums(counts: Sequence[int], device: torch.device) -> Tensor:
-    return to_device(torch.tensor([0, *counts], **ON_HOST).cumsum(0).int(), device)
+def _prefix_sums(counts: Sequence[int]) -> np.ndarray:
+    return np.array([0, *accumulate(counts)], np.int32)
 
 
 def attending_rows(
-    token_types: Tensor, *, every_row: bool = False, mask_system: bool = False, slow_end: Tensor | None = None
-) -> Tensor:
+    token_types: np.ndarray, *, every_row: bool = False, mask_system: bool = False, slow_end: np.ndarray | None = None
+) -> np.ndarray:
     """Rows of one sample, token types [n], that attend its slow tokens; none if it has no visual token.
 
     ``slow_end`` [n]: how many slow tokens are there for each row; rows without any attend none. It says more than
@@ -157,8 +167,8 @@ def attending_rows(
     if not every_row:
         attends &= ~visual
         if mask_system and slow_end is None:
-            attends &= visual.cumsum(0) > 0
-    return attends.nonzero().flatten()
+            attends &= visual.cumsum() > 0
+    return attends.nonzero()[0]
 
 
 def splice(
@@ -188,63 +198,66 @@ def splice(
     """
     samples, targets = prompts.selected()
     _check_values(samples, targets, vocab_size, len(videos))
-    device = prompts.device
+    counts = np.array(videos, np.int64).reshape(-1, 2)
 
-    num_text = sum(int((ids != IMAGE_TOKEN_INDEX).sum()) for ids in samples)
-    next_text, next_fast, next_video = 0, num_text, 0
+    is_video = [ids == IMAGE_TOKEN_INDEX for ids in samples]
+    text_ids = np.concatenate([ids[~video] for ids, video in zip(samples, is_video, strict=True)])
+    next_text, next_fast, next_video = 0, len(text_ids), 0
     sources, types, new_labels, slow_lengths, attending, ends = [], [], [], [], [], []
     whole = True  # every row that attends sees all slow tokens of its sample
-    for ids, target, before in zip(samples, targets, held or [0] * len(samples), strict=True):
-        markers = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        source, kind, label, seen = [], [], [], []
-        slow, start = before, 0
-        for end in [*markers, len(ids)]:
-            text = target[start:end]
-            source.append(torch.arange(next_text, next_text + len(text), **ON_HOST))
-            kind.append(torch.where(text == IGNORE_INDEX, PROMPT, RESPONSE))
-            label.append(text)
-            seen.append(torch.full((len(text),), slow, **ON_HOST))
-            next_text, start = next_text + len(text), end + 1
-            if end < len(ids):
-                num_fast, num_slow = videos[next_video]
-                source.append(torch.arange(next_fast, next_fast + num_fast, **ON_HOST))
-                kind.append(torch.full((num_fast,), VISUAL, **ON_HOST))
-                label.append(torch.full((num_fast,), IGNORE_INDEX, **ON_HOST))
-                seen.append(torch.full((num_fast,), slow, **ON_HOST))
-                seen[-1][-1:] += num_slow
-                next_fast, next_video, slow = next_fast + num_fast, next_video + 1, slow + num_slow
-        kind = torch.cat(kind)
-        slow_end = torch.cat(seen) if causal else torch.full_like(kind, slow)
+    for video, target, before in zip(is_video, targets, held or [0] * len(samples), strict=True):
+        num_fast, num_slow = counts[next_video : next_video + int(video.sum())].T
+        rows, new = np.ones_like(target), np.zeros_like(target)  # rows and slow tokens that a token gives way to
+        rows[video], new[video] = num_fast, num_slow
+        visual = video.repeat(rows)
+        label = np.where(video, IGNORE_INDEX, target).repeat(rows)
+        kind = np.where(label == IGNORE_INDEX, PROMPT, RESPONSE)
+        kind[visual] = VISUAL
+        end_text, end_fast = next_text + len(video) - len(num_fast), next_fast + int(num_fast.sum())
+        source = np.empty_like(label)
+        source[~visual], source[visual] = np.arange(next_text, end_text), np.arange(next_fast, end_fast)
+        next_text, next_fast, next_video = end_text, end_fast, next_video + len(num_fast)
+        slow = before + int(num_slow.sum())
+        if causal:
+            slow_end = (before + new.cumsum() - new).repeat(rows)
+            slow_end[rows.cumsum()[video] - 1] += num_slow  # a video's last row sees its own
+        else:
+            slow_end = np.full_like(kind, slow)
         limit = slow_end if causal or held is not None else None
-        rows = attending_rows(kind, every_row=every_row, mask_system=mask_system, slow_end=limit)
-        sources.append(torch.cat(source))
+        attends = attending_rows(kind, every_row=every_row, mask_system=mask_system, slow_end=limit)
+        sources.append(source)
         types.append(kind)
-        new_labels.append(torch.cat(label))
+        new_labels.append(label)
         slow_lengths.append(slow - before)
-        attending.append(rows)
-        ends.append(slow_end[rows])
+        attending.append(attends)
+        ends.append(slow_end[attends])
         whole &= bool((ends[-1] == slow).all())
 
     width = max(map(len, types))
-    padded_labels = pad_sequence(new_labels, batch_first=True, padding_value=IGNORE_INDEX)
-    rows = torch.cat([rows + b * width for b, rows in enumerate(attending)])
-    text_ids = torch.cat([ids[ids != IMAGE_TOKEN_INDEX] for ids in samples])
-    return Layout(
-        text_ids=to_device(text_ids, device),
-        source=to_device(pad_sequence(sources, batch_first=True, padding_value=next_fast), device),
-        token_types=to_device(pad_sequence(types, batch_first=True, padding_value=PADDING), device),
-        labels=to_device(padded_labels, device) if prompts.has_labels else None,
-        lengths=[len(kind) for kind in types],
-        slow_lengths=slow_lengths,
-        cu_slow=_prefix_sums(slow_lengths, device),
-        text_rows=to_device(rows.int(), device),
-        cu_text=_prefix_sums([len(rows) for rows in attending], device),
-        slow_end=None if whole else to_device(torch.cat(ends).int(), device),
-    )
+    arrays = {
+        "text_ids": text_ids,
+        "source": _padded(sources, next_fast),
+        "token_types": _padded(types, PADDING),
+        "labels": _padded(new_labels, IGNORE_INDEX) if prompts.has_labels else None,
+        "cu_slow": _prefix_sums(slow_lengths),
+        "text_rows": np.concatenate([rows + b * width for b, rows in enumerate(attending)]).astype(np.int32),
+        "cu_text": _prefix_sums([len(rows) for rows in attending]),
+        "slow_end": None if whole else np.concatenate(ends).astype(np.int32),
+    }
+    index_tensors = dict(zip(arrays, upload(arrays.values(), prompts.device), strict=True))
+    return Layout(lengths=[len(kind) for kind in types], slow_lengths=slow_lengths, **index_tensors)
+
+
+def _padded(samples: list[np.ndarray], value: int) -> np.ndarray:
+    """[B, most], with ``value`` behind the shorter ones."""
+    whole = np.full((len(samples), max(map(len, samples))), value)
+    for row, sample in zip(whole, samples, strict=True):
+        row[: len(sample)] = sample
+    return whole
 
 
 def decode_rows(slow_lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """text_rows and cu_text of a decode step: one row a sample, which attends if the sample has slow tokens."""
     attends = [int(count > 0) for count in slow_lengths]
-    rows = torch.tensor([b for b, yes in enumerate(attends) if yes], dtype=torch.int32, **ON_HOST)
-    return to_device(rows, device), _prefix_sums(attends, device)
+    rows = np.array([b for b, yes in enumerate(attends) if yes], np.int32)
+    return tuple(upload([rows, _prefix_sums(attends)], device))

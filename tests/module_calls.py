@@ -22,7 +22,7 @@ def by_calling_modules(model, prompts=PROMPTS) -> list[Tensor]:
         x, layout, slow = model.prepare(ids, features(*PROMPT_VIDEOS), mask, None)
     x, tokens = x.detach(), slow.tokens.detach()
     assert not slow.tokens_are_normalised
-    rope = model.rope(torch.arange(x.shape[1]))
+    rope = model.rope(x.shape[1], x)
     for layer in model.model.layers:
         attention = layer.self_attn
         a, q = attention.attend(layer.input_layernorm(x), rope, None)

@@ -112,6 +112,7 @@ class PretendGPU(TorchFunctionMode):
         if not isinstance(target, torch.device | str) or (torch.device(target) == GPU) == self.has(x):
             return None
         copy = x.clone()
+        self.calls.append("download" if self.has(x) else "upload")
         if x.numel() and not non_blocking:
             raise Waited(f"to({target}) blocks")
         if self.has(x):
@@ -134,4 +135,5 @@ def gpu(monkeypatch):
     """A pretended GPU, which is torch.cuda's current one; its mode is not entered yet."""
     pretended = PretendGPU()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: pretended)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return pretended

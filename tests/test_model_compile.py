@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 from slowfast_model import DecodeSession
 from slowfast_model.cache import KVCache, SlowContext
+from slowfast_model.layers import rope_at
 from slowfast_model.tokens import decode_rows
 
 BATCHES = [
@@ -57,7 +58,7 @@ def batch(prompts, videos):
 def layer_inputs(model, prompts, videos):
     ids, clips, mask, _ = batch(prompts, videos)
     x, layout, slow = model.prepare(ids, clips, mask, None)
-    return x.detach().requires_grad_(torch.is_grad_enabled()), model.rope(torch.arange(x.shape[1])), layout, slow
+    return x.detach().requires_grad_(torch.is_grad_enabled()), model.rope(x.shape[1], x), layout, slow
 
 
 def new_cache(model, x, backend=None):
@@ -127,8 +128,10 @@ def test_a_layer_is_one_graph_while_it_fills_the_caches_and_while_it_reads_them(
             rows, cu_text = decode_rows(layout.slow_lengths, x.device)
             step = SlowContext(slow.cu_slow, rows, cu_text)
             position = torch.tensor(layout.lengths)
+            caches.step.lay_out(len(x), x.device)
             caches.step.begin(position)
-            decoded = call(x[:, :1], model.rope(position[:, None]), step, cache, backend)
+            rope = rope_at(position[:, None], model.config.head_dim, model.config.rope_theta, x.dtype)
+            decoded = call(x[:, :1], rope, step, cache, backend)
             answers.append((prefill, decoded, cache.kv))
         for got, want in zip(*answers, strict=True):
             torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)

@@ -120,7 +120,7 @@ def test_slow_tokens_change_only_text_rows_in_the_first_hybrid_layer():
     model = tiny_model()
     ids = torch.tensor([[1, VIDEO, 2, 3]])
     x, layout, slow = model.prepare(ids, features((4, 4)), None, None)
-    layer, rope = model.model.layers[0], model.rope(torch.arange(x.shape[1]))
+    layer, rope = model.model.layers[0], model.rope(x.shape[1], x)
     changed = (layer(x, rope, slow, None, "eager") != layer(x, rope)).any(-1)
     assert torch.equal(changed, layout.token_types != 3)
 

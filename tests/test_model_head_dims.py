@@ -34,7 +34,7 @@ def batch(device="cpu"):
 def by_hand(model, ids, videos, mask):
     """Logits of the layout's valid rows by the definition: one sequence, one head, one row set at a time."""
     x, layout, slow = model.prepare(ids, videos, mask, None)
-    config, rope = model.config, model.rope(torch.arange(x.shape[1]))
+    config, rope = model.config, model.rope(x.shape[1], x)
     heads_per_kv = config.num_attention_heads // config.num_key_value_heads
     for layer in model.model.layers:
         attention = layer.self_attn

@@ -72,7 +72,8 @@ class Case:
         packed = (self["in.slow_tokens"] if tokens is None else tokens)[self["in.cross_attn_mask"]]
         width = int(self.valid.sum(1).max())
         options = {"every_row": self.config.updates_every_row, "mask_system": self.config.masks_system_text}
-        attending = [attending_rows(types.cpu(), **options) for types in self.rows(self["in.token_type"])]
+        types = [x.cpu().numpy() for x in self.rows(self["in.token_type"])]
+        attending = [torch.from_numpy(attending_rows(x, **options)) for x in types]
         text_rows = torch.cat([rows + b * width for b, rows in enumerate(attending)]).int()
         counts = torch.tensor([0, *map(len, attending)]).cumsum(0).int()
         lengths = self["in.cross_attn_mask"].sum(1)
@@ -152,6 +153,7 @@ def test_a_cached_decode_step(name, mode, target):
 
     text_rows, cu_text = decode_rows([1] * len(lengths), target.device)
     step = SlowContext(slow.cu_slow, text_rows, cu_text) if mode == "attending" else None
+    cache.step.lay_out(len(lengths), target.device)
     cache.step.begin(lengths)
     out = case.layer(case["in.decode_hidden_states"], case.rope(lengths[:, None]), step, cache.layers[0], case.backend)
     torch.testing.assert_close(out, case[f"out.decode_{mode}"], **OUTPUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -122,7 +123,7 @@ def test_a_sample_may_be_a_video_alone():
 
 
 def test_no_row_of_a_sample_without_visual_tokens_attends():
-    assert attending_rows(torch.tensor([1, 2, 2]), every_row=True).tolist() == []
+    assert attending_rows(np.array([1, 2, 2]), every_row=True).tolist() == []
 
 
 def test_a_decode_step_has_one_row_for_each_sample_with_slow_tokens():
