@@ -104,8 +104,8 @@ class Prompts:
 
 
 def _selected(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[list, list]:
-    ids = _values(input_ids).astype(np.int64)
-    targets = np.full_like(ids, IGNORE_INDEX) if labels is None else _values(labels).astype(np.int64)
+    ids = _values(input_ids).astype(np.int64, copy=False)
+    targets = np.full_like(ids, IGNORE_INDEX) if labels is None else _values(labels).astype(np.int64, copy=False)
     if attention_mask is None:
         return list(ids), list(targets)
     keep = _mask(_values(attention_mask))

@@ -7,6 +7,7 @@ import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -240,6 +241,17 @@ def test_tables_of_the_first_positions_are_those_of_any(dtype, head_dim, theta):
         for table, wanted in zip(found, rope_at(torch.arange(length), head_dim, theta, dtype), strict=True):
             assert table.dtype == dtype
             assert torch.equal(table, wanted)
+
+
+def test_tables_of_other_types_heads_and_angles_are_others():
+    kinds = list(product((24, 64), (1e4, 1e6), (torch.float32, torch.float16)))
+    for _ in range(2):  # the second time they are there
+        for dim, theta, dtype in kinds:
+            found, wanted = first_rope(5, dim, theta, dtype, CPU), rope_at(torch.arange(5), dim, theta, dtype)
+            for table, like in zip(found, wanted, strict=True):
+                assert table.dtype == dtype
+                assert torch.equal(table, like)
+    assert len(layers._first) == len(kinds)
 
 
 def test_tables_are_kept_for_lengths_that_round_to_one():
