@@ -23,6 +23,7 @@ from .cache import KVCache, NewRows, SlowContext, SlowSlots
 from .config import SlowFastConfig
 from .decode import cublas_pays, gemv_limit, project
 from .layers import Rope, compute_dtype
+from .sdpa import without_cudnn_attention
 from .tokens import Layout, decode_rows
 from .transfer import ON_HOST, to_device
 
@@ -114,7 +115,8 @@ class DecodeSession:
 
         self._cos, self._sin = model.rope(capacity, x)
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
-        hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
+        with without_cudnn_attention():
+            hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
         self.cache.step.lay_out(batch, device)
         self.position = to_device(torch.tensor(layout.lengths, **ON_HOST), device)
         last = hidden[torch.arange(batch, device=device), self.position - 1]

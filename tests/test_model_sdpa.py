@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
+import torch.nn.functional as F
+from model_cases import tiny_model
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slowfast_model import DecodeSession
 from slowfast_model.sdpa import without_cudnn_attention
 
 ALL = (True, True, True, True)
@@ -108,3 +112,20 @@ def test_a_choice_within_a_block_is_the_users_too():
             assert flags() == (True, False, False, False)
         assert flags() == WITHOUT
     assert flags() == ALL
+
+
+def test_a_session_s_prefill_and_no_other_call_does_without_cudnn(monkeypatch):
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def recorded(*args, **options):
+        seen.append(flags())
+        return attention(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    model, ids = tiny_model(), torch.tensor([[1, 2, 3]])
+    session = DecodeSession(model, ids, max_new_tokens=1)
+    assert set(seen) == {WITHOUT}
+    seen.clear()
+    session.step(session.most_likely)  # over the static cache, by "eager": one shape
+    model(ids)
+    assert set(seen) == {ALL}
