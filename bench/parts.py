@@ -119,11 +119,11 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
         x, _, slow = model.prepare(ids, features, None, None)
     hybrid = [decoder.layers[i].self_attn for i in config.hybrid_layers]
     norms = [decoder.layers[i].input_layernorm.weight for i in config.hybrid_layers]
-    at_once = any(kv is not None for kv in project_slow_at_once(decoder.layers, slow))
+    at_once = any(kv is not None for kv in project_slow_at_once(decoder.layers, slow.tokens))
 
     def keys_and_values() -> list[Tensor]:
         if at_once:
-            return [kv for kv in project_slow_at_once(decoder.layers, slow) if kv is not None]
+            return [kv for kv in project_slow_at_once(decoder.layers, slow.tokens) if kv is not None]
         return [a.project_slow(slow.tokens, w) for a, w in zip(hybrid, norms, strict=True)]
 
     caches = keys_and_values()

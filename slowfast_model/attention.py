@@ -170,6 +170,7 @@ class HybridAttention(SelfAttention):
         return self.o_proj(a)
 
 
+@can_be_plain
 class DecoderLayer(nn.Module):
     """One Qwen2 decoder layer; ``hybrid`` gives it cross-attention to the slow tokens."""
 
@@ -211,17 +212,32 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def project_slow_at_once(layers: Sequence[nn.Module], slow: SlowContext | None) -> list[Tensor | None]:
-    """K and V [Ns, Hkv, 2, D] of new slow tokens for each hybrid layer, as views of one product [Ns, layers * 2 Hkv D].
+def project_slow_ahead(layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor | None]:
+    """K and V [Ns, Hkv, 2, D] of normalised slow ``tokens`` [Ns, C] for each hybrid layer, before its turn.
 
-    None for every layer where each makes its own: by ``prefill.projects_at_once``, and where a layer's weights cannot
-    be read from outside of its call (wrapped, sharded or on another device) or norms are not folded.
+    They need nothing of the prompt: a GPU makes them while the host lays out the batch. None where a layer makes its
+    own: its weights cannot be read from outside of its call (hooked, wrapped, sharded or on another device).
+    """
+    made = project_slow_at_once(layers, tokens)
+    if any(kv is not None for kv in made):
+        return made
+    hybrid = (is_hybrid(layer) and _is_readable(layer, tokens) for layer in layers)
+    return [
+        layer.self_attn.project_slow(tokens, layer.input_layernorm.weight) if reads else None
+        for layer, reads in zip(layers, hybrid, strict=True)
+    ]
+
+
+def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor | None) -> list[Tensor | None]:
+    """The same as views of one product [Ns, layers * 2 Hkv D], by ``prefill.projects_at_once``.
+
+    None for every layer where one has to make its own, and where tokens are not normalised (``tokens`` None).
     """
     apart = [None] * len(layers)
-    if slow is None or slow.tokens is None or not slow.tokens_are_normalised:
+    if tokens is None:
         return apart
-    hybrid = [i for i, layer in enumerate(layers) if isinstance(layer, DecoderLayer) and layer.is_hybrid]
-    if not projects_at_once(slow.tokens, len(hybrid)) or not all(_is_readable(layers[i], slow.tokens) for i in hybrid):
+    hybrid = [i for i, layer in enumerate(layers) if is_hybrid(layer)]
+    if not projects_at_once(tokens, len(hybrid)) or not all(_is_readable(layers[i], tokens) for i in hybrid):
         return apart
     attentions = [layers[i].self_attn for i in hybrid]
     weights, biases = zip(*((a.cross_attn_kv_proj.weight, a.cross_attn_kv_proj.bias) for a in attentions), strict=True)
@@ -230,18 +246,22 @@ def project_slow_at_once(layers: Sequence[nn.Module], slow: SlowContext | None) 
     folded = weights[0].new_empty(len(hybrid), *weights[0].shape)
     for into, weight, i in zip(folded, weights, hybrid, strict=True):
         torch.mul(weight, layers[i].input_layernorm.weight, out=into)
-    kv = F.linear(slow.tokens, folded.flatten(0, 1), torch.cat(biases))
+    kv = F.linear(tokens, folded.flatten(0, 1), torch.cat(biases))
     made = kv.unflatten(-1, (len(hybrid), attentions[0].num_kv_heads, 2, attentions[0].head_dim)).unbind(1)
     for i, part in zip(hybrid, made, strict=True):
         apart[i] = part
     return apart
 
 
+def is_hybrid(layer: nn.Module) -> bool:
+    """A hybrid layer that no wrapper hides."""
+    return isinstance(layer, DecoderLayer) and layer.is_hybrid
+
+
 def _is_readable(layer: DecoderLayer, tokens: Tensor) -> bool:
-    """A norm and a projection that are whole, beside the tokens. Sharded in place, weights have another shape."""
-    proj = layer.self_attn.cross_attn_kv_proj
-    if proj.bias is None:
+    """No hook or wrapper does something to a layer's weights first, and they are beside the tokens."""
+    if not (is_plain(layer, DecoderLayer) and is_plain(layer.self_attn, HybridAttention)):
         return False
-    width, channels = proj.out_features, proj.in_features
-    wanted = {proj.weight: (width, channels), proj.bias: (width,), layer.input_layernorm.weight: (channels,)}
-    return all(tuple(x.shape) == shape and x.device == tokens.device for x, shape in wanted.items())
+    proj = layer.self_attn.cross_attn_kv_proj
+    weights = (proj.weight, proj.bias, layer.input_layernorm.weight)
+    return all(x is not None and x.device == tokens.device for x in weights)

@@ -39,7 +39,14 @@ class Decodes(Protocol):
     lm_head: nn.Module
 
     def prepare(
-        self, input_ids, frame_features, attention_mask, labels, *, held: Sequence[int] | None = None
+        self,
+        input_ids,
+        frame_features,
+        attention_mask,
+        labels,
+        *,
+        held: Sequence[int] | None = None,
+        ahead: bool = False,
     ) -> tuple[Tensor, Layout, SlowContext | None]: ...
 
     def rope(self, length: int, x: Tensor) -> Rope: ...
@@ -101,7 +108,7 @@ class DecodeSession:
                 raise ValueError(f"max_slow_tokens: got {max_slow_tokens}, want None without slow_tokens_in_decode")
         self._gemv = None if gemv is None else as_bool("gemv", gemv)
         self.model = model
-        x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None)
+        x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None, ahead=True)
         config, device = model.config, x.device
         batch, capacity = len(layout.lengths), x.shape[1] + max_new_tokens
         if max_slow_tokens is not None and max(layout.slow_lengths) > max_slow_tokens:

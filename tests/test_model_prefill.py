@@ -12,6 +12,7 @@ from torch import nn
 
 import slowfast_kernels as sk
 from slowfast_model import DecodeSession
+from slowfast_model import model as model_file
 from slowfast_model.prefill import pools_first, projects_at_once, use_order
 
 PROJECTORS = {
@@ -228,7 +229,53 @@ def _shard(layer):
     weight.data = part
 
 
-@pytest.mark.parametrize("change", [_hook, _no_bias, _shard])
+def _cast_late(layer):
+    """As layerwise casting does: what the weights are is known in the layer's call alone, of whole shape before."""
+    proj = layer.self_attn.cross_attn_kv_proj
+    kept = proj.weight.data
+
+    def scale(*_):
+        proj.weight.data = kept * 1.5
+
+    layer.self_attn.register_forward_pre_hook(scale)
+    layer.register_forward_hook(lambda *_: setattr(proj.weight, "data", kept))
+
+
+def _cast_with_the_decoder(model):
+    proj = model.model.layers[2].self_attn.cross_attn_kv_proj
+    kept = proj.weight.data
+
+    def scale(*_):
+        proj.weight.data = kept * 1.5
+
+    model.model.register_forward_pre_hook(scale)
+    model.model.register_forward_hook(lambda *_: setattr(proj.weight, "data", kept))
+
+
+def _alone(monkeypatch):
+    """Each layer makes its own keys and values."""
+    monkeypatch.setattr(model_file, "project_slow_ahead", lambda layers, tokens: [None] * len(layers))
+
+
+@pytest.mark.parametrize("change", [None, _hook, _no_bias, _shard, _cast_late, _cast_with_the_decoder])
+@torch.no_grad()
+def test_keys_and_values_made_ahead_are_those_that_the_layers_make(change, monkeypatch):
+    (ids, mask), videos, found = padded(PROMPTS), features(*PROMPT_VIDEOS), []
+    for ahead in (True, False):
+        model = tiny_model()
+        if change is _cast_with_the_decoder:
+            change(model)
+        elif change is not None:
+            change(model.model.layers[2])
+        if not ahead:
+            _alone(monkeypatch)
+        session = DecodeSession(model, ids, videos, mask, max_new_tokens=2)
+        found.append([model(ids, videos, mask).logits, session.logits, session.step(session.most_likely)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("change", [_hook, _no_bias, _shard, _cast_late])
 @torch.no_grad()
 def test_a_layer_whose_weights_cannot_be_read_from_outside_makes_its_own(change):
     ids, mask = padded(PROMPTS)
