@@ -122,7 +122,7 @@ class DecodeSession:
 
         self._cos, self._sin = model.rope(capacity, x)
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
-        with without_cudnn_attention():
+        with without_cudnn_attention(x.shape[1]):
             hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
         self.cache.step.lay_out(batch, device)
         self.position = to_device(torch.tensor(layout.lengths, **ON_HOST), device)

@@ -11,8 +11,8 @@ from model_cases import tiny_model
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slowfast_model import DecodeSession
-from slowfast_model.sdpa import without_cudnn_attention
+from slowfast_model import DecodeSession, sdpa
+from slowfast_model.sdpa import MANY_ROWS, without_cudnn_attention
 
 ALL = (True, True, True, True)
 WITHOUT = (False, True, True, True)
@@ -114,6 +114,13 @@ def test_a_choice_within_a_block_is_the_users_too():
     assert flags() == ALL
 
 
+def test_a_prompt_of_many_rows_is_worth_a_plan():
+    with without_cudnn_attention(MANY_ROWS):
+        assert flags() == ALL
+    with without_cudnn_attention(MANY_ROWS - 1):
+        assert flags() == WITHOUT
+
+
 def test_a_session_s_prefill_and_no_other_call_does_without_cudnn(monkeypatch):
     attention, seen = F.scaled_dot_product_attention, []
 
@@ -123,6 +130,11 @@ def test_a_session_s_prefill_and_no_other_call_does_without_cudnn(monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     model, ids = tiny_model(), torch.tensor([[1, 2, 3]])
+    monkeypatch.setattr(sdpa, "MANY_ROWS", 3)
+    DecodeSession(model, ids, max_new_tokens=1)
+    assert set(seen) == {ALL}
+    seen.clear()
+    monkeypatch.setattr(sdpa, "MANY_ROWS", 4)
     session = DecodeSession(model, ids, max_new_tokens=1)
     assert set(seen) == {WITHOUT}
     seen.clear()
