@@ -31,6 +31,8 @@ def _in_one_dtype(
 
     Where autocast computes in another half type than the weights', that is float32.
     """
+    if weight.dtype == bias.dtype == state and (warm_up is None or warm_up.dtype == state):
+        return weight, bias, warm_up
     widest = torch.promote_types(weight.dtype, bias.dtype)
     if warm_up is not None:
         widest = torch.promote_types(widest, warm_up.dtype)

@@ -70,7 +70,8 @@ class StandIn:
         return own(module, *args, **kwargs)
 
     def __getattr__(self, name: str):
-        return getattr(self._module, name)
+        module = self._module
+        return module._modules[name] if name in module._modules else getattr(module, name)
 
 
 class ReplacedAttention:
@@ -105,7 +106,7 @@ class HybridAttention(ReplacedAttention):
             kv = kv.to(like.device, like.dtype)  # autocast may have been on when they were made, and be off now
         if reading.tokens is not None:
             new = self._project(reading.tokens.to(like.device), reading.tokens_are_normalised)
-            new = new.to(like.dtype).unflatten(-1, (-1, 2, self.head_dim))
+            new = new.to(like.dtype).reshape(len(new), new.shape[-1] // (2 * self.head_dim), 2, self.head_dim)
             kv = new if kv is None else torch.cat([kv, new])
             if reading.keep is not None:
                 reading.keep.kv[self.layer_idx] = kv
@@ -130,7 +131,7 @@ class HybridAttention(ReplacedAttention):
 
     def read(self, state: Tensor, query: Tensor, reading: SlowReading, scale: float | None) -> Tensor:
         """``state`` [B, L, Hq, D] after self-attention, ``query`` [B, Hq, L, D] -> the state with slow tokens."""
-        flat = state.flatten(0, 1).flatten(1)
+        flat = state.reshape(-1, state.shape[-2] * state.shape[-1])
         places, selection = reading.on(flat.device)
         gate = (self.cross_attn_gate_proj, self.cross_attn_warm_up_gate, self._slow_gate)
         *gating, value = gate_arguments(*gate, flat, places[1])
