@@ -83,6 +83,7 @@ class PretendGPU(TorchFunctionMode):
             return GPU if function == Tensor.device.__get__ else function(*args)
         if name == "to" and (moved := self._moved(*args, **kwargs)) is not None:
             return moved
+        args = tuple(torch.device("cpu") if isinstance(x, torch.device) and x == GPU else x for x in args)
         if name == "pin_memory" and not there:
             pinned = args[0].clone()
             self._pinned[pinned.untyped_storage()._cdata] = pinned.untyped_storage()

@@ -26,6 +26,7 @@ from .generation import VideoGeneration
 from .released import is_released, load_released
 from .towers import build_tower
 from .videos import (
+    Counting,
     DynamicVideoCache,
     HeldVideos,
     Keeper,
@@ -183,7 +184,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
 
     def hybrid_attentions(self) -> list[HybridAttention]:
         """The attention modules of the hybrid layers, in order."""
-        return [self.get_decoder().layers[index].self_attn for index in self.config.hybrid_layers]
+        layers = self.get_decoder().layers  # which transformers searches for
+        return [layers[index].self_attn for index in self.config.hybrid_layers]
 
     def get_decoder(self, *args, **kwargs) -> nn.Module:
         """The language model's stack of layers."""
@@ -210,7 +212,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
     @property
     def slow_fast(self) -> SlowFastConfig:
         """How videos are read, as the configuration says now."""
-        says = [getattr(self.config, key) for key in SLOW_FAST_KEYS]
+        own = vars(self.config)  # a configuration's own lookup of a name takes longer
+        says = [own[key] for key in SLOW_FAST_KEYS]
         read = self.__dict__.get("_slow_fast_read")
         if read is None or read[0] != says:
             read = self.__dict__["_slow_fast_read"] = (says, self.config.slow_fast())
@@ -253,9 +256,10 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             return super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def _recomputes(self) -> bool:
-        layer = self.get_decoder().layers[0]
-        decoder_says = getattr(self.get_decoder(), "gradient_checkpointing", False)
-        return self.training and (getattr(layer, "gradient_checkpointing", False) or decoder_says)
+        if not self.training:
+            return False
+        decoder = self.get_decoder()
+        return any(getattr(module, "gradient_checkpointing", False) for module in (decoder.layers[0], decoder))
 
     def _is_reentrant(self) -> bool:
         function = getattr(self.get_decoder().layers[0], "_gradient_checkpointing_func", None)
@@ -301,14 +305,14 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
     def _slow_and_fast(
-        self, features: list[Tensor], like: Tensor, norm_eps: float | None
+        self, features: list[Tensor], like: Tensor, slow_fast: SlowFastConfig, norm_eps: float | None
     ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         if not features:
             nothing = like.new_zeros(0, self.config.mm_hidden_size)
             tokens = self.mm_projector(nothing).to(like.device)
             return tokens, tokens, []
         features = [x.to(like.device, like.dtype) for x in features]
-        slow, fast, counts = project_and_pool(self.mm_projector, features, self.slow_fast, norm_eps, None)
+        slow, fast, counts = project_and_pool(self.mm_projector, features, slow_fast, norm_eps, None)
         return slow.to(like.device), fast.to(like.device), counts
 
     def _shared_norm_eps(self) -> float | None:
@@ -376,20 +380,26 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
                 if input_ids.dim() != 2:
                     raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, want [B, L] (a prompt is [1, L])")
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        batch, length = inputs_embeds.shape[:2]
-        valid = torch.ones((batch, length), dtype=torch.bool, device=inputs_embeds.device)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        length = inputs_embeds.shape[1]
+        valid = restarts = None
+        has_mask = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        if has_mask:
             valid = attention_mask[:, -length:].to(inputs_embeds.device) != 0
-            if position_ids is None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        restarts = None
         if position_ids is not None and past is None:
-            restarts, attention_mask, use_cache = packed(position_ids, attention_mask, valid, use_cache)
+            restarts, attention_mask, use_cache = packed(
+                position_ids, attention_mask, valid, use_cache, like=inputs_embeds
+            )
+        elif position_ids is None and has_mask:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
         held = held_by(past)
         # A decode step does not ask, as a cache that counts on its device would be waited for.
-        starts = past is None or (eager and held is None and length > 1 and cached_length(past) == 0)
-        placeholders = self._placeholders(input_ids, inputs_embeds, bool(features) or (eager and starts)) & valid
+        past_length = cached_length(past) if eager and (features or (held is None and length > 1)) else 0
+        starts = past is None or (eager and held is None and length > 1 and past_length == 0)
+        placeholders = None
+        if features or starts or length > 1 or labels is not None:
+            placeholders = self._placeholders(input_ids, inputs_embeds, bool(features) or (eager and starts))
+            placeholders = placeholders if valid is None else placeholders & valid
         if eager and not features and (starts or length > 1) and bool(placeholders.any()):
             raise ValueError(
                 f"video_features: got none, want the videos of the {int(placeholders.sum())} video_token_id in "
@@ -407,15 +417,14 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         reading = None
         if features or (trains and past is None):
             rows = (placeholders, valid, restarts)
-            past_length = cached_length(past) if eager else 0
             inputs_embeds, reading, after = self._read(inputs_embeds, features, rows, video_repeats, held, past_length)
             if features and keeps:
                 reading.keep = Keeper(after.kv)
                 past = self._with_videos(past, after)
         elif held is not None:
-            begin = torch.zeros((batch, length), dtype=torch.int64, device=valid.device)
-            end = torch.where(valid, held.total[:, None], begin)
-            reading = SlowReading.of(held.pieces, begin, end, held=held.kv)
+            end = held.total[:, None]
+            end = end.expand(-1, length) if valid is None else end * valid
+            reading = SlowReading.of(held, None, end, held=held.kv)
 
         if not self.config.hybrid_layers:
             reading = None
@@ -439,7 +448,7 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         self,
         embeddings: Tensor,
         features: list[Tensor],
-        rows: tuple[Tensor, Tensor, Tensor | None],
+        rows: tuple[Tensor, Tensor | None, Tensor | None],
         repeats: int,
         held: HeldVideos | None,
         past_length: int,
@@ -450,12 +459,15 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         gradient, so that data-parallel ranks agree.
         """
         placeholders, valid, restarts = rows
-        norm_eps = self._shared_norm_eps()
-        slow, fast, counts = self._slow_and_fast(features, embeddings, norm_eps)
-        new = NewVideos.of(placeholders, counts, repeats)
+        counting = Counting(placeholders, repeats)
+        slow_fast, norm_eps = self.slow_fast, self._shared_norm_eps()
+        slow, fast, counts = self._slow_and_fast(features, embeddings, slow_fast, norm_eps)
+        new = NewVideos.of(counting, counts)
         if features:
             self._check_turn(past_length)
-            tokens = (fast / self._factor_like(fast))[new.fast].to(embeddings.dtype)
+            if self._embedding_factor != 1.0:
+                fast = fast / self._factor_like(fast)
+            tokens = fast[new.fast].to(embeddings.dtype)
             embeddings = torch.where(placeholders[..., None], tokens, embeddings)
         else:
             embeddings = embeddings + fast.sum().to(embeddings.dtype)
@@ -464,10 +476,12 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
             embeddings, slow = _HandOn.apply(embeddings, slow, leaf), leaf
         after = HeldVideos.after(held, new, past_length)
         before = None if held is None else held.total
-        begin, end = ranges(self.slow_fast, new.seen, before, valid, placeholders, restarts)
+        begin, end = ranges(slow_fast, new.seen, before, valid, placeholders, restarts)
         older = {} if held is None else held.kv
         read = {"tokens": slow, "tokens_are_normalised": norm_eps is not None, "held": older}
-        return embeddings, SlowReading.of(after.pieces, begin, end, **read), after
+        reading = SlowReading.of(after, begin, end, **read)
+        after.step = reading.places.of_one_row()
+        return embeddings, reading, after
 
     def _factor_like(self, x: Tensor) -> Tensor | float:
         factor = self._embedding_factor

@@ -106,7 +106,7 @@ def test_a_compiled_step_reads_what_a_static_cache_keeps_of_videos_where_it_lies
         held = cache.videos
         step(ids[:, :1], use_cache=True, **place, **{CACHE: cache})
     (inputs,) = read
-    for kept in (held.pieces, held.total, *held.kv.values(), cache.layers[1].keys):
+    for kept in (held.pieces, held.total, *held.step, *held.kv.values(), cache.layers[1].keys):
         assert (tuple(kept.shape), True) in inputs
         assert (tuple(kept.shape), False) not in inputs
 
