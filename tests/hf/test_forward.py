@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import oracle
 import pytest
 import torch
@@ -325,12 +327,18 @@ def test_a_qwen2_has_the_reference_models_logits_and_gradients(implementation, c
     close(ours.logits[:, : valid.shape[1]][valid], theirs.logits[valid])
     close(ours.loss, theirs.loss, 1e-5)
 
-    ours.loss.backward()
-    theirs.loss.backward()
+    # float32 itself is off by 1e-4 of a gradient in some draws: both are held to float64.
+    exact = copy.deepcopy(other).double()
+    videos = [x.double() for x in features]
+    for loss in (ours.loss, theirs.loss, exact(given["input_ids"], videos, given["attention_mask"], labels).loss):
+        loss.backward()
     gradients = {name.removeprefix("language_model."): p.grad for name, p in model.named_parameters()}
+    wanted = dict(exact.named_parameters())
     for name, parameter in other.named_parameters():
-        close(gradients[name.removeprefix("model.") if "mm_projector" in name else name], parameter.grad)
-        assert parameter.grad.any(), name
+        got, want = gradients[name.removeprefix("model.") if "mm_projector" in name else name], wanted[name].grad
+        assert got.any(), name
+        own_error = float((parameter.grad - want).abs().max())
+        assert (got - want).abs().max() <= 2 * own_error + 2e-5 * max(1.0, float(want.abs().max())), name
 
 
 def test_the_projection_of_slow_tokens_runs_once_a_forward():
