@@ -21,7 +21,8 @@ class PlainAttention(HybridAttention):
         flat = state.flatten(2)
         if flat.shape[1] == 1:
             return self._mixed(flat, query, key, value, scale).view(state.shape)
-        rows = (reading.end > reading.begin).nonzero().squeeze(1)
+        begin = 0 if reading.begin is None else reading.begin
+        rows = (reading.end > begin).nonzero().squeeze(1)
         mixed = self._mixed(flat[:, rows], query[:, :, rows], key, value, scale)
         return flat.index_copy(1, rows, mixed).view(state.shape)
 

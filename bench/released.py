@@ -128,7 +128,8 @@ class Pipeline:
 
     def pool(self) -> tuple[Tensor, Tensor, list]:
         embeddings = self.model.get_input_embeddings().weight
-        return self.model._slow_and_fast([self.features], embeddings, self.model._shared_norm_eps())
+        model = self.model
+        return model._slow_and_fast([self.features], embeddings, model.slow_fast, model._shared_norm_eps())
 
     def keys_and_values(self) -> list[Tensor]:
         normalised = self.model._shared_norm_eps() is not None

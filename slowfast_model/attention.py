@@ -223,7 +223,7 @@ def project_slow_ahead(layers: Sequence[nn.Module], tokens: Tensor) -> list[Tens
     made = project_slow_at_once(layers, tokens)
     if any(kv is not None for kv in made):
         return made
-    hybrid = (is_hybrid(layer) and _is_readable(layer, tokens) for layer in layers)
+    hybrid = (_is_hybrid(layer) and _is_readable(layer, tokens) for layer in layers)
     return [
         layer.self_attn.project_slow(tokens, layer.input_layernorm.weight) if reads else None
         for layer, reads in zip(layers, hybrid, strict=True)
@@ -238,7 +238,7 @@ def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor | None) -> 
     apart = [None] * len(layers)
     if tokens is None:
         return apart
-    hybrid = [i for i, layer in enumerate(layers) if is_hybrid(layer)]
+    hybrid = [i for i, layer in enumerate(layers) if _is_hybrid(layer)]
     if not projects_at_once(tokens, len(hybrid)) or not all(_is_readable(layers[i], tokens) for i in hybrid):
         return apart
     attentions = [layers[i].self_attn for i in hybrid]
@@ -255,7 +255,7 @@ def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor | None) -> 
     return apart
 
 
-def is_hybrid(layer: nn.Module) -> bool:
+def _is_hybrid(layer: nn.Module) -> bool:
     """A hybrid layer that no wrapper hides."""
     return isinstance(layer, DecoderLayer) and layer.is_hybrid
 

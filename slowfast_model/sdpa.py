@@ -29,7 +29,8 @@ def without_cudnn_attention(rows: int = 0) -> Iterator[None]:
     Nothing is done where the user has disabled flash or efficient attention: flash takes no mask, and efficient no
     groups of heads in older versions, so that a call of cuDNN's might find no other. PyTorch's flags are those of the
     process: what other threads compute meanwhile does without cuDNN too, and of blocks that overlap the last to end
-    gives it back. What ``torch.compile`` traces in the block keeps the backend that was chosen there.
+    gives it back. Whoever sets cuDNN's flag meanwhile, here or in another thread, finds it set anew then. What
+    ``torch.compile`` traces in the block keeps the backend that was chosen there.
     """
     global _open
     with _LOCK:

@@ -195,6 +195,14 @@ def test_uneven_groups_say_of_how_many_blocks_they_are_a_share(num_text, batch):
     assert 0 < config.long_blocks < config.even_blocks == 81
 
 
+@pytest.mark.parametrize("sms", HOPPER_SMS)
+def test_batches_of_few_rows_over_long_videos_saturate_the_memory(sms):
+    for batch in range(5, 65):
+        config = hopper_attention_config(8 * batch, 20736 * batch, batch, 28, 4, 128, num_sms=sms)
+        ctas = 4 * batch * config.num_groups * config.cluster_size
+        assert ctas >= 80 * sms // 132, batch
+
+
 def test_sequences_that_can_have_no_row_are_not_planned_for():
     alone, beside = (hopper_attention_config(1, 10368 * batch, batch, 28, 4, 128) for batch in (1, 2))
     assert (alone.cluster_size, alone.num_groups) == (beside.cluster_size, beside.num_groups)

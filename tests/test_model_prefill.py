@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import slowfast_kernels as sk
 from slowfast_model import DecodeSession
 from slowfast_model import model as model_file
+from slowfast_model.cache import LayerCache
 from slowfast_model.prefill import pools_first, projects_at_once, use_order
 
 PROJECTORS = {
@@ -299,3 +301,24 @@ def test_one_product_is_for_few_tokens_on_a_gpu():
     with use_order(one_kv_product=True):
         assert projects_at_once(tokens(8192, "cpu"), 4)
         assert not projects_at_once(tokens(8192, "cpu"), 1)
+
+
+@torch.no_grad()
+def test_keys_and_values_made_ahead_go_as_a_session_lays_out_its_caches(monkeypatch):
+    made, alive = [], []
+    ahead, lay_out = model_file.project_slow_ahead, LayerCache.lay_out_slow
+
+    def recorded(*args):
+        found = ahead(*args)
+        made.extend(weakref.ref(x) for x in found if x is not None)
+        return found
+
+    def counted(*args):
+        alive.append(sum(ref() is not None for ref in made))
+        lay_out(*args)
+
+    monkeypatch.setattr(model_file, "project_slow_ahead", recorded)
+    monkeypatch.setattr(LayerCache, "lay_out_slow", counted)
+    (ids, mask), videos = padded(PROMPTS), features(*PROMPT_VIDEOS)
+    DecodeSession(tiny_model(), ids, videos, mask, max_new_tokens=1, max_slow_tokens=200)
+    assert alive == list(range(len(made), 0, -1))

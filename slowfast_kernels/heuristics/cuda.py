@@ -78,7 +78,7 @@ _HOPPER_TWO_VIDEOS = range(5, 9)
 # 6.8, 4.9 and 7.4 over 1360 instead of 5.5 and 7.7; over 2048 plain alone is faster (24).
 _HOPPER_SHORT_DECODE_BLOCKS = 48
 # Batches of more packed rows a sequence than these: 8x8x2048 28.9 us in clusters of 2 by 4 groups, 20.1 in clusters
-# of 4; 8x8x20736 131.1 and, in 3 groups, 120.5; 16x8x2048 38.8 by 2 and 2, 31.6 in whole units; 16x8x5184 72.6 and, in
+# of 4; 8x8x20736 128.3 and, in 3 groups, 120.5; 16x8x2048 38.8 by 2 and 2, 31.6 in whole units; 16x8x5184 72.6 and, in
 # 4 groups, 66.8. One row, short: 8x1x2048 17.8 by 2 and 4, 16.4 in clusters of 2 alone (33).
 _HOPPER_FEW_ROWS = 16
 _HOPPER_SHORT_BATCH_BLOCKS, _HOPPER_LONG_BATCH_BLOCKS = 96, 256
@@ -242,7 +242,8 @@ def _hopper_decode_splits(units: int, blocks: int, rows: int, num_sms: int) -> t
             return 1, 1 if is_short else max(1, most // units)
         if blocks <= _HOPPER_LONG_BATCH_BLOCKS:
             return 4, 1
-        return 1, max(1, _HOPPER_SATURATING_CTAS_LONG * num_sms // HOPPER_SMS // units)
+        ctas = _HOPPER_SATURATING_CTAS_LONG * num_sms // HOPPER_SMS
+        return 1, -(-ctas // units)
     cluster_size = 2 if 2 * units <= most and blocks >= 2 else 1
     return cluster_size, 1 if is_short else max(1, min(blocks, most // units) // cluster_size)
 

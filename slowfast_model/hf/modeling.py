@@ -483,9 +483,8 @@ class SlowFastVLForConditionalGeneration(VideoGeneration, PreTrainedModel, Gener
         after.step = reading.places.of_one_row()
         return embeddings, reading, after
 
-    def _factor_like(self, x: Tensor) -> Tensor | float:
-        factor = self._embedding_factor
-        return 1.0 if factor == 1.0 else torch.tensor(factor, dtype=x.dtype, device=x.device)
+    def _factor_like(self, x: Tensor) -> Tensor:
+        return torch.tensor(self._embedding_factor, dtype=x.dtype, device=x.device)
 
     def _check_turn(self, past_length: int) -> None:
         if past_length and not self.config.causal_slow_tokens:
