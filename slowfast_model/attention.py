@@ -230,14 +230,12 @@ def project_slow_ahead(layers: Sequence[nn.Module], tokens: Tensor) -> list[Tens
     ]
 
 
-def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor | None) -> list[Tensor | None]:
+def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor | None]:
     """The same as views of one product [Ns, layers * 2 Hkv D], by ``prefill.projects_at_once``.
 
-    None for every layer where one has to make its own, and where tokens are not normalised (``tokens`` None).
+    None for every layer where one has to make its own.
     """
     apart = [None] * len(layers)
-    if tokens is None:
-        return apart
     hybrid = [i for i, layer in enumerate(layers) if _is_hybrid(layer)]
     if not projects_at_once(tokens, len(hybrid)) or not all(_is_readable(layers[i], tokens) for i in hybrid):
         return apart

@@ -80,10 +80,11 @@ class Decoder(nn.Module):
         """x [B, L, C] embeddings -> hidden states after the final norm."""
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         caches = [None] * len(self.layers) if cache is None else cache.layers
-        made = None if slow is None else slow.kv_of_layers
-        if made is None:
-            is_new = slow is not None and slow.tokens_are_normalised
-            made = project_slow_at_once(self.layers, slow.tokens if is_new else None)
+        made = [None] * len(self.layers)
+        if slow is not None and slow.kv_of_layers is not None:
+            made = slow.kv_of_layers
+        elif slow is not None and slow.tokens is not None and slow.tokens_are_normalised:
+            made = project_slow_at_once(self.layers, slow.tokens)
         for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
             mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)
             arguments = (x, rope, mine, layer_cache, backend)

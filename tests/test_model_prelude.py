@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from model_cases import PROMPT_VIDEOS, PROMPTS, VIDEO, features, one_thread, padded, tiny_model  # noqa: F401
+from operators import Operators
 from pretend_gpu import GPU, PretendGPU, gpu  # noqa: F401
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import slowfast_kernels as sk
 from slowfast_kernels.bounded_cache import BoundedCache
@@ -133,18 +132,6 @@ def test_a_batch_with_padding_queues_a_row_of_zeros_too(gpu, model):  # noqa: F8
     assert launches(gpu, lambda: model(ids, videos, mask)) == queued
 
 
-class Counting(TorchDispatchMode):
-    """Operators that were dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", ["session", "forward"])
 @pytest.mark.usefixtures("stopped")
 @torch.no_grad()
@@ -159,10 +146,10 @@ def test_a_prompt_of_many_videos_takes_no_more_operators_of_the_host_than_one(ki
     for _ in range(2):  # the first makes tables
         for videos in (1, 4):
             ids, videos = torch.tensor([[1, *[VIDEO, 2] * videos]]), features(*[(4, 4)] * videos)
-            with Counting() as counting, use_order(pool_first=False), pytest.raises(AtFirstLayer):
+            with Operators() as operators, use_order(pool_first=False), pytest.raises(AtFirstLayer):
                 run(ids, videos)
             memory = ("aten.empty.memory_format", "aten.fill_.Scalar")  # the suite fills it
-            counts.append(sum(counting.calls.values()) - sum(counting.calls[name] for name in memory))
+            counts.append(sum(operators.calls.values()) - sum(operators.calls[name] for name in memory))
     one, many = counts[2:]
     assert one <= 40 + 4 * len(model.config.hybrid_layers)
     assert many <= one + 8  # their features, put together, and its views
@@ -302,7 +289,7 @@ def test_tables_that_would_fill_the_bound_alone_are_not_kept(monkeypatch):
             assert torch.equal(table, wanted)
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta"), Counting])
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta"), Operators])
 def test_tables_first_made_in_a_mode_serve_outside_it(mode):
     with mode():
         inside = first_rope(5, *ARGUMENTS)

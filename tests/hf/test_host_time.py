@@ -11,26 +11,14 @@ import pytest
 import torch
 from families import language_model, prompt, slow_fast_model, twin, video
 from functorch.compile import make_boxed_func
+from operators import Operators
 from pretend_gpu import gpu  # noqa: F401
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
 import slowfast_kernels as sk
 from slowfast_model.hf._versions import CACHE
-
-
-class Operations(TorchDispatchMode):
-    """Counts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found[str(function)] += 1
-        return function(*args, **(kwargs or {}))
 
 
 class Beside:
@@ -54,13 +42,13 @@ class Beside:
         text = torch.where(self.ids == self.model.config.video_token_id, 5, self.ids)
         for model, ids, inputs in ((self.model, self.ids, {"video_features": [self.features]}), (self.base, text, {})):
             cache, length = self.cache(kind), ids.shape[1]
-            with Operations() as prefill:
+            with Operators() as prefill:
                 model(ids, attention_mask=mask, use_cache=True, **place(0, length), **inputs, **{CACHE: cache})
             longer = None if mask is None else torch.ones(1, length + 1, dtype=mask.dtype)
-            with Operations() as step:
+            with Operators() as step:
                 given = place(length, length + 1)
                 model(ids[:, :1], attention_mask=longer, use_cache=True, **given, **{CACHE: cache})
-            sides.append((prefill.found, step.found))
+            sides.append((prefill.calls, step.calls))
         return tuple(ours - base for ours, base in zip(*sides, strict=True))
 
 
