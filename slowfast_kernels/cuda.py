@@ -47,6 +47,7 @@ from .heuristics.cuda import (
     hopper_attention_backward_config,
     hopper_attention_config,
     hopper_backward_kv_heads,
+    hopper_backward_room,
 )
 from .params import (
     GATE_SLOTS,
@@ -379,7 +380,8 @@ class AttentionBackward:
         self.device, self.element = q.device, q.element_size()
         self.needs = attention_needs(sample, needs)
         self.num_kv_heads = slow_kv.shape[1]
-        fitting = hopper_backward_kv_heads(*attention_bytes(sample), self.num_kv_heads)
+        of_rows_and_tokens = attention_bytes(sample)
+        fitting = hopper_backward_kv_heads(*of_rows_and_tokens, self.num_kv_heads)
         self.kv_heads = kv_heads or max(1, fitting)  # of a launch; the last may have fewer
         self.config = config = config or hopper_attention_backward_config(
             num_text,
@@ -389,6 +391,7 @@ class AttentionBackward:
             self.kv_heads,
             q.shape[2],
             _num_sms(q.device),
+            hopper_backward_room(*of_rows_and_tokens),
         )
         self.has_other_rows = num_text != q.shape[0]  # text rows are distinct
         self.params = attention_backward_params(sample, scale_of(q, softmax_scale), workspace_bytes=0)

@@ -114,6 +114,21 @@ std::map<int64_t, std::vector<int>> play(const std::vector<std::vector<Addition>
   return sums;
 }
 
+// Of sums that are too few for all groups a sequence has those that its slow tokens are worth: with groups of half the size it
+// would have more.
+void check_share(const BackwardSequence& sequence) {
+  const BackwardPlan& plan = sequence.plan;
+  const auto& forward = sequence.p.forward;
+  const auto divide = [](int x, int y) { return (x + y - 1) / y; };
+  const int at_once = divide(plan.num_ctas, forward.num_kv_heads);
+  const int wanted = max(divide(sequence.num_tiles, plan.spread), divide(at_once, plan.max_groups));
+  CHECK(sequence.group_size >= wanted);
+  if (sequence.group_size == wanted || sequence.num_blocks == 0) return;
+  const int64_t smaller = max(wanted, sequence.group_size / 2), groups = divide(min(at_once, sequence.num_blocks), smaller);
+  const double share = static_cast<double>(plan.max_sums - plan.max_tiles) * sequence.num_slow / forward.cu_slow[forward.batch];
+  CHECK((groups - 1) * sequence.num_tiles > share - 1);
+}
+
 template <bool kPieces>
 void play_plan(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, std::mt19937& random) {
   using Span = std::conditional_t<kPieces, BackwardWhole, BackwardSequence>;
@@ -159,6 +174,8 @@ void play_plan(const CrossAttentionBackwardParams& p, const BackwardPlan& plan, 
   Span again(p, plan);
   size_t num_sums = 0;
   while (again.next()) {
+    CHECK(again.first_sum + again.num_tiles * again.num_groups <= plan.max_sums);
+    if constexpr (!kPieces) check_share(again);
     for (int h = 0; h < kv_heads; ++h) {
       for (int tile = 0; tile < again.num_tiles; ++tile) {
         std::vector<int> marks;  // that write_dq_kernel finds

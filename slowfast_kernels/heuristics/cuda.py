@@ -292,19 +292,28 @@ class HopperBackwardConfig:
 
 
 _HOPPER_BACKWARD_GROUPS = 12
-_HOPPER_BACKWARD_MEMORY = (0.15, 64 * 2**20)  # of all results and gradients, and beside that
+_HOPPER_BACKWARD_MEMORY = (0.15, 64 * 2**20)  # of dQ, dK and dV, and beside that
+_HOPPER_BACKWARD_LEAST_SPARE = 16 * 2**20  # bytes of sums beyond one of each row
+
+
+def hopper_backward_room(query_bytes: int, slow_bytes: int) -> int:
+    """Bytes that the Hopper backward may take beside dQ, dK and dV.
+
+    ``query_bytes``: of the text rows of q; ``slow_bytes``: of K and V.
+    """
+    share, beside = _HOPPER_BACKWARD_MEMORY
+    return int(share * (query_bytes + slow_bytes) + beside)
 
 
 def hopper_backward_kv_heads(query_bytes: int, slow_bytes: int, num_kv_heads: int) -> int:
-    """KV heads of a launch of the Hopper backward, so that its workspace is no more than is allowed beside context, dQ,
-    dK and dV: all of them, or those that each of a few launches has; 0: even one is too many.
+    """KV heads of a launch of the Hopper backward, so that its workspace has room (``hopper_backward_room``): all of
+    them, or those that each of a few launches has; 0: even one is too many.
 
     The workspace holds q and the gradient of the context once more, dQ in float32, further sums of it, and the parts of
-    two CTAs' blocks. ``query_bytes``: of the text rows of q; ``slow_bytes``: of K and V.
+    two CTAs' blocks.
     """
-    share, allowed = _HOPPER_BACKWARD_MEMORY
-    room = share * (2 * query_bytes + slow_bytes) + allowed
-    room -= _HOPPER_BACKWARD_SPARE_BYTES + HOPPER_SMS // 2 * 4 * 64 * 128 * 4
+    room = hopper_backward_room(query_bytes, slow_bytes)
+    room -= _HOPPER_BACKWARD_LEAST_SPARE + HOPPER_SMS // 2 * 4 * 64 * 128 * 4
     fitting = min(num_kv_heads, int(room * num_kv_heads / max(1, 4 * query_bytes)))
     if fitting == 0:
         return 0
@@ -315,7 +324,6 @@ def hopper_backward_kv_heads(query_bytes: int, slow_bytes: int, num_kv_heads: in
 # Row tiles between the starts of CTAs that add to the same sums: with one they wait for one another, 1x64x98304 612 us
 # instead of 496; with three there are more sums to write and read.
 _HOPPER_BACKWARD_SPREAD = 2
-_HOPPER_BACKWARD_SPARE_BYTES = 16 * 2**20  # of sums beyond one of each row
 
 
 @lru_cache(maxsize=4096)
@@ -327,24 +335,28 @@ def hopper_attention_backward_config(
     num_kv_heads: int,
     head_dim: int,
     num_sms: int = HOPPER_SMS,
+    room: int = _HOPPER_BACKWARD_MEMORY[1],
 ) -> HopperBackwardConfig:
+    """``room``: bytes that the whole workspace may take, as far as it is for sums beyond one of each row."""
     rows = num_text * (num_q_heads // num_kv_heads)
     max_tiles = (rows + 63 * batch) // 64
-    num_ctas = min(num_sms, (num_slow // 128 + batch) * num_kv_heads)
+    max_blocks = num_slow // 128 + batch  # of a KV head
+    num_ctas = min(num_sms, max_blocks * num_kv_heads)
     at_once = -(-num_ctas // num_kv_heads)  # blocks of a KV head that are worked on together
-    spare = min(
-        (_HOPPER_BACKWARD_GROUPS - 1) * max_tiles,
-        _HOPPER_BACKWARD_SPREAD * batch * at_once,
-        _HOPPER_BACKWARD_SPARE_BYTES // (num_kv_heads * 64 * head_dim * 4),
-    )
-    return HopperBackwardConfig(
+    config = HopperBackwardConfig(
         num_ctas,
         max_tiles,
-        max_tiles + spare,
+        max_tiles,
         _HOPPER_BACKWARD_GROUPS,
         _HOPPER_BACKWARD_SPREAD,
         splits_last_round=rows >= 4 * 64 * batch,  # with fewer rows the sum of two parts takes longer than it saves
     )
+    wanted = min(
+        (_HOPPER_BACKWARD_GROUPS - 1) * max_tiles,
+        _HOPPER_BACKWARD_SPREAD * min(batch * at_once, max_blocks),
+    )
+    fitting = (room - sum(config.workspace(num_kv_heads, head_dim))) // (num_kv_heads * 64 * head_dim * 4)
+    return replace(config, max_sums=max_tiles + max(0, min(wanted, fitting)))
 
 
 # --------------------------------------------------------------------------------------------- the gradients of the mix

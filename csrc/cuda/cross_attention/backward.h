@@ -29,7 +29,7 @@ struct BlockUses {
 struct BackwardPlan {
   int32_t num_ctas;    // that the GPU holds at once, at most
   int32_t max_tiles;   // row tiles of a KV head: a bound over any distribution of the text rows over the sequences
-  int32_t max_sums;    // row tiles times groups of a KV head, max_tiles at least: sequences have groups as long as they last
+  int32_t max_sums;    // row tiles times groups of a KV head, max_tiles at least: sequences share what is more by their slow tokens
   int32_t max_groups;  // of a KV head in a round
   int32_t spread;      // row tiles between those that the CTAs of a group begin with, where it is not too large for that
   int32_t heads_a_row;  // query heads of the whole call, of which rows of context, lse and grad_q have one after another

@@ -41,10 +41,12 @@ struct BackwardSequence {
     num_blocks = (num_slow + kBackwardBlockN - 1) / kBackwardBlockN;
     const int at_once = (plan.num_ctas + p.forward.num_kv_heads - 1) / p.forward.num_kv_heads;  // blocks of a KV head in a round
     group_size = max((num_tiles + plan.spread - 1) / plan.spread, (at_once + plan.max_groups - 1) / plan.max_groups);
-    num_groups = (min(at_once, num_blocks) + group_size - 1) / group_size;
-    if (num_groups == 0 || (num_groups - 1) * num_tiles > spare) {
-      group_size = at_once;
-      num_groups = min(num_blocks, 1);
+    // Of the sums that are left a sequence has as large a share as of the slow tokens that are left.
+    const float share = static_cast<float>(spare) * num_slow, tokens_left = __ldg(p.forward.cu_slow + p.forward.batch) - slow_begin;
+    while (true) {
+      num_groups = (min(at_once, num_blocks) + group_size - 1) / group_size;
+      if (max(0, num_groups - 1) * num_tiles * tokens_left <= share) break;
+      group_size += group_size / 4 + 1;
     }
     spare -= max(0, num_groups - 1) * num_tiles;
     return true;
