@@ -72,7 +72,15 @@ std::vector<Addition> additions_of(const CrossAttentionBackwardParams& p, const 
         order.lap = lap;
         order.num_blocks = sequence.num_blocks;
       }
-      SeenTiles seen(sight, tile_begin, num_tiles, order.start(sequence) - tile_begin);
+      const int start = order.start(sequence) - tile_begin;
+      CHECK(0 <= start && start < num_tiles);
+      if constexpr (kPieces) {  // among the tiles of those that have tokens of the block
+        const BlockUses& uses = plan.block_uses[order.block];
+        const int first = max(0, uses.first_tile - tile_begin), last = min(num_tiles, uses.first_tile + uses.num_tiles - tile_begin) - 1;
+        if (first <= last) CHECK(first <= start && start <= last);
+        if (half < 0) CHECK(start == min(num_tiles - 1, uses.first_tile + rank * uses.num_tiles / order.size(sequence, round)));
+      }
+      SeenTiles seen(sight, tile_begin, num_tiles, start);
       std::vector<bool> visited(sequence.num_tiles);
       for (int i = 0; i < steps; ++i) {
         const int tile = seen.next();
@@ -221,7 +229,11 @@ void play_case(std::mt19937& random) {
   p.forward.num_slow = cu_slow.back();
   const int num_blocks = count_blocks_in_memory(p) / kv_heads;
   std::vector<BlockUses> uses(num_blocks);
-  for (BlockUses& x : uses) x.laps = pick(0, 2) == 0 ? pick(1, 4) : 1;
+  for (BlockUses& x : uses) {
+    x.laps = pick(0, 2) == 0 ? pick(1, 4) : 1;
+    x.first_tile = pick(0, plan.max_tiles - 1);
+    x.num_tiles = pick(0, plan.max_tiles - x.first_tile);
+  }
   plan.block_uses = uses.data();
   uint64_t reach[2] = {static_cast<uint64_t>(pick(0, 400)), static_cast<uint64_t>(pick(0, 4))};
   plan.reach = reach;

@@ -123,8 +123,16 @@ void play_case(std::mt19937& random) {
   const BackwardPlan& plan = call.plan;
   const int heads_per_kv = p.forward.num_q_heads / 2;
   std::vector<bool> is_seen(call.num_slow), is_last_lap_used(call.block_uses.size());
+  std::vector<int> first_tile(call.block_uses.size(), INT32_MAX), last_tile(call.block_uses.size());  // of who has tokens of a block
   BackwardSequence sequence(p, plan);
   while (sequence.next()) {
+    for (int i = call.cu_slow[sequence.number]; i < call.cu_slow[sequence.number + 1]; ++i) {
+      if (call.pieces[2 * i] == call.pieces[2 * i + 1] || sequence.num_tiles == 0) continue;
+      for (int block = call.pieces[2 * i] / kBackwardBlockN; block <= (call.pieces[2 * i + 1] - 1) / kBackwardBlockN; ++block) {
+        first_tile[block] = min(first_tile[block], sequence.first_tile);
+        last_tile[block] = sequence.first_tile + sequence.num_tiles;
+      }
+    }
     std::vector<std::vector<int>> wanted;
     for (int text = sequence.text_begin; text < call.cu_text[sequence.number + 1]; ++text) {
       wanted.push_back(sight_of(call, sequence.number, text));
@@ -173,7 +181,12 @@ void play_case(std::mt19937& random) {
       }
     }
   }
-  for (size_t block = 0; block < call.block_uses.size(); ++block) CHECK(is_last_lap_used[block] || call.block_uses[block].laps == 1);
+  for (size_t block = 0; block < call.block_uses.size(); ++block) {
+    const BlockUses& uses = call.block_uses[block];
+    CHECK(is_last_lap_used[block] || uses.laps == 1);
+    CHECK(uses.num_tiles == max(0, last_tile[block] - min(first_tile[block], last_tile[block])));
+    if (uses.num_tiles > 0) CHECK(uses.first_tile == first_tile[block]);
+  }
   for (int token = 0; token < static_cast<int>(call.block_uses.size()) * kBackwardBlockN; ++token) {
     const bool found = call.seen[token / 32] >> token % 32 & 1;
     CHECK(found == (token < call.num_slow && is_seen[token]));

@@ -282,7 +282,7 @@ class HopperBackwardConfig:
     def pieces(self, num_pieces: int, num_slow: int, batch: int) -> tuple[int, int, int, int]:
         """Bytes of what is known of pieces, of blocks' uses, of row tiles' sequences, and of two sums."""
         max_blocks = num_slow // 128 + batch
-        return num_pieces * 16, max_blocks * 16, -(-self.max_tiles // 4) * 16, 16
+        return num_pieces * 16, max_blocks * 32, -(-self.max_tiles // 4) * 16, 16
 
     def sights(self, num_slow: int, batch: int) -> tuple[int, int, int, int]:
         """Bytes of what rows see: of packed rows, of tokens by blocks, and twice of row tiles by blocks."""

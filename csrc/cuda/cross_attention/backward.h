@@ -14,7 +14,8 @@ struct PieceUse {
 struct BlockUses {
   int32_t laps;                     // times that a CTA goes over the row tiles, at least 1
   int32_t first_piece, last_piece;  // those that have tokens of it are among first_piece .. last_piece - 1
-  int32_t unused;
+  int32_t first_tile, num_tiles;    // row tiles from the first to the last sequence that has tokens of it, among all sequences'
+  int32_t unused[3];
 };
 
 // A row tile is 64 packed rows of a KV head, a block 128 slow tokens of one. Sequences follow one another; of a sequence,

@@ -148,15 +148,24 @@ struct BackwardLapOrder : BackwardOrder {
   int lap;
   int num_blocks;
 
+  // The CTAs of a group that have tokens of one sequence begin here and there in its tiles, wherever these are among all. From
+  // `begin` on, of so many tiles.
+  static __device__ __forceinline__ int start_within(const BlockUses& uses, int x, int count, int begin, int tiles) {
+    return min(max(uses.first_tile + x * uses.num_tiles / count - begin, 0), tiles - 1);
+  }
+  __device__ __forceinline__ int start(const BackwardWhole& whole) const {
+    return tile_begin + start_within(whole.plan.block_uses[block], rank, size(whole, round), tile_begin, num_tiles);
+  }
+
   __device__ __forceinline__ int mark() const { return lap * num_blocks + block; }
   // The mark of what is added to the sum of `tile` before this lap, or -1. By all lanes of a warp.
   __device__ __forceinline__ int previous(const BackwardWhole& whole, int tile, int lane) const {
 #pragma unroll 1
     for (int r = round; r >= 0; --r) {
       const int first = first_of_group(whole, r), count = size(whole, r);
-      const int within = r == round ? tile - tile_begin : tile, tiles = r == round ? num_tiles : whole.num_tiles;
+      const int begin = r == round ? tile_begin : 0, tiles = r == round ? num_tiles : whole.num_tiles;
       const auto place_of = [&](int x) {
-        const int steps = within - x * tiles / count;
+        const int steps = tile - begin - start_within(whole.plan.block_uses[first + x], x, count, begin, tiles);
         return (steps < 0 ? steps + tiles : steps) * count + x;
       };
       const int limit = r == round ? place_of(rank) : INT32_MAX;

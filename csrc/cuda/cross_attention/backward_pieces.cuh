@@ -135,13 +135,15 @@ __device__ __forceinline__ BlockReach find_sights_of_block(const CrossAttentionB
   const BlockSight sight{plan, block};
   BackwardSequence sequence(p, plan);
   LapRuns runs;
-  BlockReach reach = {{1, last, first, 0}, 0};
+  BlockReach reach = {{1, last, first, 0, 0}, 0};
   int lap = 0;
   visit_runs(plan, block, first, last, lane, [&](const BlockRun& run) {
     reach.uses.first_piece = min(reach.uses.first_piece, run.piece);
     reach.uses.last_piece = run.piece + 1;
     if (sequence.number != run.sequence) {
       while (sequence.number < run.sequence) sequence.next();
+      if (reach.tiles == 0) reach.uses.first_tile = sequence.first_tile;
+      if (sequence.num_tiles > 0) reach.uses.num_tiles = sequence.first_tile + sequence.num_tiles - reach.uses.first_tile;
       reach.tiles += sequence.num_tiles;
       runs.count = lap = 0;
     }
