@@ -26,7 +26,7 @@ class OpCall(NamedTuple):
     positive_scale: bool = True
     has_sm90_kernels: bool = True  # the extension was built for sm_90a
     backward: bool = False  # its gradients
-    rows_outweigh: bool = False  # of them: CUDA's workspace would be large beside the results
+    backward_drawback: str | None = None  # of attention: why Triton's gradients are better than CUDA's
 
 
 class BackendChoice(NamedTuple):
@@ -95,8 +95,8 @@ def _slower_reason(backend: str, call: OpCall) -> str | None:
             return f"Triton's mix is faster from {MIX_ROWS_FOR_TRITON} rows on"
         if call.backward and call.num_text < MIX_BACKWARD_ROWS_FOR_CUDA:
             return f"Triton's gradients of the mix are faster below {MIX_BACKWARD_ROWS_FOR_CUDA} rows"
-    if backend == "cuda" and call.op == "text_cross_attention" and call.backward and call.rows_outweigh:
-        return "Triton's gradients take less memory where there are many text rows for few slow tokens"
+    if backend == "cuda" and call.op == "text_cross_attention" and call.backward:
+        return call.backward_drawback
     return None
 
 

@@ -274,6 +274,13 @@ class HopperBackwardConfig:
             -(-pairs // 4) * 4 * 16,
         )
 
+    def most_groups(self, num_kv_heads: int, tiles: int, blocks: int) -> int:
+        """Of a sequence of so many row tiles and blocks (of a KV head), where sums do not run out: as the device has it
+        (backward_schedule.cuh)."""
+        at_once = -(-self.num_ctas // num_kv_heads)
+        size = max(-(-tiles // self.spread), -(-at_once // self.max_groups))
+        return -(-min(at_once, blocks) // size)
+
     @property
     def tile_words(self) -> int:
         """Words of 32 bits that have one for each row tile."""
@@ -357,6 +364,53 @@ def hopper_attention_backward_config(
     )
     fitting = (room - sum(config.workspace(num_kv_heads, head_dim))) // (num_kv_heads * 64 * head_dim * 4)
     return replace(config, max_sums=max_tiles + max(0, min(wanted, fitting)))
+
+
+# Where the Hopper backward is slower than Triton's, on an H100 (bf16; CUDA's us, Triton's; as if lengths were even).
+# Blocks of all KV heads: 1x64x2048 26.6, 22.2; 1x64x3240 (104 of them) 30.3, 33.5; with two row tiles 15.9, 18.0.
+_BACKWARD_FEW_BLOCKS = 72
+# Blocks of a video: 8x64x648 63.8, 54.5; 32x64x648 325, 196; 4x64x648 33.9, 34.3.
+_BACKWARD_SHORT_VIDEO = 8
+# In larger batches: 16x64x2048 238, 230; 32x256x2048 1693, 1484; with one row tile 8x8x2048 55.3, 48.0.
+_BACKWARD_SHORT_VIDEO_OF_MANY = 16
+# Of the sums that groups want, the share that there must be room for: 16x64x5184 (0.44) 549, 522; 32x64x5184 (0.19)
+# 1542, 1022; 16x64x10368 (0.66) 851, 1014. Many row tiles keep CTAs that share sums apart: 8x256x10368 (0.43) 1384, 1714.
+_BACKWARD_ROOM_FOR_GROUPS = 0.5
+_BACKWARD_MANY_TILES = 28
+
+
+@lru_cache(maxsize=4096)
+def hopper_backward_drawback(
+    num_text: int, num_slow: int, batch: int, num_q_heads: int, num_kv_heads: int, head_dim: int, in_pieces: bool
+) -> str | None:
+    """Why Triton's gradients are better than the Hopper backward's; None if they are not.
+
+    ``in_pieces``: sequences may share slow tokens, so nothing is known of their lengths. Of a video that all of them
+    read the Hopper backward is faster.
+    """
+    if num_text == 0 or num_slow == 0 or batch == 0:
+        return None
+    query_bytes, slow_bytes = 2 * num_text * num_q_heads * head_dim, 4 * num_slow * num_kv_heads * head_dim
+    heads = hopper_backward_kv_heads(query_bytes, slow_bytes, num_kv_heads)
+    if heads == 0:
+        return "Triton's gradients take less memory where there are many text rows for few slow tokens"
+    heads_per_kv = num_q_heads // num_kv_heads
+    tiles, blocks = -(-num_text * heads_per_kv // (64 * batch)), -(-num_slow // (128 * batch))
+    if blocks * batch * num_kv_heads < _BACKWARD_FEW_BLOCKS and tiles > 2:
+        return "Triton's gradients are faster of few slow tokens"
+    if not in_pieces:
+        is_many = batch >= 16 or (batch >= 8 and tiles <= 4)
+        if blocks <= (_BACKWARD_SHORT_VIDEO_OF_MANY if is_many else _BACKWARD_SHORT_VIDEO):
+            return "Triton's gradients are faster of short videos"
+    if tiles < _BACKWARD_MANY_TILES:
+        room = hopper_backward_room(query_bytes, slow_bytes)
+        config = hopper_attention_backward_config(
+            num_text, num_slow, batch, heads * heads_per_kv, heads, head_dim, HOPPER_SMS, room
+        )
+        wanted = batch * tiles * (config.most_groups(heads, tiles, blocks) - 1)
+        if config.max_sums - config.max_tiles < _BACKWARD_ROOM_FOR_GROUPS * wanted:
+            return "Triton's gradients are faster of large batches with few text rows"
+    return None
 
 
 # --------------------------------------------------------------------------------------------- the gradients of the mix

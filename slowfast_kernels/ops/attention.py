@@ -11,12 +11,11 @@ from ..calls import (
     AttentionTensors,
     BackwardTensors,
     FusedTensors,
-    attention_bytes,
     is_aligned,
     scale_of,
 )
 from ..heuristics.backends import OpCall
-from ..heuristics.cuda import hopper_backward_kv_heads
+from ..heuristics.cuda import hopper_backward_drawback
 from . import checks
 from .dispatch import check_backend_name, compute_capability, follows_gradients
 from .op import Op
@@ -202,7 +201,15 @@ def attention_facts(op: str, tensors: AttentionTensors, softmax_scale: float | N
         apart=tensors.slow_values is not None,
         positive_scale=scale_of(q, softmax_scale) > 0,
         has_sm90_kernels=q.device.type != "cuda" or "sm_90a" in _extension.cuda_archs(),
-        rows_outweigh=hopper_backward_kv_heads(*attention_bytes(tensors), tensors.slow_kv.shape[1]) == 0,
+        backward_drawback=hopper_backward_drawback(
+            tensors.text_rows.shape[0],
+            tensors.slow_kv.shape[0],
+            tensors.cu_text.shape[0] - 1,
+            q.shape[1],
+            tensors.slow_kv.shape[1],
+            q.shape[2],
+            in_pieces=tensors.slow_pieces is not None,
+        ),
     )
 
 
