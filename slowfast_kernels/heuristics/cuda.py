@@ -373,8 +373,8 @@ _BACKWARD_FEW_BLOCKS = 72
 _BACKWARD_SHORT_VIDEO = 8
 # In larger batches: 16x64x2048 238, 230; 32x256x2048 1693, 1484; with one row tile 8x8x2048 55.3, 48.0.
 _BACKWARD_SHORT_VIDEO_OF_MANY = 16
-# Of the sums that groups want, the share that there must be room for: 16x64x5184 (0.44) 549, 522; 32x64x5184 (0.19)
-# 1542, 1022; 16x64x10368 (0.66) 851, 1014. Many row tiles keep CTAs that share sums apart: 8x256x10368 (0.43) 1384, 1714.
+# Of the sums that groups want, the share that there must be room for: 16x64x5184 (0.44) 549, 522; 32x64x5184
+# (0.19) 1542, 1022; 16x64x10368 (0.66) 851, 1014. Many row tiles keep CTAs apart: 8x256x10368 (0.43) 1384, 1714.
 _BACKWARD_ROOM_FOR_GROUPS = 0.5
 _BACKWARD_MANY_TILES = 28
 
