@@ -111,7 +111,7 @@ def _of_last_layer(made: list[_Made], projector: nn.Module) -> list[_Made]:
 def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[dict[str, Call], Order]:
     """A call for each part of the prefill of one prompt, and in which order the prefill does its work."""
     import slowfast_kernels as sk
-    from slowfast_model.attention import project_slow_ahead
+    from slowfast_model.attention import project_slow_at_once
     from slowfast_model.prefill import projects_at_once
 
     config, decoder = model.config, model.model
@@ -119,10 +119,13 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
     with _recorded(*functions) as made:
         x, _, slow = model.prepare(ids, features, None, None)
     hybrid = [decoder.layers[i].self_attn for i in config.hybrid_layers]
+    norms = [decoder.layers[i].input_layernorm.weight for i in config.hybrid_layers]
     at_once = projects_at_once(slow.tokens, len(hybrid))
 
     def keys_and_values() -> list[Tensor]:
-        return [kv for kv in project_slow_ahead(decoder.layers, slow.tokens) if kv is not None]
+        if at_once:
+            return [kv for kv in project_slow_at_once(decoder.layers, slow.tokens) if kv is not None]
+        return [a.project_slow(slow.tokens, w) for a, w in zip(hybrid, norms, strict=True)]
 
     caches = keys_and_values()
     rows = x.shape[0] * x.shape[1]

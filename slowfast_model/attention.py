@@ -214,29 +214,15 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def project_slow_ahead(layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor | None]:
-    """K and V [Ns, Hkv, 2, D] of normalised slow ``tokens`` [Ns, C] for each hybrid layer, before its turn.
-
-    They need nothing of the prompt: a GPU makes them while the host lays out the batch. None where a layer makes its
-    own: its weights cannot be read from outside of its call (hooked, wrapped, sharded or on another device).
-    """
-    made = project_slow_at_once(layers, tokens)
-    if any(kv is not None for kv in made):
-        return made
-    hybrid = (_is_hybrid(layer) and _is_readable(layer, tokens) for layer in layers)
-    return [
-        layer.self_attn.project_slow(tokens, layer.input_layernorm.weight) if reads else None
-        for layer, reads in zip(layers, hybrid, strict=True)
-    ]
-
-
 def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor | None]:
-    """The same as views of one product [Ns, layers * 2 Hkv D], by ``prefill.projects_at_once``.
+    """K and V [Ns, Hkv, 2, D] of normalised slow ``tokens`` [Ns, C] for each hybrid layer, as views of one product
+    [Ns, layers * 2 Hkv D].
 
-    None for every layer where one has to make its own.
+    None for every layer where each makes its own: by ``prefill.projects_at_once``, and where weights cannot be read
+    from outside of a layer's call (hooked, wrapped, sharded or on another device).
     """
     apart = [None] * len(layers)
-    hybrid = [i for i, layer in enumerate(layers) if _is_hybrid(layer)]
+    hybrid = [i for i, layer in enumerate(layers) if isinstance(layer, DecoderLayer) and layer.is_hybrid]
     if not projects_at_once(tokens, len(hybrid)) or not all(_is_readable(layers[i], tokens) for i in hybrid):
         return apart
     attentions = [layers[i].self_attn for i in hybrid]
@@ -251,11 +237,6 @@ def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor) -> list[Te
     for i, part in zip(hybrid, made, strict=True):
         apart[i] = part
     return apart
-
-
-def _is_hybrid(layer: nn.Module) -> bool:
-    """A hybrid layer that no wrapper hides."""
-    return isinstance(layer, DecoderLayer) and layer.is_hybrid
 
 
 def _is_readable(layer: DecoderLayer, tokens: Tensor) -> bool:

@@ -38,8 +38,7 @@ class SlowContext:
     slow_end: Tensor | None = None  # [Nt], how many of its sequence's slow tokens each row sees; None: all
     pieces: Tensor | None = None  # [P, 2], where a layer's K and V lie, and what ``cu_slow`` counts; None: in a row
     slots: Tensor | None = None  # [Ns] int64, where a layer's cache takes K and V of ``tokens``; None: they become it
-    kv: Tensor | None = None  # [Ns, Hkv, 2, D] of new tokens, made ahead of the layer
-    kv_of_layers: Sequence[Tensor | None] | None = None  # ``kv`` of each; None: not made ahead
+    kv: Tensor | None = None  # [Ns, Hkv, 2, D] of new tokens, made with those of other layers
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from slowfast_kernels.heuristics.backends import BACKENDS
 from slowfast_kernels.ops.checks import check_dense
 
 from . import checkpoint
-from .attention import DecoderLayer, project_slow_ahead, project_slow_at_once
+from .attention import DecoderLayer, project_slow_at_once
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import GenerationMixin
 from .layers import RMSNorm, Rope, compute_dtype, first_rope, weights_dtype, without_autocast
-from .plain import can_be_plain, is_plain
 from .tokens import IGNORE_INDEX, Layout, Prompts, splice
 from .vision import build_projector, check_features, project_and_pool
 
@@ -56,7 +55,6 @@ pytree.register_pytree_node(
 )
 
 
-@can_be_plain
 class Decoder(nn.Module):
     """Embedding, decoder layers, final norm, and the projector, under the official name ``model``."""
 
@@ -81,9 +79,7 @@ class Decoder(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         caches = [None] * len(self.layers) if cache is None else cache.layers
         made = [None] * len(self.layers)
-        if slow is not None and slow.kv_of_layers is not None:
-            made = slow.kv_of_layers
-        elif slow is not None and slow.tokens is not None and slow.tokens_are_normalised:
+        if slow is not None and slow.tokens is not None and slow.tokens_are_normalised:
             made = project_slow_at_once(self.layers, slow.tokens)
         for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
             mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)
@@ -164,7 +160,6 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         *,
         run_every_module: bool = False,
         held: Sequence[int] | None = None,
-        ahead: bool = False,
     ) -> tuple[Tensor, Layout, SlowContext | None]:
         """Embeddings [B, L', C] with fast tokens spliced in, the layout, and the slow tokens (None: none attended).
 
@@ -176,19 +171,15 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
 
         ``held``: the prompts go on from ones with so many slow tokens a sample; the layout's ``slow_end`` counts from
         there. The context has what is new alone.
-
-        ``ahead``: the context has K and V of the hybrid layers too, where they can be made before their turn.
         """
         normalise = not torch.is_grad_enabled() and self._folds_norms()
         videos = [] if frame_features is None else frame_features
         device = self._check_inputs(input_ids, videos)
         # Before the projector is queued, which their way then overlaps with.
         prompts = Prompts(input_ids, attention_mask, labels, device)
-        slow, fast, counts, kv_of_layers = None, None, [], None
+        slow, fast, counts = None, None, []
         if videos:
             slow, fast, counts = self._slow_and_fast(videos, self.config.rms_norm_eps if normalise else None)
-            if ahead and normalise and is_plain(self.model, Decoder):
-                kv_of_layers = project_slow_ahead(self.model.layers, slow)
         elif run_every_module:
             slow = fast = self._no_tokens(device)
         layout = splice(
@@ -215,7 +206,6 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
                 tokens=slow,
                 tokens_are_normalised=normalise,
                 slow_end=layout.slow_end,
-                kv_of_layers=kv_of_layers,
             )
         return F.embedding(layout.source, rows), layout, context
 
@@ -264,10 +254,10 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
 
     # -------------------------------------------------------------------------------------- calls
 
-    def _start(self, *inputs, ahead: bool) -> tuple[Tensor, Rope, Layout, SlowContext | None]:
+    def _start(self, *inputs) -> tuple[Tensor, Rope, Layout, SlowContext | None]:
         """What comes before the layers: Python over lengths, and tables that are the same bits in every run."""
         training = self.training and torch.is_grad_enabled()
-        x, layout, slow = self.prepare(*inputs, run_every_module=training, ahead=ahead)
+        x, layout, slow = self.prepare(*inputs, run_every_module=training)
         return x, self.rope(x.shape[1], x), layout, slow
 
     # The one graph break of torch.compile(model), on purpose: a batch is laid out by its values. This form of
@@ -310,9 +300,8 @@ class SlowFastForCausalLM(GenerationMixin, nn.Module):
         Raises:
             ValueError, TypeError: as ``tokens.splice`` and ``vision.check_features`` say.
         """
-        compiling = torch.compiler.is_compiling()  # then K and V are the compiled layers' own
-        start = self._start_uncompiled if compiling else self._start
-        x, rope, layout, slow = start(input_ids, frame_features, attention_mask, labels, ahead=not compiling)
+        start = self._start_uncompiled if torch.compiler.is_compiling() else self._start
+        x, rope, layout, slow = start(input_ids, frame_features, attention_mask, labels)
         logits = self.lm_head(self.model(x, rope, slow, backend=self.backend))
         loss = None if labels is None else self._loss(logits, layout.labels)
         return SlowFastOutput(logits, loss, layout.attention_mask, layout.token_types, layout.labels)

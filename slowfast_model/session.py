@@ -39,14 +39,7 @@ class Decodes(Protocol):
     lm_head: nn.Module
 
     def prepare(
-        self,
-        input_ids,
-        frame_features,
-        attention_mask,
-        labels,
-        *,
-        held: Sequence[int] | None = None,
-        ahead: bool = False,
+        self, input_ids, frame_features, attention_mask, labels, *, held: Sequence[int] | None = None
     ) -> tuple[Tensor, Layout, SlowContext | None]: ...
 
     def rope(self, length: int, x: Tensor) -> Rope: ...
@@ -108,7 +101,7 @@ class DecodeSession:
                 raise ValueError(f"max_slow_tokens: got {max_slow_tokens}, want None without slow_tokens_in_decode")
         self._gemv = None if gemv is None else as_bool("gemv", gemv)
         self.model = model
-        x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None, ahead=True)
+        x, layout, slow = model.prepare(input_ids, frame_features, attention_mask, None)
         config, device = model.config, x.device
         batch, capacity = len(layout.lengths), x.shape[1] + max_new_tokens
         if max_slow_tokens is not None and max(layout.slow_lengths) > max_slow_tokens:
@@ -124,7 +117,7 @@ class DecodeSession:
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
         with without_cudnn_attention(x.shape[1]):
             hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
-        del slow  # keys and values, which the caches have
+        del slow  # its tokens, whose keys and values the caches have
         self.cache.step.lay_out(batch, device)
         self.position = to_device(torch.tensor(layout.lengths, **ON_HOST), device)
         last = hidden[torch.arange(batch, device=device), self.position - 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +12,6 @@ from torch import nn
 
 import slowfast_kernels as sk
 from slowfast_model import DecodeSession
-from slowfast_model import model as model_file
-from slowfast_model.cache import LayerCache
 from slowfast_model.prefill import pools_first, projects_at_once, use_order
 
 PROJECTORS = {
@@ -243,40 +240,6 @@ def _cast_late(layer):
     layer.register_forward_hook(lambda *_: setattr(proj.weight, "data", kept))
 
 
-def _cast_with_the_decoder(model):
-    proj = model.model.layers[2].self_attn.cross_attn_kv_proj
-    kept = proj.weight.data
-
-    def scale(*_):
-        proj.weight.data = kept * 1.5
-
-    model.model.register_forward_pre_hook(scale)
-    model.model.register_forward_hook(lambda *_: setattr(proj.weight, "data", kept))
-
-
-def _alone(monkeypatch):
-    """Each layer makes its own keys and values."""
-    monkeypatch.setattr(model_file, "project_slow_ahead", lambda layers, tokens: [None] * len(layers))
-
-
-@pytest.mark.parametrize("change", [None, _hook, _no_bias, _shard, _cast_late, _cast_with_the_decoder])
-@torch.no_grad()
-def test_keys_and_values_made_ahead_are_those_that_the_layers_make(change, monkeypatch):
-    (ids, mask), videos, found = padded(PROMPTS), features(*PROMPT_VIDEOS), []
-    for ahead in (True, False):
-        model = tiny_model()
-        if change is _cast_with_the_decoder:
-            change(model)
-        elif change is not None:
-            change(model.model.layers[2])
-        if not ahead:
-            _alone(monkeypatch)
-        session = DecodeSession(model, ids, videos, mask, max_new_tokens=2)
-        found.append([model(ids, videos, mask).logits, session.logits, session.step(session.most_likely)])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("change", [_hook, _no_bias, _shard, _cast_late])
 @torch.no_grad()
 def test_a_layer_whose_weights_cannot_be_read_from_outside_makes_its_own(change):
@@ -301,24 +264,3 @@ def test_one_product_is_for_few_tokens_on_a_gpu():
     with use_order(one_kv_product=True):
         assert projects_at_once(tokens(8192, "cpu"), 4)
         assert not projects_at_once(tokens(8192, "cpu"), 1)
-
-
-@torch.no_grad()
-def test_keys_and_values_made_ahead_go_as_a_session_lays_out_its_caches(monkeypatch):
-    made, alive = [], []
-    ahead, lay_out = model_file.project_slow_ahead, LayerCache.lay_out_slow
-
-    def recorded(*args):
-        found = ahead(*args)
-        made.extend(weakref.ref(x) for x in found if x is not None)
-        return found
-
-    def counted(*args):
-        alive.append(sum(ref() is not None for ref in made))
-        lay_out(*args)
-
-    monkeypatch.setattr(model_file, "project_slow_ahead", recorded)
-    monkeypatch.setattr(LayerCache, "lay_out_slow", counted)
-    (ids, mask), videos = padded(PROMPTS), features(*PROMPT_VIDEOS)
-    DecodeSession(tiny_model(), ids, videos, mask, max_new_tokens=1, max_slow_tokens=200)
-    assert alive == list(range(len(made), 0, -1))

@@ -17,7 +17,7 @@ from pretend_gpu import GPU, PretendGPU, gpu  # noqa: F401
 
 import slowfast_kernels as sk
 from slowfast_kernels.bounded_cache import BoundedCache
-from slowfast_model import DecodeSession, layers, plain
+from slowfast_model import DecodeSession, layers
 from slowfast_model.cache import KVCache
 from slowfast_model.layers import first_rope, rope_at
 from slowfast_model.model import Decoder
@@ -55,28 +55,21 @@ class AtFirstLayer(Exception):
 
 @pytest.fixture
 def stopped(monkeypatch):
-    """Calls end where the decoder begins, which passes for its own."""
+    """Calls end where the decoder begins."""
 
     def stop(*args, **options):
         raise AtFirstLayer
 
     monkeypatch.setattr(Decoder, "forward", stop)
-    monkeypatch.setitem(plain._FORWARDS, Decoder, stop)
 
 
-def launches(gpu, call, **order):  # noqa: F811
+def launches(gpu, call):  # noqa: F811
     """What ``call`` queues after the pooling, in order."""
     gpu.calls.clear()
-    with gpu, use_order(pool_first=False, **order), pytest.raises(AtFirstLayer):
+    with gpu, use_order(pool_first=False), pytest.raises(AtFirstLayer):
         call()
     after = gpu.calls[gpu.calls.index("slowfast_pool") + 1 :]
     return [name for name in after if name not in NO_LAUNCHES]
-
-
-def ahead(queued):
-    """(K and V of the hybrid layers, what comes behind) of ``launches``."""
-    begin = min(queued.index(name) for name in ("wait", "upload") if name in queued)
-    return queued[:begin], queued[begin:]
 
 
 def prompt(gpu, *, of_gpu=False):  # noqa: F811
@@ -93,21 +86,9 @@ ROTATION = ["float", "upload", "mul", "cos", "sin", "cat", "to", "neg", "cat", "
 def test_a_session_queues_one_upload_its_embeddings_and_one_fill_of_all_caches(gpu, model, of_gpu):  # noqa: F811
     call = prompt(gpu, of_gpu=of_gpu)
     queued = [*(["wait"] if of_gpu else []), "upload", "embedding", "cat", "embedding", "_foreach_zero_"]
-    _, first = ahead(launches(gpu, lambda: DecodeSession(model, *call, max_new_tokens=3)))
-    assert first == queued + ROTATION
+    assert launches(gpu, lambda: DecodeSession(model, *call, max_new_tokens=3)) == queued + ROTATION
     for _ in range(2):  # tables are there
-        assert ahead(launches(gpu, lambda: DecodeSession(model, *call, max_new_tokens=3)))[1] == queued
-
-
-@pytest.mark.parametrize("one", [True, False], ids=["one_product", "a_layer_at_a_time"])
-@pytest.mark.parametrize("kind", ["session", "forward"])
-@pytest.mark.usefixtures("stopped")
-@torch.no_grad()
-def test_keys_and_values_are_queued_before_the_host_waits_for_the_prompt_or_lays_it_out(gpu, model, kind, one):  # noqa: F811
-    run = model if kind == "forward" else partial(DecodeSession, model, max_new_tokens=3)
-    call = prompt(gpu, of_gpu=True)
-    queued, _ = ahead(launches(gpu, lambda: run(*call), one_kv_product=one))
-    assert queued.count("linear") == (1 if one else len(model.config.hybrid_layers))
+        assert launches(gpu, lambda: DecodeSession(model, *call, max_new_tokens=3)) == queued
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -117,10 +98,8 @@ def test_a_forward_pass_queues_one_upload_and_its_embeddings(gpu, model, trainin
     queued = ["upload", "embedding", "cat", "embedding"]
     model.train(training)
     with torch.set_grad_enabled(training):
-        made, first = ahead(launches(gpu, lambda: model(ids, videos, None, ids.clamp(min=0))))
-        assert first == queued + ROTATION
-        assert not (training and made)
-        assert ahead(launches(gpu, lambda: model(ids, videos, None, ids.clamp(min=0))))[1] == queued
+        assert launches(gpu, lambda: model(ids, videos, None, ids.clamp(min=0))) == queued + ROTATION
+        assert launches(gpu, lambda: model(ids, videos, None, ids.clamp(min=0))) == queued
 
 
 @pytest.mark.usefixtures("stopped")
@@ -136,10 +115,7 @@ def test_a_batch_with_padding_queues_a_row_of_zeros_too(gpu, model):  # noqa: F8
 @pytest.mark.usefixtures("stopped")
 @torch.no_grad()
 def test_a_prompt_of_many_videos_takes_no_more_operators_of_the_host_than_one(kind):
-    """Of 28 layers: 30 and 17 when this was written, the projector's and the pooling's too, caches' memory not.
-
-    Beside that 4 a hybrid layer for its keys and values.
-    """
+    """Of 28 layers: 30 and 17 when this was written, the projector's and the pooling's too, caches' memory not."""
     model = tiny_model("cpu", num_hidden_layers=LAYERS)
     run = model if kind == "forward" else partial(DecodeSession, model, max_new_tokens=3)
     counts = []
@@ -151,7 +127,7 @@ def test_a_prompt_of_many_videos_takes_no_more_operators_of_the_host_than_one(ki
             memory = ("aten.empty.memory_format", "aten.fill_.Scalar")  # the suite fills it
             counts.append(sum(operators.calls.values()) - sum(operators.calls[name] for name in memory))
     one, many = counts[2:]
-    assert one <= 40 + 4 * len(model.config.hybrid_layers)
+    assert one <= 40
     assert many <= one + 8  # their features, put together, and its views
 
 
