@@ -88,24 +88,26 @@ def run(
     tune: Callable[[list[AttentionInputs], torch.device, float], dict],
     show: Callable[[dict], str],
     prepare: Callable[[list[AttentionShape], torch.device], None] | None = None,
+    shapes: Sequence[str] = TABLE,
     **versions: str,
 ) -> None:
-    """The command line of a sweep: ``tune(input sets, device, seconds a config)`` for every shape asked for."""
+    """The command line of a sweep: ``tune(input sets, device, seconds a config)`` for every shape asked for, or else
+    ``shapes``."""
     parser = command_line(description)
-    parser.add_argument("--shapes", nargs="+", default=TABLE, help="BATCHxTEXTxSLOW[@HQ/HKV/D]")
+    parser.add_argument("--shapes", nargs="+", default=shapes, help="BATCHxTEXTxSLOW[@HQ/HKV/D]")
     arguments = parser.parse_args()
     device = the_gpu(parser)
     try:
-        shapes = [parse_attention(text) for text in arguments.shapes]
+        asked = [parse_attention(text) for text in arguments.shapes]
     except ValueError as problem:
         parser.error(f"--shapes: got {problem}")
-    if None in shapes:
+    if None in asked:
         parser.error(f"--shapes: got {arguments.shapes}, want BATCHxTEXTxSLOW[@HQ/HKV/D]")
     facts = torch.cuda.get_device_properties(device)
     if prepare is not None:
-        prepare(shapes, device)
+        prepare(asked, device)
     entries = []
-    for shape in shapes:
+    for shape in asked:
         print(shape.name, flush=True)
         sets = make_inputs(shape, "bfloat16", device, facts.L2_cache_size)
         entries.append({"shape": shape.name} | tune(sets, device, arguments.budget))

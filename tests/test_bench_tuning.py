@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import inputs, tune_cuda, tuning
+from bench import inputs, tune_backward, tune_cuda, tuning
 from bench.selection import parse_attention
 from slowfast_kernels.heuristics.cuda import HopperConfig
 
@@ -89,3 +89,32 @@ def test_what_a_sweep_found_so_far_is_written_where_it_was_asked_for(monkeypatch
         "torch": torch.__version__,
         "launches": [{"us": 1.5}],
     }
+
+
+def gradients(monkeypatch, name: str) -> dict:
+    monkeypatch.setattr(tune_backward, "BACKENDS", ("cpu", "eager"))
+    sets = inputs.make_inputs(parse_attention(name), "bfloat16", CPU, cache_bytes=0)
+    return tune_backward.tune(sets, CPU, budget_s=1e-3)
+
+
+def test_gradients_are_timed_in_every_layout(monkeypatch):
+    found = gradients(monkeypatch, "2x3x170@4/2/16")
+    assert list(found) == ["whole", "slabs", "one video"]
+    assert all(row["chosen"] == "cpu" and row["cpu_us"] > 0 and row["eager_us"] > 0 for row in found.values())
+    assert list(gradients(monkeypatch, "1x3x170@4/2/16")) == ["whole"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_wrong_gradients_stop_the_sweep(monkeypatch, backend):
+    right = tune_backward.InParts.backward
+
+    def backward(passes, kept, again):
+        return [grad * (1.5 if passes.backward_backend == backend else 1.0) for grad in right(passes, kept, again)]
+
+    monkeypatch.setattr(tune_backward.InParts, "backward", backward)
+    with pytest.raises(AssertionError, match=f"{backend} is wrong"):
+        gradients(monkeypatch, "2x3x170@4/2/16")
+
+
+def test_the_sweep_of_gradients_takes_shapes_of_its_table():
+    assert all(parse_attention(name) for name in tune_backward.TABLE)
