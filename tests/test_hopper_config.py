@@ -351,12 +351,12 @@ def test_blocks_are_halved_where_a_sequence_has_rows_enough():
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("pieces", [False, True])
 def test_gradients_are_cuda_s_whatever_rows_see_and_wherever_tokens_lie(ranges, pieces):
-    inputs = make_inputs(Shape(((2, 1100),), (2, 1), 128), torch.bfloat16, "cpu", torch.Generator()).tensors
+    inputs = make_inputs(Shape(((2, 2048),), (16, 16), 64), torch.bfloat16, "cpu", torch.Generator()).tensors
     rows = torch.zeros(2, dtype=torch.int32)
     if ranges:
         inputs = inputs._replace(slow_begin=rows, slow_end=rows + 3)
     if pieces:
-        inputs = inputs._replace(slow_pieces=torch.tensor([[0, 1100]], dtype=torch.int32))
+        inputs = inputs._replace(slow_pieces=torch.tensor([[0, 2048]], dtype=torch.int32))
     facts = attention_facts("text_cross_attention", inputs, None)
     call = facts._replace(device_type="cuda", capability=(9, 0), has_sm90_kernels=True, backward=True)
     assert choose_backend(call, EVERYTHING_IS_HERE).backend == "cuda"
@@ -455,6 +455,11 @@ def test_gradients_are_of_the_backend_that_was_measured_to_be_faster(backend):
         ((512, 10368, 8), "cuda"),  # eight questions about one video: 408 us, Triton 602
         ((2048, 10368, 32), "cuda"),  # its tokens are as few a question as those of short videos
         ((256, 20736, 4), "cuda"),  # slabs of 5184: 151 us, Triton 157
+        ((64, 10368, 1), "cuda"),  # 82 us, Triton 87
+        ((512, 5184, 8), "triton"),  # as eight slabs of 648: 97 us, Triton 53; eight questions: 310, 363
+        ((512, 2048, 8), "triton"),  # questions: 202 us, Triton 172
+        ((64, 2048, 8), "triton"),  # 57 us, Triton 48
+        ((4096, 2048, 64), "triton"),  # many questions make it no longer
         ((1024, 82944, 16), "triton"),  # 702 us, Triton 595
         ((2048, 65536, 32), "triton"),  # 965 us, Triton 492
     ],

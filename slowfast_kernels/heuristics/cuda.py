@@ -369,6 +369,10 @@ def hopper_attention_backward_config(
 # Where the Hopper backward is slower than Triton's, on an H100 (bf16; CUDA's us, Triton's; as if lengths were even).
 # Blocks of all KV heads: 1x64x2048 26.6, 22.2; 1x64x3240 (104 of them) 30.3, 33.5; with two row tiles 15.9, 18.0.
 _BACKWARD_FEW_BLOCKS = 72
+# Over pieces: four and eight slabs of 648 tokens (96 and 192 blocks) 52.5, 27.5 and 97.0, 52.6; eight questions of 64
+# rows about a video of 2048 (64) 202, 172, of 5184 (164) 310, 363, of 10368 (324) 473, 601; of 256 rows about one of
+# 5184 1589, 1178.
+_BACKWARD_FEW_BLOCKS_OF_PIECES = 200
 # Blocks of a video: 8x64x648 63.8, 54.5; 32x64x648 325, 196; 4x64x648 33.9, 34.3.
 _BACKWARD_SHORT_VIDEO = 8
 # In larger batches: 16x64x2048 238, 230; 32x256x2048 1693, 1484; with one row tile 8x8x2048 55.3, 48.0.
@@ -385,8 +389,7 @@ def hopper_backward_drawback(
 ) -> str | None:
     """Why Triton's gradients are better than the Hopper backward's; None if they are not.
 
-    ``in_pieces``: sequences may share slow tokens, so nothing is known of their lengths. Of a video that all of them
-    read the Hopper backward is faster.
+    ``in_pieces``: sequences may share slow tokens, so nothing is known of their lengths.
     """
     if num_text == 0 or num_slow == 0 or batch == 0:
         return None
@@ -396,7 +399,10 @@ def hopper_backward_drawback(
         return "Triton's gradients take less memory where there are many text rows for few slow tokens"
     heads_per_kv = num_q_heads // num_kv_heads
     tiles, blocks = -(-num_text * heads_per_kv // (64 * batch)), -(-num_slow // (128 * batch))
-    if blocks * batch * num_kv_heads < _BACKWARD_FEW_BLOCKS and tiles > 2:
+    all_blocks = (-(-num_slow // 128) if in_pieces else blocks * batch) * num_kv_heads
+    if in_pieces and all_blocks < _BACKWARD_FEW_BLOCKS_OF_PIECES:
+        return "Triton's gradients are faster of few slow tokens in pieces"
+    if all_blocks < _BACKWARD_FEW_BLOCKS and tiles > 2:
         return "Triton's gradients are faster of few slow tokens"
     if not in_pieces:
         is_many = batch >= 16 or (batch >= 8 and tiles <= 4)
