@@ -41,7 +41,7 @@ def arguments(inputs: AttentionInputs, layout: str) -> dict[str, object]:
     if layout != "whole":
         tokens = slow_kv.shape[0] // batch
         if layout == "slabs":
-            spans = [[b * tokens, (b + 1) * tokens - SLAB_REST] for b in range(batch)]
+            spans = [[b * tokens, b * tokens + max(1, tokens - SLAB_REST)] for b in range(batch)]
         else:
             slow_kv, spans = slow_kv[:tokens], [[0, tokens]] * batch
         pieces = torch.tensor(spans, dtype=torch.int32, device=q.device)

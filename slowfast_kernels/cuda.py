@@ -392,6 +392,7 @@ class AttentionBackward:
             q.shape[2],
             _num_sms(q.device),
             hopper_backward_room(*of_rows_and_tokens),
+            sample.slow_pieces is not None,
         )
         self.has_other_rows = num_text != q.shape[0]  # text rows are distinct
         self.params = attention_backward_params(sample, scale_of(q, softmax_scale), workspace_bytes=0)

@@ -49,6 +49,21 @@ def check(got: Tensor, formula, *arguments, rounded_alike=None) -> None:
     reference.assert_accurate(got, max(eager, key=lambda y: float((y.double() - exact).abs().max())), exact)
 
 
+def folds(x: Tensor, norm: Norm | None) -> bool:
+    """float16 on tensor cores: the norm's weight is multiplied into the others."""
+    return norm is not None and x.dtype == torch.float16 and x.shape[0] > ROWS_OF_CUDA_CORES
+
+
+def folded(formula):
+    """``formula`` of activations, projection, norm and more, rounded as where ``folds`` says so."""
+
+    def alike(x, projection, norm, *more):
+        bare = Norm(torch.ones_like(norm.weight), norm.eps)
+        return formula(x, Projection(projection.weight * norm.weight, projection.bias), bare, *more)
+
+    return alike
+
+
 def check_linear(inside: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype, generator) -> None:
     def formula(x, projection, norm, residual):
         y = F.linear(normalised(x, norm), *projection)
@@ -58,7 +73,8 @@ def check_linear(inside: str, rows: int, inputs: int, outputs: int, dtype: torch
     projection = projection_of(generator, dtype, outputs, inputs, "bias" in inside)
     norm = Norm(draw(generator, dtype, inputs), 0.5) if "norm" in inside else None
     residual = draw(generator, dtype, rows, outputs) if "residual" in inside else None
-    check(gemv.linear(x, projection, norm, residual), formula, x, projection, norm, residual)
+    alike = folded(formula) if folds(x, norm) else None
+    check(gemv.linear(x, projection, norm, residual), formula, x, projection, norm, residual, rounded_alike=alike)
 
 
 def check_gated_up(rows: int, inputs: int, outputs: int, dtype: torch.dtype, generator) -> None:
@@ -66,14 +82,13 @@ def check_gated_up(rows: int, inputs: int, outputs: int, dtype: torch.dtype, gen
         x = normalised(x, norm)
         return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
-    def folded(x, gate, up, norm):
-        """The norm's weight is multiplied into the others, as float16 wants it on tensor cores."""
+    def both_folded(x, gate, up, norm):
         bare = Norm(torch.ones_like(norm.weight), norm.eps)
         return formula(x, gate * norm.weight, up * norm.weight, bare)
 
     x, norm = draw(generator, dtype, rows, inputs), Norm(draw(generator, dtype, inputs), 0.5)
     gate, up = (projection_of(generator, dtype, outputs, inputs).weight for _ in range(2))
-    alike = folded if dtype == torch.float16 and rows > ROWS_OF_CUDA_CORES else None
+    alike = both_folded if folds(x, norm) else None
     check(gemv.gated_up(x, gate, up, norm), formula, x, gate, up, norm, rounded_alike=alike)
 
 
@@ -94,8 +109,9 @@ def check_rotated_qkv(
     cache = torch.full((5 * rows, num_kv, 2, dim), 7.0, dtype=dtype, device=x.device)
     slots = torch.randperm(5 * rows, generator=generator, device=x.device)[:rows]
     q = gemv.rotated_qkv(x, qkv, (cos[:, None, None], sin[:, None, None]), slots, cache, norm)
-    check(q, formula, x, qkv[0], norm, cos, sin)
-    check(cache[slots][:, :, 0], formula, x, qkv[1], norm, cos, sin)
-    check(cache[slots][:, :, 1], formula, x, qkv[2], norm, None, None)
+    alike = folded(formula) if folds(x, norm) else None
+    check(q, formula, x, qkv[0], norm, cos, sin, rounded_alike=alike)
+    check(cache[slots][:, :, 0], formula, x, qkv[1], norm, cos, sin, rounded_alike=alike)
+    check(cache[slots][:, :, 1], formula, x, qkv[2], norm, None, None, rounded_alike=alike)
     others = torch.ones(5 * rows, dtype=torch.bool, device=x.device).index_fill_(0, slots, False)
     assert (cache[others] == 7).all()

@@ -22,6 +22,7 @@ from slowfast_kernels.calls import (
     MixTensors,
     PoolCallOptions,
     PoolTensors,
+    attention_bytes,
 )
 from slowfast_kernels.gate import Gate
 from slowfast_kernels.heuristics.cuda import HopperConfig, cuda_mix_backward_blocks
@@ -405,6 +406,23 @@ def test_gradients_of_sequences_without_pieces_are_zero(inputs, launched):
     assert not grad_q.any()
     assert not grad_kv.any()
     assert not launched
+
+
+def test_further_sums_have_the_room_that_the_whole_call_leaves(inputs, launched, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cuda, "hopper_backward_room", lambda *sizes: asked.append(sizes) or 0)
+    config = cuda.AttentionBackward(inputs.tensors, None, (True, True, False), kv_heads=1).config
+    assert config.max_sums == config.max_tiles
+    assert asked == [attention_bytes(inputs.tensors)]
+
+
+def test_further_sums_over_pieces_are_of_all_row_tiles(inputs, launched):
+    whole = cuda.AttentionBackward(inputs.tensors, None, (True, True, False)).config
+    pieces = torch.tensor([[0, 100]] * 40, dtype=torch.int32)
+    cu_text = torch.tensor([0] * 40 + [24], dtype=torch.int32)
+    tensors = inputs.tensors._replace(slow_pieces=pieces, cu_slow=torch.arange(41, dtype=torch.int32), cu_text=cu_text)
+    config = cuda.AttentionBackward(tensors, None, (True, True, False)).config
+    assert config.max_sums - config.max_tiles > 4 * (whole.max_sums - whole.max_tiles) > 0
 
 
 # ------------------------------------------------------------------------------------------- the mix's backward

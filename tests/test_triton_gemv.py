@@ -13,7 +13,19 @@ import reference
 import torch
 import torch.nn.functional as F
 import triton_launches
-from gemv_cases import CHANNELS, EPS, INSIDE, check, check_gated_up, check_linear, check_rotated_qkv, draw, normalised
+from gemv_cases import (
+    CHANNELS,
+    EPS,
+    INSIDE,
+    check,
+    check_gated_up,
+    check_linear,
+    check_rotated_qkv,
+    draw,
+    folded,
+    folds,
+    normalised,
+)
 from test_triton import local_bytes
 from torch import Tensor
 from triton_launches import (
@@ -260,10 +272,16 @@ def test_q_is_turned_and_k_and_v_go_to_their_slots(has_bias, rows, dtype, rng, r
 def test_activations_times_the_norm_s_weight_may_be_beyond_float16(rows, rng):
     """As PyTorch, which rounds them when they are normalised: some 5e4 times 8 here."""
     generator = rng()
-    x, weight = draw(generator, torch.float16, rows, 40, scale=1e4), draw(generator, torch.float16, 9, 40, scale=0.1)
+    x = draw(generator, torch.float16, rows, 40, scale=1e4)
+    projection = Projection(draw(generator, torch.float16, 9, 40, scale=0.1))
     norm = Norm(draw(generator, torch.float16, 40, scale=8.0), EPS)
     assert (x.double() * norm.weight.double()).abs().max() > 2**16
-    check(gemv.linear(x, Projection(weight), norm), lambda x, w, n: F.linear(normalised(x, n), w), x, weight, norm)
+
+    def formula(x, projection, norm):
+        return F.linear(normalised(x, norm), *projection)
+
+    alike = folded(formula) if folds(x, norm) else None
+    check(gemv.linear(x, projection, norm), formula, x, projection, norm, rounded_alike=alike)
 
 
 @interpreted

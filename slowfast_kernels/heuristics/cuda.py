@@ -276,7 +276,7 @@ class HopperBackwardConfig:
 
     def most_groups(self, num_kv_heads: int, tiles: int, blocks: int) -> int:
         """Of a sequence of so many row tiles and blocks (of a KV head), where sums do not run out: as the device has it
-        (backward_schedule.cuh)."""
+        of whole videos (backward_schedule.cuh)."""
         at_once = -(-self.num_ctas // num_kv_heads)
         size = max(-(-tiles // self.spread), -(-at_once // self.max_groups))
         return -(-min(at_once, blocks) // size)
@@ -343,8 +343,13 @@ def hopper_attention_backward_config(
     head_dim: int,
     num_sms: int = HOPPER_SMS,
     room: int = _HOPPER_BACKWARD_MEMORY[1],
+    in_pieces: bool = False,
 ) -> HopperBackwardConfig:
-    """``room``: bytes that the whole workspace may take, as far as it is for sums beyond one of each row."""
+    """How a call is cut.
+
+    ``room``: bytes that the workspace may take, but for counters and what is known of ranges and pieces; further sums
+    have what is left of it. ``in_pieces``: the device takes all sequences for one, whose groups have sums of all tiles.
+    """
     rows = num_text * (num_q_heads // num_kv_heads)
     max_tiles = (rows + 63 * batch) // 64
     max_blocks = num_slow // 128 + batch  # of a KV head
@@ -360,7 +365,7 @@ def hopper_attention_backward_config(
     )
     wanted = min(
         (_HOPPER_BACKWARD_GROUPS - 1) * max_tiles,
-        _HOPPER_BACKWARD_SPREAD * min(batch * at_once, max_blocks),
+        _HOPPER_BACKWARD_SPREAD * (batch * at_once if in_pieces else min(batch * at_once, max_blocks)),
     )
     fitting = (room - sum(config.workspace(num_kv_heads, head_dim))) // (num_kv_heads * 64 * head_dim * 4)
     return replace(config, max_sums=max_tiles + max(0, min(wanted, fitting)))
@@ -369,9 +374,9 @@ def hopper_attention_backward_config(
 # Where the Hopper backward is slower than Triton's, on an H100 (bf16; CUDA's us, Triton's; as if lengths were even).
 # Blocks of all KV heads: 1x64x2048 26.6, 22.2; 1x64x3240 (104 of them) 30.3, 33.5; with two row tiles 15.9, 18.0.
 _BACKWARD_FEW_BLOCKS = 72
-# Over pieces: four and eight slabs of 648 tokens (96 and 192 blocks) 52.5, 27.5 and 97.0, 52.6; eight questions of 64
-# rows about a video of 2048 (64) 202, 172, of 5184 (164) 310, 363, of 10368 (324) 473, 601; of 256 rows about one of
-# 5184 1589, 1178.
+# Over pieces: four and eight slabs of 648 tokens (84 and 164 blocks in memory) 52.5, 27.5 and 97.0, 52.6; eight
+# questions of 64 rows about a video of 2048 (64) 202, 172, of 5184 (164) 310, 363, of 10368 (324) 473, 601; of 256 rows
+# about one of 5184 1589, 1178. Eight slabs of 648 and eight questions about 5184 are one call to the host.
 _BACKWARD_FEW_BLOCKS_OF_PIECES = 200
 # Blocks of a video: 8x64x648 63.8, 54.5; 32x64x648 325, 196; 4x64x648 33.9, 34.3.
 _BACKWARD_SHORT_VIDEO = 8
@@ -411,7 +416,7 @@ def hopper_backward_drawback(
     if tiles < _BACKWARD_MANY_TILES:
         room = hopper_backward_room(query_bytes, slow_bytes)
         config = hopper_attention_backward_config(
-            num_text, num_slow, batch, heads * heads_per_kv, heads, head_dim, HOPPER_SMS, room
+            num_text, num_slow, batch, heads * heads_per_kv, heads, head_dim, HOPPER_SMS, room, in_pieces
         )
         wanted = batch * tiles * (config.most_groups(heads, tiles, blocks) - 1)
         if config.max_sums - config.max_tiles < _BACKWARD_ROOM_FOR_GROUPS * wanted:

@@ -17,6 +17,7 @@ struct BlockUses {
   int32_t first_tile, num_tiles;    // row tiles from the first to the last sequence that has tokens of it, among all sequences'
   int32_t unused[3];
 };
+static_assert(sizeof(BlockUses) == 32);  // as the host counts its workspace
 
 // A row tile is 64 packed rows of a KV head, a block 128 slow tokens of one. Sequences follow one another; of a sequence,
 // block n of KV head h is number n * Hkv + h. CTA c works on blocks c, c + num_ctas, ... of all: a round is num_ctas blocks.

@@ -45,7 +45,7 @@ struct BackwardSequence {
     const float share = static_cast<float>(spare) * num_slow, tokens_left = __ldg(p.forward.cu_slow + p.forward.batch) - slow_begin;
     while (true) {
       num_groups = (min(at_once, num_blocks) + group_size - 1) / group_size;
-      if (max(0, num_groups - 1) * num_tiles * tokens_left <= share) break;
+      if (num_groups <= 1 || (num_groups - 1) * num_tiles * tokens_left <= share) break;
       group_size += group_size / 4 + 1;
     }
     spare -= max(0, num_groups - 1) * num_tiles;
