@@ -123,9 +123,8 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
     at_once = projects_at_once(slow.tokens, len(hybrid))
 
     def keys_and_values() -> list[Tensor]:
-        if at_once:
-            return [kv for kv in project_slow_at_once(decoder.layers, slow.tokens) if kv is not None]
-        return [a.project_slow(slow.tokens, w) for a, w in zip(hybrid, norms, strict=True)]
+        made = [kv for kv in project_slow_at_once(decoder.layers, slow.tokens) if kv is not None]
+        return made or [a.project_slow(slow.tokens, w) for a, w in zip(hybrid, norms, strict=True)]
 
     caches = keys_and_values()
     rows = x.shape[0] * x.shape[1]

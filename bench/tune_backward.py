@@ -10,16 +10,13 @@ Both must agree, and where sequences are not in pieces the first is held to the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from slowfast_kernels.ops.op import OPS
-
 from . import tuning
 from .attention_backward import NAME, InParts
-from .backward import named_arguments
+from .backward import BACKWARD, call_of, choices, named_arguments
 from .inputs import AttentionInputs, reference_gradients
 from .runner import relative_error
 from .timing import time_calls
@@ -32,7 +29,7 @@ TABLE = [
 BACKENDS = ("cuda", "triton")
 LAYOUTS = ("whole", "slabs", "one video")
 SLAB_REST = 100  # tokens at the end of a slab that nobody has
-TOLERANCE = 0.02  # of the largest gradient: two roundings of P and dS to bfloat16
+TOLERANCE = 0.02  # of a gradient's norm: P and dS are rounded to bfloat16
 
 
 def arguments(inputs: AttentionInputs, layout: str) -> dict[str, object]:
@@ -49,26 +46,19 @@ def arguments(inputs: AttentionInputs, layout: str) -> dict[str, object]:
     return named_arguments(NAME, q, slow_kv, cu_slow, *rows, return_lse=True, slow_pieces=pieces)
 
 
-def chosen(given: dict[str, object]) -> str:
-    tensors, options = OPS[NAME].bind(given)
-    return OPS[NAME].backward_choice(tensors, options).backend
-
-
 def tune(sets: list[AttentionInputs], device: torch.device, budget_s: float) -> dict:
     upstream = [torch.randn_like(x.q) for x in sets]
     found: dict[str, dict[str, object]] = {}
     for layout in LAYOUTS[: 1 if sets[0].shape.batch == 1 else None]:
         given = [arguments(x, layout) for x in sets]
-        found[layout] = {"chosen": chosen(given[0])}
+        found[layout] = {"chosen": choices(NAME, (), **given[0])[0].backward}
         expected: Sequence[Tensor] | None = None
         if layout == "whole":
             _, grad_q, *grad_kv = reference_gradients(sets[0], upstream[0])
             expected = grad_q, torch.stack(grad_kv, 2)
         for backend in BACKENDS:
-            calls = []
-            for each, grad in zip(given, upstream, strict=True):
-                passes = InParts(each, grad, None, backend)
-                calls.append(partial(passes.backward, passes.forward()[1], again=True))
+            passes = (InParts(*each, None, backend) for each in zip(given, upstream, strict=True))
+            calls = [call_of(each, BACKWARD) for each in passes]
             answer = calls[0]()
             expected = expected or answer
             error = max(relative_error(x, want) for x, want in zip(answer, expected, strict=True))

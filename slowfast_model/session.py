@@ -117,7 +117,6 @@ class DecodeSession:
         prompt_rope = (self._cos[: x.shape[1]], self._sin[: x.shape[1]])
         with without_cudnn_attention(x.shape[1]):
             hidden = model.model(x, prompt_rope, slow, self.cache, model.backend)
-        del slow  # its tokens, whose keys and values the caches have
         self.cache.step.lay_out(batch, device)
         self.position = to_device(torch.tensor(layout.lengths, **ON_HOST), device)
         last = hidden[torch.arange(batch, device=device), self.position - 1]

@@ -39,33 +39,30 @@ def as_double(part):
     return part.double() if isinstance(part, Tensor) else part
 
 
-def check(got: Tensor, formula, *arguments, rounded_alike=None) -> None:
-    """``formula`` in the arguments' own dtype is the eager answer, in float64 the exact one.
+def folded(norm: Norm, *parts):
+    """The norm without its weight, and ``parts`` whose projections have it."""
 
-    ``rounded_alike``: a formula that rounds where the kernel does; the one of the two that errs more is held to.
+    def fold(part):
+        return Projection(part.weight * norm.weight, part.bias) if isinstance(part, Projection) else part
+
+    return Norm(torch.ones_like(norm.weight), norm.eps), *map(fold, parts)
+
+
+def check(got: Tensor, formula, x: Tensor, norm: Norm | None, *parts) -> None:
+    """``formula`` of x, norm and parts in their own dtype is the eager answer, in float64 the exact one.
+
+    In float16 on tensor cores the norm's weight is multiplied into the projections: there the eager answer is that or
+    the formula as it is, whichever errs more.
     """
-    exact = formula(*map(as_double, arguments))
-    eager = [way(*arguments) for way in (formula, rounded_alike) if way is not None]
+    exact = formula(*map(as_double, (x, norm, *parts)))
+    eager = [formula(x, norm, *parts)]
+    if norm is not None and x.dtype == torch.float16 and x.shape[0] > ROWS_OF_CUDA_CORES:
+        eager.append(formula(x, *folded(norm, *parts)))
     reference.assert_accurate(got, max(eager, key=lambda y: float((y.double() - exact).abs().max())), exact)
 
 
-def folds(x: Tensor, norm: Norm | None) -> bool:
-    """float16 on tensor cores: the norm's weight is multiplied into the others."""
-    return norm is not None and x.dtype == torch.float16 and x.shape[0] > ROWS_OF_CUDA_CORES
-
-
-def folded(formula):
-    """``formula`` of activations, projection, norm and more, rounded as where ``folds`` says so."""
-
-    def alike(x, projection, norm, *more):
-        bare = Norm(torch.ones_like(norm.weight), norm.eps)
-        return formula(x, Projection(projection.weight * norm.weight, projection.bias), bare, *more)
-
-    return alike
-
-
 def check_linear(inside: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype, generator) -> None:
-    def formula(x, projection, norm, residual):
+    def formula(x, norm, projection, residual):
         y = F.linear(normalised(x, norm), *projection)
         return y if residual is None else residual + y
 
@@ -73,23 +70,17 @@ def check_linear(inside: str, rows: int, inputs: int, outputs: int, dtype: torch
     projection = projection_of(generator, dtype, outputs, inputs, "bias" in inside)
     norm = Norm(draw(generator, dtype, inputs), 0.5) if "norm" in inside else None
     residual = draw(generator, dtype, rows, outputs) if "residual" in inside else None
-    alike = folded(formula) if folds(x, norm) else None
-    check(gemv.linear(x, projection, norm, residual), formula, x, projection, norm, residual, rounded_alike=alike)
+    check(gemv.linear(x, projection, norm, residual), formula, x, norm, projection, residual)
 
 
 def check_gated_up(rows: int, inputs: int, outputs: int, dtype: torch.dtype, generator) -> None:
-    def formula(x, gate, up, norm):
+    def formula(x, norm, gate, up):
         x = normalised(x, norm)
-        return F.silu(F.linear(x, gate)) * F.linear(x, up)
-
-    def both_folded(x, gate, up, norm):
-        bare = Norm(torch.ones_like(norm.weight), norm.eps)
-        return formula(x, gate * norm.weight, up * norm.weight, bare)
+        return F.silu(F.linear(x, *gate)) * F.linear(x, *up)
 
     x, norm = draw(generator, dtype, rows, inputs), Norm(draw(generator, dtype, inputs), 0.5)
-    gate, up = (projection_of(generator, dtype, outputs, inputs).weight for _ in range(2))
-    alike = both_folded if folds(x, norm) else None
-    check(gemv.gated_up(x, gate, up, norm), formula, x, gate, up, norm, rounded_alike=alike)
+    gate, up = (projection_of(generator, dtype, outputs, inputs) for _ in range(2))
+    check(gemv.gated_up(x, gate.weight, up.weight, norm), formula, x, norm, gate, up)
 
 
 def check_rotated_qkv(
@@ -98,7 +89,7 @@ def check_rotated_qkv(
     """``heads``: query heads, KV heads, their channels. Slots are not those of a batch in order."""
     num_q, num_kv, dim = heads
 
-    def formula(x, projection, norm, cos, sin):
+    def formula(x, norm, projection, cos, sin):
         y = F.linear(normalised(x, norm), *projection).unflatten(1, (-1, dim))
         return y if cos is None else y * cos[:, None] + y.roll(dim // 2, -1) * sin[:, None]
 
@@ -109,9 +100,8 @@ def check_rotated_qkv(
     cache = torch.full((5 * rows, num_kv, 2, dim), 7.0, dtype=dtype, device=x.device)
     slots = torch.randperm(5 * rows, generator=generator, device=x.device)[:rows]
     q = gemv.rotated_qkv(x, qkv, (cos[:, None, None], sin[:, None, None]), slots, cache, norm)
-    alike = folded(formula) if folds(x, norm) else None
-    check(q, formula, x, qkv[0], norm, cos, sin, rounded_alike=alike)
-    check(cache[slots][:, :, 0], formula, x, qkv[1], norm, cos, sin, rounded_alike=alike)
-    check(cache[slots][:, :, 1], formula, x, qkv[2], norm, None, None, rounded_alike=alike)
+    check(q, formula, x, norm, qkv[0], cos, sin)
+    check(cache[slots][:, :, 0], formula, x, norm, qkv[1], cos, sin)
+    check(cache[slots][:, :, 1], formula, x, norm, qkv[2], None, None)
     others = torch.ones(5 * rows, dtype=torch.bool, device=x.device).index_fill_(0, slots, False)
     assert (cache[others] == 7).all()

@@ -404,12 +404,12 @@ def hopper_backward_drawback(
         return "Triton's gradients take less memory where there are many text rows for few slow tokens"
     heads_per_kv = num_q_heads // num_kv_heads
     tiles, blocks = -(-num_text * heads_per_kv // (64 * batch)), -(-num_slow // (128 * batch))
-    all_blocks = (-(-num_slow // 128) if in_pieces else blocks * batch) * num_kv_heads
-    if in_pieces and all_blocks < _BACKWARD_FEW_BLOCKS_OF_PIECES:
-        return "Triton's gradients are faster of few slow tokens in pieces"
-    if all_blocks < _BACKWARD_FEW_BLOCKS and tiles > 2:
-        return "Triton's gradients are faster of few slow tokens"
-    if not in_pieces:
+    if in_pieces:
+        if -(-num_slow // 128) * num_kv_heads < _BACKWARD_FEW_BLOCKS_OF_PIECES:
+            return "Triton's gradients are faster of few slow tokens in pieces"
+    else:
+        if batch * blocks * num_kv_heads < _BACKWARD_FEW_BLOCKS and tiles > 2:
+            return "Triton's gradients are faster of few slow tokens"
         is_many = batch >= 16 or (batch >= 8 and tiles <= 4)
         if blocks <= (_BACKWARD_SHORT_VIDEO_OF_MANY if is_many else _BACKWARD_SHORT_VIDEO):
             return "Triton's gradients are faster of short videos"
