@@ -112,6 +112,7 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
     """A call for each part of the prefill of one prompt, and in which order the prefill does its work."""
     import slowfast_kernels as sk
     from slowfast_model.attention import project_slow_at_once
+    from slowfast_model.kernels import fuses
     from slowfast_model.prefill import projects_at_once
 
     config, decoder = model.config, model.model
@@ -120,11 +121,11 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
         x, _, slow = model.prepare(ids, features, None, None)
     hybrid = [decoder.layers[i].self_attn for i in config.hybrid_layers]
     norms = [decoder.layers[i].input_layernorm.weight for i in config.hybrid_layers]
-    at_once = projects_at_once(slow.tokens, len(hybrid))
+    at_once, in_one_launch = projects_at_once(slow.tokens, len(hybrid)), fuses(slow.tokens, model.backend)
 
     def keys_and_values() -> list[Tensor]:
-        made = [kv for kv in project_slow_at_once(decoder.layers, slow.tokens) if kv is not None]
-        return made or [a.project_slow(slow.tokens, w) for a, w in zip(hybrid, norms, strict=True)]
+        made = [kv for kv in project_slow_at_once(decoder.layers, slow.tokens, model.backend) if kv is not None]
+        return made or [a.project_slow(slow.tokens, w, in_one_launch) for a, w in zip(hybrid, norms, strict=True)]
 
     caches = keys_and_values()
     rows = x.shape[0] * x.shape[1]

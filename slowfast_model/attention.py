@@ -19,6 +19,7 @@ from slowfast_kernels.eager import ACTIVATIONS
 from .cache import LayerCache, SlowContext
 from .config import SlowFastConfig
 from .decode import decode_layer, has_plain_weights
+from .kernels import add_and_normalise, fused_silu_mul, fuses, rotate_and_fill, scaled_columns
 from .layers import MLP, RMSNorm, Rope, apply_rope
 from .plain import can_be_plain, is_plain
 from .prefill import projects_at_once
@@ -62,12 +63,12 @@ def gate_arguments(
     return None, None, None if warm_up is None else warm_up.to(computed), value
 
 
-def project_folded(tokens: Tensor, projection: nn.Linear, factor: Tensor) -> Tensor:
+def project_folded(tokens: Tensor, projection: nn.Linear, factor: Tensor, *, fused: bool) -> Tensor:
     """``projection(tokens * factor)``, factor [C], in one GEMM and without a pass over the tokens [Ns, C].
 
     The product of factor and weight is formed afresh, a read of the projection a prefill, so that nothing can go stale.
     """
-    return F.linear(tokens, (projection.weight * factor).to(projection.weight.dtype), projection.bias)
+    return F.linear(tokens, scaled_columns(projection.weight, factor, fused=fused), projection.bias)
 
 
 @can_be_plain
@@ -83,23 +84,23 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
-    def attend(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, rope: Rope, cache: LayerCache | None, fused: bool = False) -> tuple[Tensor, Tensor]:
         """x [B, L, C] after the norm -> attention output before ``o_proj`` [B, L, Hq * D], and q [B, L, Hq, D].
 
         Padding must be on the right: then causality alone hides it from the valid rows, and no mask is built.
+        ``fused``: what ``kernels.fuses`` says of x.
         """
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None and cache.is_decoding:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
             return cache.append_and_attend(q, k, v).flatten(2), q
-        if cache is not None:
-            cache.fill(k, v)
+        q, k = rotate_and_fill(q, k, v, rope, cache, fused=fused)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(2), q
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None) -> Tensor:
-        return self.o_proj(self.attend(x, rope, cache)[0])
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, fused: bool = False) -> Tensor:
+        return self.o_proj(self.attend(x, rope, cache, fused)[0])
 
 
 @can_be_plain
@@ -115,13 +116,13 @@ class HybridAttention(SelfAttention):
         self.cross_attn_gate_proj = nn.Sequential(nn.Linear(config.num_attention_heads * config.head_dim, 1))
         self.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1)) if config.has_warm_up else None
 
-    def project_slow(self, tokens: Tensor, norm_weight: Tensor | None) -> Tensor:
+    def project_slow(self, tokens: Tensor, norm_weight: Tensor | None, fused: bool = False) -> Tensor:
         """K and V of normalised slow tokens [Ns, C], as [Ns, Hkv, 2, D]: interleaved as the projection writes them.
 
         ``norm_weight`` [C]: the tokens lack the norm's weight, so the projection carries it.
         """
         proj = self.cross_attn_kv_proj
-        kv = proj(tokens) if norm_weight is None else project_folded(tokens, proj, norm_weight)
+        kv = proj(tokens) if norm_weight is None else project_folded(tokens, proj, norm_weight, fused=fused)
         return kv.reshape(-1, self.num_kv_heads, 2, self.head_dim)
 
     def gating(self, state: Tensor, text_rows: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,15 +154,16 @@ class HybridAttention(SelfAttention):
         x: Tensor,
         rope: Rope,
         cache: LayerCache | None,
+        fused: bool = False,
         slow: SlowContext | None = None,
         slow_tokens: Tensor | None = None,
         norm_weight: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``slow`` or ``cache`` has K and V."""
-        a, q = self.attend(x, rope, cache)
+        a, q = self.attend(x, rope, cache, fused)
         if slow is not None:
-            new = slow.kv if slow_tokens is None else self.project_slow(slow_tokens, norm_weight)
+            new = slow.kv if slow_tokens is None else self.project_slow(slow_tokens, norm_weight, fused)
             if new is None:
                 slow_kv = cache.slow_kv
             else:
@@ -210,11 +212,16 @@ class DecoderLayer(nn.Module):
             elif slow.tokens is not None:
                 tokens = self.input_layernorm(slow.tokens)
             hybrid_inputs = (slow, tokens, norm_weight, backend)
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, *hybrid_inputs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        fused = fuses(x, backend)
+        attended = self.self_attn(self.input_layernorm(x), rope, cache, fused, *hybrid_inputs)
+        x, after = add_and_normalise(x, attended, self.post_attention_layernorm, fused=fused)
+        how = (fused_silu_mul,) if fused and is_plain(self.mlp, MLP) else ()
+        return x + self.mlp(after, *how)
 
 
-def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor | None]:
+def project_slow_at_once(
+    layers: Sequence[nn.Module], tokens: Tensor, backend: str | None = None
+) -> list[Tensor | None]:
     """K and V [Ns, Hkv, 2, D] of normalised slow ``tokens`` [Ns, C] for each hybrid layer, as views of one product
     [Ns, layers * 2 Hkv D].
 
@@ -229,9 +236,9 @@ def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor) -> list[Te
     weights, biases = zip(*((a.cross_attn_kv_proj.weight, a.cross_attn_kv_proj.bias) for a in attentions), strict=True)
     if len({weight.dtype for weight in weights}) > 1:
         return apart
-    folded = weights[0].new_empty(len(hybrid), *weights[0].shape)
+    folded, fused = weights[0].new_empty(len(hybrid), *weights[0].shape), fuses(tokens, backend)
     for into, weight, i in zip(folded, weights, hybrid, strict=True):
-        torch.mul(weight, layers[i].input_layernorm.weight, out=into)
+        scaled_columns(weight, layers[i].input_layernorm.weight, into, fused=fused)
     kv = F.linear(tokens, folded.flatten(0, 1), torch.cat(biases))
     made = kv.unflatten(-1, (len(hybrid), attentions[0].num_kv_heads, 2, attentions[0].head_dim)).unbind(1)
     for i, part in zip(hybrid, made, strict=True):

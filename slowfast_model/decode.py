@@ -15,13 +15,11 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from slowfast_kernels._extension import unavailable_reason
-from slowfast_kernels.dtypes import KERNEL_DTYPES
 from slowfast_kernels.heuristics.gemv import MOST_ROWS, ROWS_THAT_PAY
-from slowfast_kernels.ops.dispatch import is_differentiated, needs_torch_op, requested_backend
 
 from .cache import LayerCache, SlowContext
-from .layers import MLP, RMSNorm, Rope, compute_dtype
+from .kernels import triton_limit
+from .layers import MLP, RMSNorm, Rope
 from .plain import is_plain
 
 
@@ -37,25 +35,10 @@ class Layer(Protocol):
 
 def gemv_limit(x: Tensor, backend: str | None) -> str | None:
     """What keeps a step with the embeddings x [B, C] from these kernels, and the way out; None: nothing does."""
-    requested = requested_backend(backend)
-    if requested not in (None, "triton"):
-        return f"got backend {requested!r}, want 'triton' or None (automatic)"
-    if requested is None and x.device.type != "cuda":  # of itself nothing runs under Triton's interpreter
-        return f"got a model on {x.device}, want a GPU (or backend 'triton' under TRITON_INTERPRET=1)"
-    reason = unavailable_reason("triton", x.device)
-    if reason is not None:
-        return f"got no Triton kernels ({reason})"
-    if x.dtype not in KERNEL_DTYPES:
-        return f"got {x.dtype}, want {', '.join(map(str, KERNEL_DTYPES))}"
-    if compute_dtype(x.dtype, x.device) != x.dtype:
-        return "got a step under autocast, want it off"
-    if is_differentiated((x,)):
-        return "got a step that gradients follow, want it under torch.no_grad()"
-    if needs_torch_op(x):
-        return "got torch.compile, a trace, a dispatch mode or a tensor subclass, want plain tensors"
-    if len(x) > MOST_ROWS:
-        return f"got a batch of {len(x)}, want at most {MOST_ROWS}"
-    return None
+    limit = triton_limit(x, backend)
+    if limit is None and len(x) > MOST_ROWS:
+        limit = f"got a batch of {len(x)}, want at most {MOST_ROWS}"
+    return limit
 
 
 def cublas_pays(x: Tensor) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -26,6 +27,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -35,8 +41,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, silu_mul: Callable[[Tensor, Tensor], Tensor] = silu_mul) -> Tensor:
+        """``silu_mul``: how it is computed."""
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 Rope = tuple[Tensor, Tensor]  # cos and signed sin, [..., 1, D]: the 1 broadcasts over heads

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         caches = [None] * len(self.layers) if cache is None else cache.layers
         made = [None] * len(self.layers)
         if slow is not None and slow.tokens is not None and slow.tokens_are_normalised:
-            made = project_slow_at_once(self.layers, slow.tokens)
+            made = project_slow_at_once(self.layers, slow.tokens, backend)
         for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
             mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)
             arguments = (x, rope, mine, layer_cache, backend)

@@ -16,7 +16,7 @@ from test_model_variants import DEFAULT
 from torch import Tensor, nn
 
 import slowfast_kernels as sk
-from slowfast_model import DecodeSession, SlowFastForCausalLM, decode
+from slowfast_model import DecodeSession, SlowFastForCausalLM, kernels
 from slowfast_model.decode import cublas_pays, gemv_limit, has_plain_weights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +39,7 @@ SMALL = {
 @pytest.fixture
 def with_triton(monkeypatch):
     """As on a machine where Triton runs on CPU tensors."""
-    monkeypatch.setattr(decode, "unavailable_reason", lambda *_: None)
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda *_: None)
     monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
 
 
@@ -67,7 +67,7 @@ def test_nothing_runs_under_the_interpreter_unasked(with_triton):
 
 @torch.no_grad()
 def test_a_machine_without_triton_says_why(monkeypatch):
-    monkeypatch.setattr(decode, "unavailable_reason", lambda name, device: f"no {name} on {device}")
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda name, device: f"no {name} on {device}")
     assert gemv_limit(torch.zeros(1, 8), "triton") == "got no Triton kernels (no triton on cpu)"
 
 
@@ -87,13 +87,13 @@ def test_what_the_kernels_do_not_take_is_named(x, limit, with_triton):
 @torch.no_grad()
 def test_a_step_under_autocast_is_left_to_autocast(with_triton):
     with torch.autocast("cpu", torch.bfloat16):
-        assert gemv_limit(torch.zeros(1, 8), "triton").startswith("got a step under autocast")
+        assert gemv_limit(torch.zeros(1, 8), "triton").startswith("got a call under autocast")
         assert gemv_limit(torch.zeros(1, 8, dtype=torch.bfloat16), "triton") is None
 
 
 def test_a_step_that_gradients_follow_is_left_to_autograd(with_triton):
     x = torch.zeros(1, 8, requires_grad=True)
-    assert gemv_limit(x, "triton").startswith("got a step that gradients follow, want it under torch.no_grad()")
+    assert gemv_limit(x, "triton").startswith("got a call that gradients follow, want it under torch.no_grad()")
     with torch.no_grad():
         assert gemv_limit(x, "triton") is None
 

@@ -318,8 +318,8 @@ def test_a_dependent_launch_starts_early_and_waits(record):
 def test_the_interpreter_agrees_with_eager():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    kinds = ("triton_visible", "triton_deal", "triton_backward", "triton_gemv", "model_decode")
-    beside = [f"test_{kind}.py" for kind in kinds]
+    kinds = ("visible", "deal", "backward", "gemv", "elementwise")
+    beside = [*(f"test_triton_{kind}.py" for kind in kinds), "test_model_decode.py", "test_model_elementwise.py"]
     command += [str(Path(__file__).with_name(name)) for name in beside]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stdout + child.stderr

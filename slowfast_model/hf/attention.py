@@ -25,6 +25,7 @@ import slowfast_kernels as sk
 from ..attention import gate_arguments, project_folded
 from ..checkpoint import interleave_kv
 from ..config import SlowFastConfig
+from ..kernels import fuses
 from ..layers import weights_dtype, without_autocast
 from ..plain import is_plain
 from .norms import eps_of, factor, factor_offset, is_bare
@@ -121,7 +122,7 @@ class HybridAttention(ReplacedAttention):
         scale = factor(norm, self._norm_offset)
         if not is_plain(projection, nn.Linear):
             return projection((tokens * scale).to(tokens.dtype))
-        return project_folded(tokens, projection, scale)
+        return project_folded(tokens, projection, scale, fused=fuses(tokens, None))
 
     @property
     def bare_norm_eps(self) -> float | None:
