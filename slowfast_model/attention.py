@@ -200,8 +200,12 @@ class DecoderLayer(nn.Module):
         slow: SlowContext | None = None,
         cache: LayerCache | None = None,
         backend: str | None = None,
+        fused_on: str | None = None,
     ) -> Tensor:
-        """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or added to and read."""
+        """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or added to and read.
+
+        ``fused_on``: the type of device on which ``kernels.fuses`` says yes.
+        """
         if cache is not None and cache.step.by_gemv and has_plain_weights(self, x):
             return decode_layer(self, x, rope, slow, cache, backend)
         hybrid_inputs = ()
@@ -212,7 +216,7 @@ class DecoderLayer(nn.Module):
             elif slow.tokens is not None:
                 tokens = self.input_layernorm(slow.tokens)
             hybrid_inputs = (slow, tokens, norm_weight, backend)
-        fused = fuses(x, backend)
+        fused = fused_on == x.device.type
         attended = self.self_attn(self.input_layernorm(x), rope, cache, fused, *hybrid_inputs)
         x, after = add_and_normalise(x, attended, self.post_attention_layernorm, fused=fused)
         how = (fused_silu_mul,) if fused and is_plain(self.mlp, MLP) else ()

@@ -49,24 +49,16 @@ def fuses(x: Tensor, backend: str | None) -> bool:
     return not needs_formula(x) and triton_limit(x, backend) is None
 
 
-def _are_alike(*tensors: Tensor) -> bool:
-    """Dense, of one 16-bit dtype and on one device, as ``elementwise`` takes them."""
-    first = tensors[0]
-    if first.element_size() != 2:
-        return False
-    return all(x.dtype == first.dtype and x.device == first.device and x.is_contiguous() for x in tensors)
-
-
 def rotate_and_fill(
     q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache | None, *, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """``apply_rope`` of q and k [B, L, heads, D]; k, and v, also fill the ``cache``. In one launch if it can be."""
-    held = () if cache is None else (cache.kv,)
-    shares_positions = rope[0].numel() == q.shape[1] * q.shape[3]
-    if fused and shares_positions and _are_alike(q, k, v, *rope, *held):
+    if fused:
         from slowfast_kernels.triton import elementwise  # where it is known to import
 
-        return elementwise.rotate(q, k, v, rope, *held)
+        turned = elementwise.rotate(q, k, v, rope, None if cache is None else cache.kv)
+        if turned is not None:
+            return turned
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     if cache is not None:
         cache.fill(k, v)
@@ -75,27 +67,30 @@ def rotate_and_fill(
 
 def add_and_normalise(x: Tensor, y: Tensor, norm: nn.Module, *, fused: bool) -> tuple[Tensor, Tensor]:
     """x + y of rows [..., C], and ``norm`` of that. In one launch if it can be."""
-    if fused and is_plain(norm, RMSNorm) and x.shape == y.shape and _are_alike(x, y, norm.weight):
+    if fused and is_plain(norm, RMSNorm):
         from slowfast_kernels.triton import elementwise
 
-        return elementwise.add_rms_norm(x, y, norm.weight, norm.eps)
+        made = elementwise.add_rms_norm(x, y, norm.weight, norm.eps)
+        if made is not None:
+            return made
     x = x + y
     return x, norm(x)
 
 
 def fused_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``layers.silu_mul``, in one launch if it can be."""
-    if not _are_alike(gate, up):
-        return silu_mul(gate, up)
     from slowfast_kernels.triton import elementwise
 
-    return elementwise.silu_mul(gate, up)
+    product = elementwise.silu_mul(gate, up)
+    return silu_mul(gate, up) if product is None else product
 
 
 def scaled_columns(weight: Tensor, factor: Tensor, out: Tensor | None = None, *, fused: bool) -> Tensor:
     """weight [N, K] * factor [K], of the weight's type; into ``out`` [N, K], which gradients do not pass, if given."""
-    if fused and _are_alike(weight, factor):
+    if fused:
         from slowfast_kernels.triton import elementwise
 
-        return elementwise.scale_columns(weight, factor, out)
+        scaled = elementwise.scale_columns(weight, factor, out)
+        if scaled is not None:
+            return scaled
     return (weight * factor).to(weight.dtype) if out is None else torch.mul(weight, factor, out=out)

@@ -27,6 +27,7 @@ from .attention import DecoderLayer, project_slow_at_once
 from .cache import KVCache, SlowContext
 from .config import SlowFastConfig
 from .generate import GenerationMixin
+from .kernels import fuses
 from .layers import RMSNorm, Rope, compute_dtype, first_rope, weights_dtype, without_autocast
 from .tokens import IGNORE_INDEX, Layout, Prompts, splice
 from .vision import build_projector, check_features, project_and_pool
@@ -79,11 +80,12 @@ class Decoder(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         caches = [None] * len(self.layers) if cache is None else cache.layers
         made = [None] * len(self.layers)
+        fused_on = x.device.type if fuses(x, backend) else None
         if slow is not None and slow.tokens is not None and slow.tokens_are_normalised:
             made = project_slow_at_once(self.layers, slow.tokens, backend)
         for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
             mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)
-            arguments = (x, rope, mine, layer_cache, backend)
+            arguments = (x, rope, mine, layer_cache, backend, fused_on)
             if recompute:
                 x = recomputation.checkpoint(layer, *arguments, use_reentrant=False)
             else:

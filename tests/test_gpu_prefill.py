@@ -12,6 +12,7 @@ from targets import HAS_GPU
 
 from slowfast_kernels.triton import elementwise
 from slowfast_model import DecodeSession, attention
+from slowfast_model import model as model_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")]
 
@@ -74,7 +75,8 @@ def test_a_prefill_is_as_accurate_as_pytorch_s(dtype, monkeypatch):
     each = 2 * layers
     assert launched == {"rotate": each, "add_rms_norm": each, "silu_mul": each, "scale_columns": 2 * hybrid}
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "fuses", lambda *_: False)
+        for place in (attention, model_module):
+            patch.setattr(place, "fuses", lambda *_: False)
         plain = prefilled()
     exact = prefilled(tiny_model("eager", "cuda").to(dtype).double(), torch.float64)
     for a, b, want in zip(got, plain, exact, strict=True):

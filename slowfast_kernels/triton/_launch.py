@@ -39,9 +39,15 @@ class Launch:
         self.constants = dict(constants, launch_pdl=True) if waits else constants
         self._kept: dict[tuple, tuple[Callable, tuple]] = {}
 
-    def __call__(self, tensors: Sequence[Tensor | None], numbers: tuple = ()) -> None:
-        """On the current stream of the current device, which is that of the tensors."""
-        addresses = [None if x is None else x.data_ptr() for x in tensors]
+    def __call__(
+        self, tensors: Sequence[Tensor | None], numbers: tuple = (), addresses: Sequence[int | None] | None = None
+    ) -> None:
+        """On the current stream of the current device, which is that of the tensors.
+
+        ``addresses``: those of the tensors, where they are known.
+        """
+        if addresses is None:
+            addresses = [None if x is None else x.data_ptr() for x in tensors]
         settings = _settings(self.kernel)
         if settings is None:
             self._through_triton(tensors, numbers)

@@ -6,12 +6,14 @@ where two exponential functions do. At 1360 rows of a 7B on an H100 the ops that
 cache take 57 us, SiLU and its product 85; their bytes take 9 and 51.
 
 As ``gemv``'s, these are no ops of ``sk``: without a twin on a CPU or a gradient, for 16-bit types (float32's accurate
-exponential is PyTorch's). Any model may import them from here.
+exponential is PyTorch's). Any model may import them from here. What tensors are is looked at once a signature, as an
+op's call does it: a layer's host time is a good part of these launches'.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from struct import unpack
 
 import torch
 import triton
@@ -19,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..heuristics.triton import next_power_of_2
+from ..ops.dispatch import SignatureCache, signature
 from ._common import on_device_of
 from ._launch import Launch
 
@@ -55,8 +58,9 @@ def _rotate_heads(
 def _rotate(
     q, k, v, cos, sin, q_out, kv_out, length, room,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+    FILLS: tl.constexpr,
 ):  # fmt: skip
-    """A row. With ``v`` None ``kv_out`` are the rotated keys alone; else a cache of ``room`` positions a sample."""
+    """A row. ``FILLS``: ``kv_out`` is a cache of ``room`` positions a sample; else the rotated keys alone."""
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)
     position = row % length
@@ -69,14 +73,14 @@ def _rotate(
     q_row = row * (NUM_Q * HEAD_DIM)
     _rotate_heads(q + q_row, q_out + q_row, cos_y, cos_z, sin_y, sin_z, HEAD_DIM, NUM_Q, HEAD_DIM, BLOCK_H, BLOCK_C)
     kv_row = row * (NUM_KV * HEAD_DIM)
-    if v is None:
-        out_stride = HEAD_DIM
-        to = kv_out + kv_row
-    else:  # a slot holds each head's keys, then its values
+    if FILLS:  # a slot holds each head's keys, then its values
         out_stride = 2 * HEAD_DIM
         to = kv_out + (row // length * room + position) * (NUM_KV * 2 * HEAD_DIM)
+    else:
+        out_stride = HEAD_DIM
+        to = kv_out + kv_row
     _rotate_heads(k + kv_row, to, cos_y, cos_z, sin_y, sin_z, out_stride, NUM_KV, HEAD_DIM, BLOCK_H, BLOCK_C)
-    if v is not None:
+    if FILLS:
         channel = tl.arange(0, 2 * BLOCK_C)[None, :]
         for first in range(0, NUM_KV, BLOCK_H):
             head = first + tl.arange(0, BLOCK_H)[:, None]
@@ -117,49 +121,116 @@ def _scale_columns(weight, factor, out, num_rows, num_columns, BLOCK_N: tl.const
     tl.store(out + where, (w * f).to(out.dtype.element_ty), mask=is_in)
 
 
-# A launch is kept for each signature, of which the dtype is a part: ``Launch`` compiles by it and asks for one alone.
+# A prepared call, of tensors of one signature and of their addresses; None: the kernel does not take such tensors.
+Prepared = Callable[[tuple[Tensor, ...], tuple[int, ...]], object]
+_prepared: SignatureCache = SignatureCache()
 
 
-@lru_cache(maxsize=256)
-def _rotation(rows: int, num_q: int, num_kv: int, head_dim: int, dtype: torch.dtype, has_cache: bool) -> Launch:
-    block_c = next_power_of_2(head_dim // 2)
-    constants = {
-        "NUM_Q": num_q, "NUM_KV": num_kv, "HEAD_DIM": head_dim,
-        "BLOCK_H": min(next_power_of_2(num_q), max(1, _ELEMENTS // block_c)), "BLOCK_C": block_c,
-        **_OPTIONS,
-    }  # fmt: skip
-    return Launch(_rotate, (rows,), constants)
-
-
-@lru_cache(maxsize=256)
-def _sum_and_norm(rows: int, channels: int, dtype: torch.dtype) -> Launch:
-    block_c = next_power_of_2(channels)
-    constants = {"C": channels, "BLOCK_C": block_c, **_OPTIONS, "num_warps": max(4, min(32, block_c // 1024))}
-    return Launch(_add_rms_norm, (rows,), constants)
-
-
-@lru_cache(maxsize=256)
-def _silu_product(size: int, dtype: torch.dtype) -> Launch:
-    return Launch(_silu_mul, (triton.cdiv(size, _ELEMENTS),), {"BLOCK": _ELEMENTS, **_OPTIONS})
-
-
-@lru_cache(maxsize=256)
-def _scaling(rows: int, columns: int, dtype: torch.dtype) -> Launch:
-    block_k = min(next_power_of_2(columns), _ELEMENTS // 2)
-    block_n = _ELEMENTS // block_k
-    grid = (triton.cdiv(rows, block_n), triton.cdiv(columns, block_k))
-    return Launch(_scale_columns, grid, {"BLOCK_N": block_n, "BLOCK_K": block_k, **_OPTIONS})
+def _are_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """Dense, of one 16-bit dtype and on one device."""
+    first = tensors[0]
+    if first.element_size() != 2 or not first.is_floating_point():
+        return False
+    return all(x.dtype == first.dtype and x.device == first.device and x.is_contiguous() for x in tensors)
 
 
 @on_device_of
+def _run(tensors: tuple[Tensor, ...], prepare: Callable[..., Prepared | None], *options):
+    """What ``prepare(*tensors, *options)`` makes of tensors alike; None where it makes nothing, or they are not."""
+    read = signature(tensors)
+    if read is None:
+        return None
+    facts, addresses = read
+    key = (prepare, facts, options)
+    kept = _prepared.get(key, False)
+    if kept is False:
+        kept = _prepared.remember(key, prepare(*tensors, *options) if _are_alike(tensors) else None)
+    return None if kept is None else kept(tensors, unpack(f"{len(tensors)}Q", addresses))
+
+
+def _prepare_rotation(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor) -> Prepared | None:
+    (batch, length, num_q, head_dim), num_kv = q.shape, k.shape[2]
+    if not cos.numel() == sin.numel() == length * head_dim:  # of positions that samples do not share
+        return None
+    block_c, fills, is_empty = next_power_of_2(head_dim // 2), bool(cache), not q.numel()
+    constants = {
+        "NUM_Q": num_q, "NUM_KV": num_kv, "HEAD_DIM": head_dim,
+        "BLOCK_H": min(next_power_of_2(num_q), max(1, _ELEMENTS // block_c)), "BLOCK_C": block_c, "FILLS": fills,
+        **_OPTIONS,
+    }  # fmt: skip
+    launch, numbers = Launch(_rotate, (batch * length,), constants), (length, cache[0].shape[1] if fills else length)
+
+    def run(tensors: tuple[Tensor, ...], addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        q, k, *_, last = tensors
+        q_out, kv_out = torch.empty_like(q), last if fills else torch.empty_like(k)
+        if not is_empty:
+            to = (q_out.data_ptr(), addresses[5] if fills else kv_out.data_ptr())
+            launch((*tensors[:5], q_out, kv_out), numbers, (*addresses[:5], *to))
+        return q_out, kv_out.narrow(1, 0, length).select(3, 0) if fills else kv_out
+
+    return run
+
+
+def _prepare_sum_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Prepared | None:
+    channels, is_empty = x.shape[-1], not x.numel()
+    if x.shape != y.shape or weight.shape != (channels,):
+        return None
+    block_c = next_power_of_2(channels)
+    constants = {"C": channels, "BLOCK_C": block_c, **_OPTIONS, "num_warps": max(4, min(32, block_c // 1024))}
+    launch = Launch(_add_rms_norm, (x.numel() // max(channels, 1),), constants)
+
+    def run(tensors: tuple[Tensor, ...], addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        total, out = torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+        if not is_empty:
+            launch((*tensors, total, out), (eps,), (*addresses, total.data_ptr(), out.data_ptr()))
+        return total, out
+
+    return run
+
+
+def _prepare_silu_product(gate: Tensor, up: Tensor) -> Prepared | None:
+    if gate.shape != up.shape:
+        return None
+    size = gate.numel()
+    launch = Launch(_silu_mul, (triton.cdiv(size, _ELEMENTS),), {"BLOCK": _ELEMENTS, **_OPTIONS})
+
+    def run(tensors: tuple[Tensor, ...], addresses: tuple[int, ...]) -> Tensor:
+        out = torch.empty_like(tensors[0])
+        if size:
+            launch((*tensors, out), (size,), (*addresses, out.data_ptr()))
+        return out
+
+    return run
+
+
+def _prepare_scaling(weight: Tensor, factor: Tensor, *out: Tensor) -> Prepared | None:
+    rows, columns = weight.shape
+    if factor.shape != (columns,) or any(x.shape != weight.shape for x in out):
+        return None
+    block_k = min(next_power_of_2(columns), _ELEMENTS // 2)
+    block_n = _ELEMENTS // block_k
+    grid = (triton.cdiv(rows, block_n), triton.cdiv(columns, block_k))
+    launch = Launch(_scale_columns, grid, {"BLOCK_N": block_n, "BLOCK_K": block_k, **_OPTIONS})
+
+    def run(tensors: tuple[Tensor, ...], addresses: tuple[int, ...]) -> Tensor:
+        weight, factor, *given = tensors
+        (out,) = given or (torch.empty_like(weight),)
+        if rows and columns:
+            launch((weight, factor, out), (rows, columns), (*addresses[:2], out.data_ptr()))
+        return out
+
+    return run
+
+
+# All tensors below are contiguous, of one 16-bit dtype and on one device, or the answer is None.
+
+
 def rotate(
     q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """q [B, L, Hq, D] and k [B, L, Hkv, D] turned by x * cos + roll(x, D / 2) * sin, each product's type as x's.
 
     With a ``cache`` [B, room, Hkv, 2, D], room >= L, the turned k, and v [B, L, Hkv, D], become its positions 0..L - 1.
-
-    All tensors are contiguous, of one 16-bit dtype and on one device.
 
     Args:
         rope: cos and sin [L, 1, D] of each position, the first half of sin negated.
@@ -167,41 +238,19 @@ def rotate(
     Returns:
         The turned q, and the turned k: a view of the cache where there is one.
     """
-    (batch, length, num_q, head_dim), num_kv = q.shape, k.shape[2]
-    q_out, kv_out = torch.empty_like(q), torch.empty_like(k) if cache is None else cache
-    room = length if cache is None else cache.shape[1]
-    if q.numel():
-        launch = _rotation(batch * length, num_q, num_kv, head_dim, q.dtype, cache is not None)
-        launch((q, k, None if cache is None else v, *rope, q_out, kv_out), (length, room))
-    return q_out, kv_out if cache is None else cache.narrow(1, 0, length).select(3, 0)
+    return _run((q, k, v, *rope) if cache is None else (q, k, v, *rope, cache), _prepare_rotation)
 
 
-@on_device_of
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y [..., C], rounded, and weight [C] * (x + y) / sqrt(mean((x + y)^2) + eps) of the rounded sum, in float32.
-
-    All tensors are contiguous, of one 16-bit dtype and on one device.
-    """
-    total, out = torch.empty_like(x), torch.empty_like(x)
-    if x.numel():
-        channels = x.shape[-1]
-        _sum_and_norm(x.numel() // channels, channels, x.dtype)((x, y, weight, total, out), (eps,))
-    return total, out
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """x + y [..., C], rounded, and of the rounded sum s weight [C] * s / sqrt(mean(s^2) + eps), in float32."""
+    return _run((x, y, weight), _prepare_sum_and_norm, eps)
 
 
-@on_device_of
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of two contiguous tensors of one shape, one 16-bit dtype and one device."""
-    out = torch.empty_like(gate)
-    if gate.numel():
-        _silu_product(gate.numel(), gate.dtype)((gate, up, out), (gate.numel(),))
-    return out
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
+    """silu(gate) * up, of one shape."""
+    return _run((gate, up), _prepare_silu_product)
 
 
-@on_device_of
-def scale_columns(weight: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
-    """weight [N, K] * factor [K], both contiguous, of one 16-bit dtype and on one device; into ``out``, if given."""
-    out = torch.empty_like(weight) if out is None else out
-    if weight.numel():
-        _scaling(*weight.shape, weight.dtype)((weight, factor, out), tuple(weight.shape))
-    return out
+def scale_columns(weight: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor | None:
+    """weight [N, K] * factor [K], into ``out`` [N, K], if given."""
+    return _run((weight, factor) if out is None else (weight, factor, out), _prepare_scaling)
