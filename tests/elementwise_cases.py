@@ -45,10 +45,10 @@ def check_rotate(
     assert all(reference.same_bits(a, b) for a, b in zip((q, k, v), before, strict=True))
 
 
-def check_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, generator) -> None:
+def check_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, generator, eps: float = 0.5) -> None:
     x, y, weight = draw(generator, dtype, *shape), draw(generator, dtype, *shape), draw(generator, dtype, shape[-1])
     y[..., 0] = 2.0  # no row is all small
-    eps, before = 0.5, [x.clone(), y.clone()]
+    before = [x.clone(), y.clone()]
     total, normed = elementwise.add_rms_norm(x, y, weight, eps)
     assert reference.same_bits(total, x + y)
     exact = F.rms_norm(total.double(), shape[-1:], weight.double(), eps)

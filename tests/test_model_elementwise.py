@@ -133,6 +133,15 @@ def test_products_that_a_kernel_does_not_take_are_left_to_pytorch(no_launch):
     assert torch.equal(into, a * b[0])
 
 
+@torch.no_grad()
+def test_a_layer_on_a_device_of_another_type_is_left_to_pytorch(no_launch):
+    layer, x = tiny_model().to(HALF).model.layers[1], torch.randn(1, 3, 32).to(HALF)
+    rope = rope_at(torch.arange(3), layer.self_attn.head_dim, 1e4, HALF)
+    assert torch.equal(layer(x, rope, fused_on="cuda"), layer(x, rope))
+    with pytest.raises(Refused):
+        layer(x, rope, fused_on="cpu")
+
+
 # ------------------------------------------------------------------------------------------- interpreter
 
 

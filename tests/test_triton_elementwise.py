@@ -73,6 +73,24 @@ def test_nothing_is_launched_for_no_rows(record):
     assert not launches
 
 
+def test_tensors_that_no_kernel_takes_have_no_answer(record):
+    """A caller computes by itself what is None."""
+    launches = record(90)
+    x, factor = meta(4, 8), meta(8)
+    for other in (meta(4, 8, dtype=torch.float16), meta(8, 4).t(), torch.empty(4, 8, dtype=HALF), meta(2, 8)):
+        assert elementwise.silu_mul(x, other) is None
+        assert elementwise.add_rms_norm(x, other, factor, 1e-6) is None
+        assert elementwise.scale_columns(x, factor, other) is None
+    assert elementwise.scale_columns(x, meta(4)) is None
+    assert elementwise.add_rms_norm(x, x, meta(4), 1e-6) is None
+    integers = meta(4, 8, dtype=torch.int16)
+    assert elementwise.silu_mul(integers, integers) is None
+    assert elementwise.silu_mul(x, factor) is None
+    assert not launches
+    assert elementwise.scale_columns(x, factor) is not None, "of tensors that another kernel does not take"
+    assert len(launches) == 1
+
+
 # ------------------------------------------------------------------------------------------- interpreter
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -95,7 +113,8 @@ def test_q_and_k_are_turned_and_fill_a_cache(room, heads, dtype, rng, rounding):
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 1000), (5, 64)], ids=str)
 def test_a_sum_and_its_norm(shape, dtype, rng, rounding):
-    check_add_rms_norm(shape, dtype, rng())
+    for eps in (0.5, 1e-6):
+        check_add_rms_norm(shape, dtype, rng(), eps)
 
 
 @interpreted
