@@ -154,11 +154,11 @@ class HybridAttention(SelfAttention):
         x: Tensor,
         rope: Rope,
         cache: LayerCache | None,
-        fused: bool = False,
         slow: SlowContext | None = None,
         slow_tokens: Tensor | None = None,
         norm_weight: Tensor | None = None,
         backend: str | None = None,
+        fused: bool = False,
     ) -> Tensor:
         """``slow_tokens``, ``norm_weight``: as in ``project_slow``; None where ``slow`` or ``cache`` has K and V."""
         a, q = self.attend(x, rope, cache, fused)
@@ -200,11 +200,11 @@ class DecoderLayer(nn.Module):
         slow: SlowContext | None = None,
         cache: LayerCache | None = None,
         backend: str | None = None,
-        fused_on: str | None = None,
+        fused: bool = False,
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C]. ``slow`` None: a plain Qwen2 layer. ``cache``: filled, or added to and read.
 
-        ``fused_on``: the type of device on which ``kernels.fuses`` says yes.
+        ``fused``: ``kernels.fuses`` says so of x, and this layer is nothing but its modules.
         """
         if cache is not None and cache.step.by_gemv and has_plain_weights(self, x):
             return decode_layer(self, x, rope, slow, cache, backend)
@@ -216,11 +216,12 @@ class DecoderLayer(nn.Module):
             elif slow.tokens is not None:
                 tokens = self.input_layernorm(slow.tokens)
             hybrid_inputs = (slow, tokens, norm_weight, backend)
-        fused = fused_on == x.device.type
-        attended = self.self_attn(self.input_layernorm(x), rope, cache, fused, *hybrid_inputs)
+        attention, mlp = self.self_attn, self.mlp  # a wrapper of one is not told how
+        attends = {"fused": True} if fused and is_plain(attention, type(attention)) else {}
+        multiplies = {"product": fused_silu_mul} if fused and is_plain(mlp, MLP) else {}
+        attended = attention(self.input_layernorm(x), rope, cache, *hybrid_inputs, **attends)
         x, after = add_and_normalise(x, attended, self.post_attention_layernorm, fused=fused)
-        how = (fused_silu_mul,) if fused and is_plain(self.mlp, MLP) else ()
-        return x + self.mlp(after, *how)
+        return x + mlp(after, **multiplies)
 
 
 def project_slow_at_once(

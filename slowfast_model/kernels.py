@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from slowfast_kernels._extension import unavailable_reason
-from slowfast_kernels.dtypes import KERNEL_DTYPES
+from slowfast_kernels.dtypes import HALF_DTYPES, KERNEL_DTYPES
 from slowfast_kernels.ops.dispatch import is_differentiated, needs_formula, needs_torch_op, requested_backend
 
 from .cache import LayerCache
@@ -42,11 +43,11 @@ def triton_limit(x: Tensor, backend: str | None) -> str | None:
 def fuses(x: Tensor, backend: str | None) -> bool:
     """Whether what stands between the products of a layer, whose rows x are, runs as kernels of ``elementwise``.
 
-    Where gradients are followed it does not, whether x has one or not: an adapted projection may.
+    Where gradients or tangents are followed it does not, whether x has one or not: a projection's weight may.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return False
-    return not needs_formula(x) and triton_limit(x, backend) is None
+    return x.dtype in HALF_DTYPES and not needs_formula(x) and triton_limit(x, backend) is None
 
 
 def rotate_and_fill(

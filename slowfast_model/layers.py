@@ -41,9 +41,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
-    def forward(self, x: Tensor, silu_mul: Callable[[Tensor, Tensor], Tensor] = silu_mul) -> Tensor:
-        """``silu_mul``: how it is computed."""
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = silu_mul) -> Tensor:
+        """``product``: how silu(gate(x)) * up(x) is computed."""
+        return self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
 
 
 Rope = tuple[Tensor, Tensor]  # cos and signed sin, [..., 1, D]: the 1 broadcasts over heads

@@ -29,6 +29,7 @@ from .config import SlowFastConfig
 from .generate import GenerationMixin
 from .kernels import fuses
 from .layers import RMSNorm, Rope, compute_dtype, first_rope, weights_dtype, without_autocast
+from .plain import is_plain
 from .tokens import IGNORE_INDEX, Layout, Prompts, splice
 from .vision import build_projector, check_features, project_and_pool
 
@@ -84,12 +85,13 @@ class Decoder(nn.Module):
         if slow is not None and slow.tokens is not None and slow.tokens_are_normalised:
             made = project_slow_at_once(self.layers, slow.tokens, backend)
         for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
+            fused = fused_on == x.device.type and is_plain(layer, DecoderLayer)
             mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)
-            arguments = (x, rope, mine, layer_cache, backend, fused_on)
+            arguments = (x, rope, mine, layer_cache, backend)
             if recompute:
                 x = recomputation.checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(*arguments)
+                x = layer(*arguments, **({"fused": True} if fused else {}))
         return self.norm(x)
 
 

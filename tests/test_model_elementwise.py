@@ -12,6 +12,7 @@ import reference
 import torch
 from model_cases import PROMPT_VIDEOS, PROMPTS, features, one_thread, padded, tiny_model  # noqa: F401
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import slowfast_kernels as sk
@@ -133,13 +134,56 @@ def test_products_that_a_kernel_does_not_take_are_left_to_pytorch(no_launch):
     assert torch.equal(into, a * b[0])
 
 
+class Seen(nn.Module):
+    """A wrapper that takes what a module of its kind took before, and no more."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.given = module, []
+
+    def forward(self, *arguments) -> Tensor:
+        self.given.append(len(arguments))
+        return self.module(*arguments)
+
+
 @torch.no_grad()
-def test_a_layer_on_a_device_of_another_type_is_left_to_pytorch(no_launch):
-    layer, x = tiny_model().to(HALF).model.layers[1], torch.randn(1, 3, 32).to(HALF)
-    rope = rope_at(torch.arange(3), layer.self_attn.head_dim, 1e4, HALF)
-    assert torch.equal(layer(x, rope, fused_on="cuda"), layer(x, rope))
+def test_wrappers_and_compiled_modules_are_not_told_of_kernels(no_launch, monkeypatch):
+    """Nor is a layer whose rows are on a device of another type than the first layer's."""
+    model, x = tiny_model().to(HALF), torch.randn(1, 3, 32).to(HALF)
+    layers = model.model.layers
+    rope = rope_at(torch.arange(3), layers[0].self_attn.head_dim, 1e4, HALF)
+    expected = model.model(x, rope, None)
+    monkeypatch.setattr(model_module, "fuses", lambda *_: True)
     with pytest.raises(Refused):
-        layer(x, rope, fused_on="cpu")
+        model.model(x, rope, None)
+    layers[0].compile(backend="eager", fullgraph=True)
+    layers[1] = whole = Seen(layers[1])
+    layers[2].register_forward_hook(lambda *_: None)
+    assert torch.equal(model.model(x, rope, None), expected)
+    assert whole.given == [5]
+
+    layer = tiny_model().to(HALF).model.layers[1]
+    expected = layer(x, rope)
+    with pytest.raises(Refused):
+        layer(x, rope, fused=True)
+    layer.self_attn, layer.mlp = Seen(layer.self_attn), Seen(layer.mlp)
+    layer.post_attention_layernorm.compile(backend="eager", fullgraph=True)
+    assert torch.equal(layer(x, rope, fused=True), expected)
+    assert layer.self_attn.given == [3]
+    assert layer.mlp.given == [1]
+
+
+@torch.no_grad()
+def test_a_tangent_of_a_weight_is_followed(with_triton):
+    x = torch.ones(8, dtype=HALF)
+    with forward_ad.dual_level():
+        assert not fuses(x, "triton"), "whatever x has"
+    assert fuses(x, "triton")
+
+
+@torch.no_grad()
+def test_float32_asks_for_no_kernel(with_triton):
+    assert not fuses(torch.ones(8), "triton")
 
 
 # ------------------------------------------------------------------------------------------- interpreter

@@ -73,6 +73,10 @@ def test_nothing_is_launched_for_no_rows(record):
     assert not launches
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 def test_tensors_that_no_kernel_takes_have_no_answer(record):
     """A caller computes by itself what is None."""
     launches = record(90)
@@ -85,9 +89,26 @@ def test_tensors_that_no_kernel_takes_have_no_answer(record):
     assert elementwise.add_rms_norm(x, x, meta(4), 1e-6) is None
     integers = meta(4, 8, dtype=torch.int16)
     assert elementwise.silu_mul(integers, integers) is None
-    assert elementwise.silu_mul(x, factor) is None
+    for layout in (torch._neg_view(x), x.as_subclass(Subclass), torch._efficientzerotensor((4, 8), dtype=HALF)):
+        assert elementwise.silu_mul(layout, layout) is None
+    q, k = meta(2, 3, 4, 8), meta(2, 3, 2, 8)
+    rope, cache = (meta(3, 1, 8),) * 2, meta(2, 5, 2, 2, 8)
+    for other in (meta(2, 3, 1, 8), meta(2, 4, 2, 8), meta(1, 3, 2, 8), meta(2, 3, 2, 4)):
+        assert elementwise.rotate(q, k, other, rope, cache) is None
+        assert elementwise.rotate(q, other, k, rope, cache) is None
+    for other in (meta(2, 2, 2, 2, 8), meta(2, 5, 1, 2, 8), meta(1, 5, 2, 2, 8), meta(2, 5, 2, 2, 4)):
+        assert elementwise.rotate(q, k, k, rope, other) is None
+    odd = meta(2, 3, 2, 7)
+    assert elementwise.rotate(odd, odd, odd, (meta(3, 1, 7),) * 2) is None
     assert not launches
-    assert elementwise.scale_columns(x, factor) is not None, "of tensors that another kernel does not take"
+
+
+@compiled
+def test_tensors_that_another_kernel_does_not_take_may_be_this_one_s(record):
+    launches = record(90)
+    x, factor = meta(4, 8), meta(8)
+    assert elementwise.silu_mul(x, factor) is None
+    assert elementwise.scale_columns(x, factor) is not None
     assert len(launches) == 1
 
 

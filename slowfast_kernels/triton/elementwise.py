@@ -19,9 +19,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import Parameter
 
+from ..dtypes import HALF_DTYPES
 from ..heuristics.triton import next_power_of_2
-from ..ops.dispatch import SignatureCache, signature
+from ..ops.dispatch import SignatureCache, read_plain, signature
 from ._common import on_device_of
 from ._launch import Launch
 
@@ -126,10 +128,15 @@ Prepared = Callable[[tuple[Tensor, ...], tuple[int, ...]], object]
 _prepared: SignatureCache = SignatureCache()
 
 
+def _are_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Their memory is what they are, as ``read_plain`` finds it: no subclass, and nothing that is lazy."""
+    return all(type(x) in (Tensor, Parameter) and not x.is_neg() and not x._is_zerotensor() for x in tensors)
+
+
 def _are_alike(tensors: tuple[Tensor, ...]) -> bool:
     """Dense, of one 16-bit dtype and on one device."""
     first = tensors[0]
-    if first.element_size() != 2 or not first.is_floating_point():
+    if first.dtype not in HALF_DTYPES:
         return False
     return all(x.dtype == first.dtype and x.device == first.device and x.is_contiguous() for x in tensors)
 
@@ -137,7 +144,7 @@ def _are_alike(tensors: tuple[Tensor, ...]) -> bool:
 @on_device_of
 def _run(tensors: tuple[Tensor, ...], prepare: Callable[..., Prepared | None], *options):
     """What ``prepare(*tensors, *options)`` makes of tensors alike; None where it makes nothing, or they are not."""
-    read = signature(tensors)
+    read = read_plain(tensors) or (signature(tensors) if _are_plain(tensors) else None)
     if read is None:
         return None
     facts, addresses = read
@@ -150,7 +157,11 @@ def _run(tensors: tuple[Tensor, ...], prepare: Callable[..., Prepared | None], *
 
 def _prepare_rotation(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor) -> Prepared | None:
     (batch, length, num_q, head_dim), num_kv = q.shape, k.shape[2]
+    if head_dim % 2 or not k.shape == v.shape == (batch, length, num_kv, head_dim):
+        return None
     if not cos.numel() == sin.numel() == length * head_dim:  # of positions that samples do not share
+        return None
+    if any(x.shape != (batch, x.shape[1], num_kv, 2, head_dim) or x.shape[1] < length for x in cache):
         return None
     block_c, fills, is_empty = next_power_of_2(head_dim // 2), bool(cache), not q.numel()
     constants = {
@@ -176,7 +187,7 @@ def _prepare_sum_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> P
     if x.shape != y.shape or weight.shape != (channels,):
         return None
     block_c = next_power_of_2(channels)
-    constants = {"C": channels, "BLOCK_C": block_c, **_OPTIONS, "num_warps": max(4, min(32, block_c // 1024))}
+    constants = {"C": channels, "BLOCK_C": block_c, **_OPTIONS, "num_warps": max(4, min(16, block_c // 1024))}
     launch = Launch(_add_rms_norm, (x.numel() // max(channels, 1),), constants)
 
     def run(tensors: tuple[Tensor, ...], addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -222,7 +233,8 @@ def _prepare_scaling(weight: Tensor, factor: Tensor, *out: Tensor) -> Prepared |
     return run
 
 
-# All tensors below are contiguous, of one 16-bit dtype and on one device, or the answer is None.
+# All tensors below are contiguous, of one 16-bit dtype, on one device, of the shapes that are said, and no subclass of
+# Tensor but Parameter; else the answer is None.
 
 
 def rotate(
