@@ -205,6 +205,36 @@ def test_readme_names_the_triton_that_was_tested_with_the_torch_it_installs():
     assert re.search(rf"^\| {torch_version} \| {triton_version[1]} \|", README, re.MULTILINE)
 
 
+def measured(block: str, heading: str) -> list[list[float]]:
+    """Of each table between ``<!-- block -->`` and ``<!-- /block -->`` that has this column: its numbers."""
+    text = re.search(rf"<!-- {block}\b.*?-->\n(.*?)<!-- /{block} -->", README, re.DOTALL)[1]
+    columns = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        names, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
+        if heading in names:
+            place = names.index(heading)
+            columns.append([float(row[place].strip("+%x")) for row in rows])
+    return columns
+
+
+def test_readmes_headlines_are_what_its_tables_say():
+    headline = {line.split(" |")[0]: line for line in README.split("## Install")[0].splitlines() if line[:2] == "| "}
+
+    def said(begin: str) -> str:
+        return next(line for name, line in headline.items() if name.startswith(f"| {begin}"))
+
+    attention = measured("attention", "best peer / cuda")[0]  # the second table is without rests
+    assert f"the {len(attention)} shapes below" in said("attention")
+    pool, mix = measured("pool-mix", "best peer / cuda")
+    (backward,) = measured("backward", "best peer / ours")
+    for begin, ratios in (("attention", attention), ("forward", backward), ("pooling", pool), ("pooling", mix)):
+        assert f"{min(ratios):.2f}x to {max(ratios):.2f}x" in said(begin)
+    frames = measured("model", "frames")[0].index(128)
+    prefill, decode = (column[frames] for column in measured("model", "added"))
+    assert f"prefill {prefill:.1f}% more time" in said("a 7B model")
+    assert f"a decoded token {decode:.1f}%" in said("a 7B model")
+
+
 COMMANDS = re.findall(rf"python -m bench ({'|'.join(BENCHMARKS)})( --backward)? --shapes (\S+)", README)
 
 
