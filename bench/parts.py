@@ -124,7 +124,7 @@ def part_calls(model: nn.Module, ids: Tensor, features: list[Tensor]) -> tuple[d
     at_once, in_one_launch = projects_at_once(slow.tokens, len(hybrid)), fuses(slow.tokens, model.backend)
 
     def keys_and_values() -> list[Tensor]:
-        made = [kv for kv in project_slow_at_once(decoder.layers, slow.tokens, model.backend) if kv is not None]
+        made = [kv for kv in project_slow_at_once(decoder.layers, slow.tokens, fused=in_one_launch) if kv is not None]
         return made or [a.project_slow(slow.tokens, w, in_one_launch) for a, w in zip(hybrid, norms, strict=True)]
 
     caches = keys_and_values()

@@ -19,7 +19,7 @@ from slowfast_kernels.eager import ACTIVATIONS
 from .cache import LayerCache, SlowContext
 from .config import SlowFastConfig
 from .decode import decode_layer, has_plain_weights
-from .kernels import add_and_normalise, fused_silu_mul, fuses, rotate_and_fill, scaled_columns
+from .kernels import add_and_normalise, fused_silu_mul, rotate_and_fill, scaled_columns
 from .layers import MLP, RMSNorm, Rope, apply_rope
 from .plain import can_be_plain, is_plain
 from .prefill import projects_at_once
@@ -224,9 +224,7 @@ class DecoderLayer(nn.Module):
         return x + mlp(after, **multiplies)
 
 
-def project_slow_at_once(
-    layers: Sequence[nn.Module], tokens: Tensor, backend: str | None = None
-) -> list[Tensor | None]:
+def project_slow_at_once(layers: Sequence[nn.Module], tokens: Tensor, *, fused: bool) -> list[Tensor | None]:
     """K and V [Ns, Hkv, 2, D] of normalised slow ``tokens`` [Ns, C] for each hybrid layer, as views of one product
     [Ns, layers * 2 Hkv D].
 
@@ -241,7 +239,7 @@ def project_slow_at_once(
     weights, biases = zip(*((a.cross_attn_kv_proj.weight, a.cross_attn_kv_proj.bias) for a in attentions), strict=True)
     if len({weight.dtype for weight in weights}) > 1:
         return apart
-    folded, fused = weights[0].new_empty(len(hybrid), *weights[0].shape), fuses(tokens, backend)
+    folded = weights[0].new_empty(len(hybrid), *weights[0].shape)
     for into, weight, i in zip(folded, weights, hybrid, strict=True):
         scaled_columns(weight, layers[i].input_layernorm.weight, into, fused=fused)
     kv = F.linear(tokens, folded.flatten(0, 1), torch.cat(biases))

@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         made = [None] * len(self.layers)
         fused_on = x.device.type if fuses(x, backend) else None
         if slow is not None and slow.tokens is not None and slow.tokens_are_normalised:
-            made = project_slow_at_once(self.layers, slow.tokens, backend)
+            made = project_slow_at_once(self.layers, slow.tokens, fused=fused_on == slow.tokens.device.type)
         for layer, layer_cache, slow_kv in zip(self.layers, caches, made, strict=True):
             fused = fused_on == x.device.type and is_plain(layer, DecoderLayer)
             mine = slow if slow_kv is None else replace(slow, tokens=None, kv=slow_kv)

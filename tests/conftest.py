@@ -109,3 +109,12 @@ def run(journal):
     from bench_cases import quick_runner
 
     return quick_runner(journal)
+
+
+@pytest.fixture
+def with_triton(monkeypatch):
+    """As on a machine where Triton runs on CPU tensors."""
+    from slowfast_model import kernels
+
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda *_: None)
+    monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)

@@ -6,18 +6,15 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 pytest.importorskip("triton")
+
+from gemv_cases import draw
 
 from slowfast_kernels.triton import elementwise
 from slowfast_model.layers import apply_rope, silu_mul
 
 UNTOUCHED = 7.0
-
-
-def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
 
 
 def check_rotate(

@@ -23,6 +23,7 @@ from slowfast_kernels.heuristics.backends import BACKENDS
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETER, reason="run by test_the_interpreter_agrees_with_eager")
 DEVICE = torch.device("cuda" if HAS_GPU and not INTERPRETER else "cpu")
 REPEATS = 5 if DEVICE.type == "cpu" else 100  # of a call that must give the same bits
 if INTERPRETER:

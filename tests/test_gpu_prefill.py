@@ -7,12 +7,12 @@ from collections import Counter
 import pytest
 import torch
 from elementwise_cases import check_add_rms_norm, check_rotate, check_scale_columns, check_silu_mul
+from fused_cases import FUSED, answered, unfused
 from model_cases import PROMPT_VIDEOS, PROMPTS, features, padded, tiny_model
 from targets import HAS_GPU
 
 from slowfast_kernels.triton import elementwise
-from slowfast_model import DecodeSession, attention
-from slowfast_model import model as model_module
+from slowfast_model import DecodeSession
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")]
 
@@ -60,11 +60,7 @@ def batch(dtype: torch.dtype) -> tuple:
 def test_a_prefill_is_as_accurate_as_pytorch_s(dtype, monkeypatch):
     """Against the same weights in float64, and with no more than the ops' own launches."""
     model = tiny_model(None, "cuda").to(dtype)
-    launched = Counter()
-    for name in ("rotate", "add_rms_norm", "silu_mul", "scale_columns"):
-        entry = getattr(elementwise, name)
-        counted = lambda *a, entry=entry, name=name: (launched.update([name]), entry(*a))[1]  # noqa: E731
-        monkeypatch.setattr(elementwise, name, counted)
+    launched = answered(monkeypatch, elementwise, FUSED)
 
     def prefilled(of=model, kind=dtype) -> list[torch.Tensor]:
         session = DecodeSession(of, *batch(kind), max_new_tokens=3)
@@ -73,10 +69,8 @@ def test_a_prefill_is_as_accurate_as_pytorch_s(dtype, monkeypatch):
     got = prefilled()
     layers, hybrid = len(model.model.layers), sum(layer.is_hybrid for layer in model.model.layers)
     each = 2 * layers
-    assert launched == {"rotate": each, "add_rms_norm": each, "silu_mul": each, "scale_columns": 2 * hybrid}
-    with monkeypatch.context() as patch:
-        for place in (attention, model_module):
-            patch.setattr(place, "fuses", lambda *_: False)
+    assert Counter(launched) == {"rotate": each, "add_rms_norm": each, "silu_mul": each, "scale_columns": 2 * hybrid}
+    with unfused(monkeypatch):
         plain = prefilled()
     exact = prefilled(tiny_model("eager", "cuda").to(dtype).double(), torch.float64)
     for a, b, want in zip(got, plain, exact, strict=True):

@@ -5,13 +5,13 @@ The interpreted tests run in the child process of test_triton.py; those that nee
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import reference
 import torch
+from fused_cases import answered
 from model_cases import TINY, VIDEO, features, one_thread, tiny_model  # noqa: F401
 from plain_model import PlainModel
+from targets import interpreted
 from test_model_variants import DEFAULT
 from torch import Tensor, nn
 
@@ -19,8 +19,6 @@ import slowfast_kernels as sk
 from slowfast_model import DecodeSession, SlowFastForCausalLM, kernels
 from slowfast_model.decode import cublas_pays, gemv_limit, has_plain_weights
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreter_agrees_with_eager")
 PROMPT, CLIP = [3, VIDEO, 4], (3, 2)
 # No width is a multiple of a block; the first layer is hybrid, the second is not.
 SMALL = {
@@ -34,13 +32,6 @@ SMALL = {
 }
 
 # ---------------------------------------------------------------------------------- when a step takes the kernels
-
-
-@pytest.fixture
-def with_triton(monkeypatch):
-    """As on a machine where Triton runs on CPU tensors."""
-    monkeypatch.setattr(kernels, "unavailable_reason", lambda *_: None)
-    monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
 
 
 @torch.no_grad()
@@ -248,11 +239,7 @@ def launched(monkeypatch) -> list[str]:
     """Names of the kernels' entry points, as they are called."""
     from slowfast_kernels.triton import gemv
 
-    calls = []
-    for name in ("rotated_qkv", "linear", "gated_up"):
-        entry = getattr(gemv, name)
-        monkeypatch.setattr(gemv, name, lambda *a, entry=entry, name=name, **k: (calls.append(name), entry(*a, **k))[1])
-    return calls
+    return answered(monkeypatch, gemv, ("rotated_qkv", "linear", "gated_up"))
 
 
 LAYER = ["rotated_qkv", "linear", "gated_up", "linear"]

@@ -5,36 +5,26 @@ The interpreted tests run in the child process of test_triton.py; those that nee
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import reference
 import torch
+from fused_cases import FUSED, answered, unfused
 from model_cases import PROMPT_VIDEOS, PROMPTS, features, one_thread, padded, tiny_model  # noqa: F401
+from targets import interpreted
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import slowfast_kernels as sk
-from slowfast_model import DecodeSession, attention, kernels
+from slowfast_model import DecodeSession
 from slowfast_model import model as model_module
 from slowfast_model.kernels import add_and_normalise, fused_silu_mul, fuses, rotate_and_fill, scaled_columns
 from slowfast_model.layers import RMSNorm, rope_at
+from slowfast_model.prefill import use_order
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_the_interpreter_agrees_with_eager"
-)
-NAMES = ("rotate", "add_rms_norm", "silu_mul", "scale_columns")
 HALF = torch.float16  # whose matrices Triton's interpreter multiplies
 
 # ------------------------------------------------------------------------------------------- whether it is asked
-
-
-@pytest.fixture
-def with_triton(monkeypatch):
-    """As on a machine where Triton runs on CPU tensors."""
-    monkeypatch.setattr(kernels, "unavailable_reason", lambda *_: None)
-    monkeypatch.delenv("SLOWFAST_BACKEND", raising=False)
 
 
 @torch.no_grad()
@@ -194,18 +184,7 @@ def launched(monkeypatch) -> list[str]:
     """Names of the kernels' entry points, as they are called."""
     from slowfast_kernels.triton import elementwise
 
-    calls = []
-    for name in NAMES:
-        entry = getattr(elementwise, name)
-
-        def counted(*tensors, entry=entry, name=name):
-            made = entry(*tensors)
-            if made is not None:
-                calls.append(name)
-            return made
-
-        monkeypatch.setattr(elementwise, name, counted)
-    return calls
+    return answered(monkeypatch, elementwise, FUSED)
 
 
 def half_model(backend: str | None = "triton"):
@@ -224,13 +203,6 @@ def prefilled(model) -> tuple[Tensor, ...]:
     return model(*batch()).logits, session.logits, *held
 
 
-def unfused(monkeypatch, model) -> tuple[Tensor, ...]:
-    with monkeypatch.context() as patch:
-        for place in (attention, model_module):
-            patch.setattr(place, "fuses", lambda *_: False)
-        return prefilled(model)
-
-
 PLAIN = ["rotate", "add_rms_norm", "silu_mul"]
 HYBRID = ["rotate", "scale_columns", "add_rms_norm", "silu_mul"]
 
@@ -245,12 +217,24 @@ def test_a_prefill_has_three_such_launches_a_layer_and_a_fourth_in_a_hybrid_one(
     assert PLAIN in kinds
     assert launched == [name for kind in kinds for name in kind] * 2, "with a cache and without"
     del launched[:]
-    before = unfused(monkeypatch, model)
+    with unfused(monkeypatch):
+        before = prefilled(model)
     assert not launched
     for a, b in zip(got, before, strict=True):
         torch.testing.assert_close(a, b, atol=0.03, rtol=0.03)
     keys_and_values = 2  # of the first layer, which come before any SiLU
     assert reference.same_bits(got[keys_and_values], before[keys_and_values])
+
+
+@interpreted
+@torch.no_grad()
+def test_one_product_of_all_layers_has_its_folds_in_a_launch_each(launched):
+    model = half_model()
+    hybrid = sum(layer.is_hybrid for layer in model.model.layers)
+    with use_order(one_kv_product=True):
+        model(*batch())
+    assert launched[:hybrid] == ["scale_columns"] * hybrid, "before the layers"
+    assert launched.count("scale_columns") == hybrid
 
 
 @interpreted

@@ -4,17 +4,15 @@ The recorder runs the backend on meta tensors and keeps each launch, so that exa
 The pretended driver lets Triton compile and launch by itself, on tensors of the CPU, and keeps what it is handed.
 """
 
-import os
 import zlib
 
 import pytest
 import torch
+from targets import INTERPRETER, interpreted  # noqa: F401  the mark: for those who import ``compiled`` too
 
 triton = pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_interpreter_agrees_with_eager")
+compiled = pytest.mark.skipif(INTERPRETER, reason="TRITON_INTERPRET=1: there is no compiler")
 
 HALF = torch.bfloat16
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program may use
